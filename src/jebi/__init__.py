@@ -1,0 +1,30 @@
+"""jebi: fine-tune large language models on one GPU, or on none.
+
+The public names load on first use, so importing jebi is quick, has no side effect, and needs no order.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = ["FastLanguageModel", "SFTConfig", "SFTTrainer", "is_bfloat16_supported"]
+
+if TYPE_CHECKING:
+    from jebi.fast import FastLanguageModel, is_bfloat16_supported
+    from jebi.training.arguments import SFTConfig
+    from jebi.training.trainer import SFTTrainer
+
+_HOMES = {
+    "FastLanguageModel": "jebi.fast",
+    "is_bfloat16_supported": "jebi.fast",
+    "SFTConfig": "jebi.training.arguments",
+    "SFTTrainer": "jebi.training.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jebi' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

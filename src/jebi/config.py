@@ -1,0 +1,192 @@
+"""The settings of a run: one dataclass a section, a docstring a field. The only reader of YAML and of ``--set``.
+
+Modules take plain values; these objects stop at the builders (`fast`, `training.run`, `cli`). No torch here.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from jebi.errors import ConfigError
+
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The seven projections of a layer, all adapted by default."""
+
+
+@dataclass
+class ModelConfig:
+    """Which model, and how it is held in memory."""
+
+    name: str = "smollm2"
+    """``smollm2`` (comes with the demo), a folder, a .gguf file, or a hub id."""
+    max_seq_length: int = 2048
+    """Longest row in tokens; beyond the model's own length RoPE is scaled."""
+    load_in_4bit: bool = True
+    """Store the layers' projections as NF4 with double quantisation."""
+    dtype: str | None = None
+    """float32, bfloat16, float16, or null to detect."""
+    token: str | None = None
+    """Hub token for gated models."""
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length < 1:
+            raise ConfigError(f"max_seq_length must be at least 1, not {self.max_seq_length}; 2048 is usual.")
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype must be float32, bfloat16, float16 or null, not '{self.dtype}'.")
+
+
+@dataclass
+class LoraConfig:
+    """The adapter."""
+
+    r: int = 16
+    """Rank of the two matrices; 8 to 128 is usual."""
+    lora_alpha: float = 16
+    """Numerator of the scale: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+    lora_dropout: float = 0.0
+    """Share of the adapter's inputs dropped in training; 0 is the fast path."""
+    target_modules: list[str] = field(default_factory=lambda: list(TARGET_MODULES))
+    """Projections that get an adapter."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained along: none, every one of the model, or those of adapted projections."""
+    use_rslora: bool = False
+    """Rank-stabilised scale (arXiv:2312.03732)."""
+    random_state: int = 3407
+    """Seed of the first matrices."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ConfigError(f"r must be a whole number above 0, not {self.r}; 8, 16, 32, 64 or 128 are usual.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout must be from 0 to below 1, not {self.lora_dropout}.")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ConfigError(f"bias must be 'none', 'all' or 'lora_only', not '{self.bias}'.")
+        if not self.target_modules:
+            raise ConfigError(f"target_modules is empty; name at least one of {', '.join(TARGET_MODULES)}.")
+
+    @property
+    def scale(self) -> float:
+        """What the product of the matrices is multiplied by."""
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+@dataclass
+class DataConfig:
+    """The rows."""
+
+    train: str = ""
+    """A .jsonl, .json, .csv or .parquet file, or a hub id."""
+    split: str = "train"
+    """Split of a hub data set."""
+    heldout: str | None = None
+    """A file of rows that are never trained on, for the held-out loss."""
+    heldout_share: float = 0.0
+    """Without `heldout`, the share of the training rows set aside for it."""
+    template: str = "tutorial"
+    """``tutorial`` (Korean), ``alpaca`` (English), or a text with {instruction}, {input} and {output}."""
+    text_field: str | None = None
+    """Column that holds whole ready texts; the template is not used then."""
+    packing: bool = False
+    """Fill sequences of max_seq_length with several rows, kept apart."""
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ConfigError("data.train is missing: name a .jsonl file or a hub data set.")
+        if not 0 <= self.heldout_share < 1:
+            raise ConfigError(f"data.heldout_share must be from 0 to below 1, not {self.heldout_share}.")
+
+
+@dataclass
+class RunConfig:
+    """A whole run, as a YAML file holds it."""
+
+    model: ModelConfig
+    """The model."""
+    lora: LoraConfig
+    """The adapter."""
+    data: DataConfig
+    """The rows."""
+    train: dict[str, Any]
+    """Fields of transformers.TrainingArguments and of jebi's own `SFTConfig`."""
+
+
+def read_run(path: Path, settings: list[str] | None = None) -> RunConfig:
+    """Read a YAML file and apply ``section.key=value`` settings over it.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, a key is unknown, or a value has the wrong type.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config '{path}' cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config '{path}' is not YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"config '{path}' must hold sections: model, lora, data, train.")
+    for setting in settings or []:
+        _apply(document, setting)
+    return run_from_dict(document)
+
+
+def run_from_dict(document: dict[str, Any]) -> RunConfig:
+    """Build a run from nested dictionaries, as YAML yields them."""
+    known = {"model": ModelConfig, "lora": LoraConfig, "data": DataConfig}
+    _reject_unknown(document, {*known, "train"}, "")
+    sections = {name: _section(cls, document.get(name) or {}, name) for name, cls in known.items()}
+    train = document.get("train") or {}
+    if not isinstance(train, dict):
+        raise ConfigError("section 'train' must hold settings, one a line.")
+    return RunConfig(**sections, train=dict(train))
+
+
+def _apply(document: dict[str, Any], setting: str) -> None:
+    key, equals, value = setting.partition("=")
+    section, dot, name = key.partition(".")
+    if not equals or not dot:
+        raise ConfigError(f"--set '{setting}' must be section.key=value, such as --set lora.r=32.")
+    target = document.setdefault(section, {})
+    if not isinstance(target, dict):
+        raise ConfigError(f"--set '{setting}': section '{section}' holds no settings.")
+    target[name] = yaml.safe_load(value)
+
+
+def _section(cls: type, values: Any, name: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"section '{name}' must hold settings, one a line.")
+    fields = {f.name for f in dataclasses.fields(cls)}
+    _reject_unknown(values, fields, f"{name}.")
+    hints = typing.get_type_hints(cls)
+    checked = {key: _typed(hints[key], value, f"{name}.{key}") for key, value in values.items()}
+    return cls(**checked)
+
+
+def _reject_unknown(values: dict[str, Any], known: set[str], prefix: str) -> None:
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean '{prefix}{near[0]}'?" if near else f" Known: {', '.join(sorted(known))}."
+            raise ConfigError(f"setting '{prefix}{key}' is unknown.{hint}")
+
+
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    """``value`` if it has the hinted type; whole numbers serve as floats."""
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, typing.get_args(hint)))}, not {value!r}.")
+        return value
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        kind = typing.get_origin(option) or option
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return value
+    names = " or ".join("null" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
+    raise ConfigError(f"{name} must be {names}, not {value!r}.")

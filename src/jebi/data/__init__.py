@@ -1,0 +1,1 @@
+"""From files to passes: sources, templates, token rows, and how rows share a pass."""

@@ -1,0 +1,100 @@
+"""Rows from where they lie: a .jsonl, .json, .csv or .parquet file, or a data set on the hub.
+
+JSON is read here so that a fault is named by its line; the rest is the datasets package's work.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+from jebi.errors import DataError
+
+
+def load_rows(source: str, split: str = "train") -> Dataset:
+    """The rows of a file or of a hub data set.
+
+    Raises:
+        DataError: nothing there, unreadable, or empty.
+    """
+    path = Path(source).expanduser()
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_table, ".parquet": _read_table}
+    if path.suffix in readers:
+        if not path.is_file():
+            raise DataError(f"data file '{path}' does not exist.")
+        rows = readers[path.suffix](path)
+    elif path.exists() or source.count("/") != 1:
+        raise DataError(f"'{source}' is no .jsonl, .json, .csv or .parquet file and no hub id (owner/name).")
+    else:
+        rows = _from_hub(source, split)
+    if len(rows) == 0:
+        raise DataError(f"'{source}' holds no rows.")
+    return rows
+
+
+def require_columns(rows: Dataset, columns: tuple[str, ...], source: str) -> None:
+    """`DataError` unless every column is there."""
+    for column in columns:
+        if column not in rows.column_names:
+            raise DataError(f"'{source}' has no column '{column}'. It has: {', '.join(rows.column_names)}.")
+
+
+def _read_jsonl(path: Path) -> Dataset:
+    records = []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"'{path}' line {number}: invalid JSON: {error.msg} at column {error.colno}.") from error
+        if not isinstance(record, dict):
+            raise DataError(f"'{path}' line {number}: a row must be an object with columns, not {record!r:.40}.")
+        records.append(record)
+    return _dataset(records, path)
+
+
+def _read_json(path: Path) -> Dataset:
+    try:
+        records = json.loads("\n".join(_lines(path)))
+    except json.JSONDecodeError as error:
+        raise DataError(f"'{path}' line {error.lineno}: invalid JSON: {error.msg}.") from error
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise DataError(f"'{path}' must hold a list of objects.")
+    return _dataset(records, path)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{path}' is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error.strerror}.") from error
+
+
+def _dataset(records: list[dict[str, Any]], path: Path) -> Dataset:
+    if not records:
+        raise DataError(f"'{path}' holds no rows.")
+    columns = {key for record in records for key in record}
+    for number, record in enumerate(records, 1):
+        if lacking := columns - record.keys():
+            raise DataError(f"'{path}' row {number} lacks column '{min(lacking)}', which other rows have.")
+    return Dataset.from_list(records)
+
+
+def _read_table(path: Path) -> Dataset:
+    try:
+        return load_dataset(path.suffix[1:], data_files=str(path), split="train")
+    except (ValueError, OSError, RuntimeError) as error:
+        raise DataError(f"'{path}' cannot be read: {error}") from error
+
+
+def _from_hub(source: str, split: str) -> Dataset:
+    try:
+        rows = load_dataset(source, split=split)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise DataError(f"data set '{source}', split '{split}', cannot be loaded: {error}") from error
+    assert isinstance(rows, Dataset)
+    return rows

@@ -1,0 +1,41 @@
+"""Every error jebi raises for a user's mistake, in one tree.
+
+    JebiError
+    ├── ConfigError         a setting is wrong, missing or does nothing      (ValueError)
+    ├── DataError           rows, files or columns are wrong                 (ValueError)
+    ├── ModelError          the model or its config cannot be used           (ValueError)
+    │   └── WeightsError    a weights file lacks, contradicts or breaks      (ValueError)
+    ├── AdapterError        an adapter does not fit the model                (ValueError)
+    └── DivergedError       the loss became NaN or infinite                  (ArithmeticError)
+
+A message names the setting and the way out: ``what is wrong`` first, then ``what to do``. Broken invariants
+of jebi's own are ``assert``, never one of these.
+"""
+
+
+class JebiError(Exception):
+    """Base of all errors that a user can mend; the command line prints its message and exits with 2."""
+
+
+class ConfigError(JebiError, ValueError):
+    """A setting has an impossible value, is missing, or would have no effect."""
+
+
+class DataError(JebiError, ValueError):
+    """A data file, column or row cannot be used."""
+
+
+class ModelError(JebiError, ValueError):
+    """A model name, architecture or model config cannot be used."""
+
+
+class WeightsError(ModelError):
+    """A weights file is truncated, lacks a tensor, holds one too many, or has one of another shape."""
+
+
+class AdapterError(JebiError, ValueError):
+    """An adapter does not fit the model it is put on."""
+
+
+class DivergedError(JebiError, ArithmeticError):
+    """Training was stopped because the loss became NaN or infinite."""

@@ -1,0 +1,139 @@
+"""`FastLanguageModel`: the tutorial's verbs, a thin front over the rooms."""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from jebi.adapters.lora import attach
+from jebi.adapters.peft_files import CONFIG_FILE, read_config, read_weights
+from jebi.config import TARGET_MODULES, LoraConfig, ModelConfig
+from jebi.errors import ConfigError
+from jebi.inference.generation import prepare
+from jebi.models.decoder import Checkpointing
+from jebi.models.device import default_device, default_dtype
+from jebi.models.families import extend_context
+from jebi.models.files import find
+from jebi.models.hf import JebiForCausalLM
+from jebi.models.loading import load_model
+from jebi.models.tokenizer import ready
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINTING: dict[Any, Checkpointing] = {
+    False: "none",
+    "auto": "none",
+    True: "recompute",
+    "unsloth": "offload",
+}
+
+
+class FastLanguageModel:
+    """Load, adapt, and make ready for answering; nothing to instantiate."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str = "smollm2",
+        max_seq_length: int = 2048,
+        dtype: torch.dtype | None = None,
+        load_in_4bit: bool = True,
+        token: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> tuple[JebiForCausalLM, PreTrainedTokenizerBase]:
+        """Load a model and its tokenizer.
+
+        Args:
+            model_name: ``smollm2``, a folder, a .gguf file, a hub id, or a folder that a training wrote (its base
+                model is loaded and the adapter put on it).
+            max_seq_length: longest row; beyond the model's own length RoPE is scaled.
+            dtype: torch.float32, bfloat16 or float16; None takes what the device computes fastest.
+            load_in_4bit: store the projections as NF4.
+            token: hub token for gated models.
+            device: "cuda", "cpu" or such; None takes the card where there is one.
+
+        Raises:
+            ModelError: the model is not there, or of a kind that jebi does not have.
+            WeightsError: its weights are incomplete or broken.
+        """
+        ModelConfig(model_name, max_seq_length, load_in_4bit)
+        adapter = Path(model_name) if (Path(model_name) / CONFIG_FILE).is_file() else None
+        files = find(base_of(adapter) if adapter else model_name, token)
+        place = torch.device(device) if device is not None else default_device()
+        config = files.config()
+        if notice := extend_context(config, max_seq_length):
+            logger.warning(notice)
+        model = load_model(files, config, dtype or default_dtype(place), place, load_in_4bit)
+        if generation := files.generation_config():
+            model.generation_config = generation
+        tokenizer = ready(files.tokenizer(), model)
+        model.max_seq_length = max_seq_length
+        if adapter:
+            attach(model, read_config(adapter))
+            read_weights(model, adapter)
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(  # noqa: PLR0913  (the script's own argument list)
+        model: JebiForCausalLM,
+        r: int = 16,
+        target_modules: list[str] | tuple[str, ...] = TARGET_MODULES,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: Literal["none", "all", "lora_only"] = "none",
+        use_gradient_checkpointing: bool | Literal["unsloth", "auto"] = "auto",
+        random_state: int = 3407,
+        use_rslora: bool = False,
+        loftq_config: dict[str, Any] | None = None,
+    ) -> JebiForCausalLM:
+        """Put a fresh LoRA adapter on the model and return it.
+
+        ``use_gradient_checkpointing``: False keeps all activations, True recomputes them, "unsloth" recomputes and
+        keeps layer inputs in host memory, "auto" keeps what fits.
+
+        Raises:
+            AdapterError: the model has an adapter already.
+            ConfigError: a setting is impossible, or a target module does not exist.
+        """
+        if loftq_config:
+            raise ConfigError("loftq_config is not supported yet; leave it None.")
+        if use_gradient_checkpointing not in _CHECKPOINTING:
+            raise ConfigError(
+                "use_gradient_checkpointing must be True, False, 'unsloth' or 'auto', "
+                f"not {use_gradient_checkpointing!r}."
+            )
+        attach(
+            model,
+            LoraConfig(r, lora_alpha, lora_dropout, list(target_modules), bias, use_rslora, random_state),
+        )
+        model.model.checkpointing = _CHECKPOINTING[use_gradient_checkpointing]
+        model.auto_checkpointing = use_gradient_checkpointing == "auto"
+        return model
+
+    @staticmethod
+    def for_inference(model: JebiForCausalLM) -> JebiForCausalLM:
+        """Make the model ready to answer: no dropout, cache on, weights kept as decoding reads them fastest."""
+        return prepare(model)
+
+    @staticmethod
+    def for_training(model: JebiForCausalLM) -> JebiForCausalLM:
+        """Make the model ready to train on, undoing `for_inference`."""
+        for _, linear in model.linears():
+            linear.keep_dense(False)
+        return model.train()
+
+
+def base_of(adapter: Path) -> str:
+    """The base model's name that an adapter folder notes."""
+    import json
+
+    name = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not name:
+        raise ConfigError(f"adapter '{adapter}' does not name its base model; load that first.")
+    return str(name)
+
+
+def is_bfloat16_supported() -> bool:
+    """Whether bfloat16 works here: on Ampere cards and newer, and on every CPU (some are slow at it)."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)

@@ -1,0 +1,105 @@
+"""The decoder: embedding, layers, final norm. One for all families, which differ by `DecoderShape` alone.
+
+It chooses, per pass, between the layers' hand-written and plain forms and what each layer keeps. The head, the loss
+and everything transformers expects of a model are `models.hf`.
+
+Shapes: T tokens of all rows, B batch, S new tokens, L cached length, D width.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
+
+from jebi.kernels.rope import rope_tables
+from jebi.models.families import DecoderShape
+from jebi.nn.attention import attend_cached, attend_rows
+from jebi.nn.layer import DecoderLayer, Norm
+from jebi.nn.layer_node import Keep, run_layer, serves
+from jebi.nn.rows import Rows
+
+Checkpointing = Literal["none", "recompute", "offload"]
+"""Keep every layer's activations; recompute them from the layer's input; that, with the input in host memory."""
+
+_KEEP: dict[Checkpointing, Keep] = {"none": "all", "recompute": "input", "offload": "input_on_host"}
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm, named as in Hugging Face checkpoints."""
+
+    def __init__(self, shape: DecoderShape, dtype: torch.dtype, inv_freq: Tensor, rope_scaling: float):
+        super().__init__()
+        self.shape = shape
+        embedding = torch.empty(shape.vocabulary, shape.layer.width, dtype=dtype, device="meta")
+        self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=True)
+        self.layers = nn.ModuleList(DecoderLayer(shape.layer, dtype) for _ in range(shape.layers))
+        self.norm = Norm(shape.layer.width, shape.layer.eps, dtype)
+        self.inv_freq = inv_freq
+        self.rope_scaling = rope_scaling
+        self.checkpointing: Checkpointing = "none"
+        self.plain = False
+        """Run the plain form of every layer, for tests and comparisons."""
+
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rotary cosines and sines of the positions."""
+        self.inv_freq = self.inv_freq.to(positions.device)
+        return rope_tables(positions, self.inv_freq, self.rope_scaling, dtype)
+
+    def forward_rows(self, hidden_TD: Tensor, rows: Rows) -> Tensor:
+        """Embedded rows laid end to end -> final hidden states (T, D)."""
+        tables = self.tables(rows.positions_T, hidden_TD.dtype)
+        training = torch.is_grad_enabled() and self.training
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            if torch.is_grad_enabled() and not self.plain and serves(layer):
+                hidden_TD = run_layer(layer, hidden_TD, tables, rows, _KEEP[self.checkpointing])
+            elif training and self.checkpointing != "none":
+                hidden_TD = checkpoint(_plain_rows, layer, hidden_TD, tables, rows, use_reentrant=False)
+            else:
+                hidden_TD = _plain_rows(layer, hidden_TD, tables, rows)
+        out_TD: Tensor = self.norm(hidden_TD)
+        return out_TD
+
+    def forward_cached(self, hidden_BSD: Tensor, positions_BS: Tensor, mask_BL: Tensor | None, cache: Cache) -> Tensor:
+        """Embedded new tokens -> final hidden states (B, S, D); their keys and values are added to ``cache``.
+
+        Args:
+            hidden_BSD: embedded tokens.
+            positions_BS: their positions.
+            mask_BL: 1 for real tokens among the cached and the new ones, 0 for padding; None when all are real.
+            cache: transformers' cache object.
+        """
+        tables = self.tables(positions_BS, hidden_BSD.dtype)
+        mask_BSL = _mask(mask_BL, hidden_BSD.shape[1], cache.get_seq_length(), hidden_BSD.device)
+        for index, layer in enumerate(self.layers):
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, index: int = index) -> Tensor:
+                k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), index)
+                return attend_cached(q, k, v, mask_BSL)
+
+            hidden_BSD = layer(hidden_BSD, *tables, attend)
+        out_BSD: Tensor = self.norm(hidden_BSD)
+        return out_BSD
+
+
+def _plain_rows(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tensor], rows: Rows) -> Tensor:
+    out_TD: Tensor = layer(hidden_TD, *tables, lambda q, k, v: attend_rows(q, k, v, rows))
+    return out_TD
+
+
+def _mask(mask_BL: Tensor | None, new: int, past: int, device: torch.device) -> Tensor | None:
+    """(B, S, L) booleans where a new token may look, or None when plain causality says it all."""
+    padded = mask_BL is not None and not bool(mask_BL.all())
+    if not padded and (past == 0 or new == 1):
+        return None
+    length = past + new
+    query_S = torch.arange(past, length, device=device)
+    causal_SL = torch.arange(length, device=device)[None] <= query_S[:, None]
+    if mask_BL is None or not padded:
+        return causal_SL[None]
+    allowed_BSL = causal_SL[None] & F.pad(mask_BL, (0, length - mask_BL.shape[1]), value=1)[:, None].bool()
+    # A padding token in front of a row may look at nothing; letting it see itself keeps its softmax finite.
+    return allowed_BSL | (torch.arange(length, device=device)[None] == query_S[:, None])[None]

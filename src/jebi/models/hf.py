@@ -1,0 +1,230 @@
+"""The shell that transformers knows: a `PreTrainedModel` around the decoder and its head.
+
+It takes what `transformers.Trainer`, TRL and `generate` pass, lays padded batches out as flat rows and back, and
+computes the loss over labelled tokens without ever making all logits. Adapter files are written by whatever the
+`adapters` room put into ``adapter``.
+
+Shapes: B batch, S tokens of a padded row, T real tokens, D width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from jebi.errors import ModelError
+from jebi.kernels.linear_cross_entropy import linear_cross_entropy
+from jebi.models.decoder import Decoder
+from jebi.models.families import DecoderShape
+from jebi.models.unpadding import IGNORED, Layout, lay_out, shift_labels
+from jebi.models.writing import write_checkpoint
+from jebi.nn.linear import Linear
+from jebi.nn.rows import Rows
+
+
+class Adapter(Protocol):
+    """What the model needs of the adapter it carries."""
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write the adapter's files into ``folder``."""
+        ...
+
+
+class Backbone(Decoder):
+    """The decoder behind transformers' signature, as TRL and `PreTrainedModel.base_model` call it."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        rows: Rows | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPast:
+        """Final hidden states (B, S, D), zero at padding.
+
+        ``rows`` may be given with a batch of one row of flat tokens; it spares finding the boundaries again.
+        """
+        hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache or past_key_values is not None:
+            cache = past_key_values if past_key_values is not None else DynamicCache()
+            return self._with_cache(hidden_BSD, attention_mask, position_ids, cache)
+        layout = Layout(None, rows) if rows is not None else lay_out(hidden_BSD, attention_mask, position_ids)
+        out_TD = self.forward_rows(layout.flatten(hidden_BSD), layout.rows)
+        return BaseModelOutputWithPast(last_hidden_state=layout.restore(out_TD, hidden_BSD.shape[:2]))
+
+    def _with_cache(
+        self, hidden_BSD: Tensor, mask_BL: Tensor | None, positions_BS: Tensor | None, cache: Cache
+    ) -> BaseModelOutputWithPast:
+        new = hidden_BSD.shape[1]
+        if positions_BS is None:
+            past = cache.get_seq_length()
+            positions_BS = torch.arange(past, past + new, device=hidden_BSD.device)[None]
+            if mask_BL is not None:
+                positions_BS = (mask_BL.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
+        out_BSD = self.forward_cached(hidden_BSD, positions_BS, mask_BL, cache)
+        return BaseModelOutputWithPast(last_hidden_state=out_BSD, past_key_values=cache)
+
+
+class JebiForCausalLM(PreTrainedModel, GenerationMixin):
+    """jebi's decoder with its language-model head."""
+
+    config_class = PretrainedConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012  (transformers reads a list here)
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        shape: DecoderShape,
+        dtype: torch.dtype,
+        inv_freq: Tensor,
+        rope_scaling: float,
+    ):
+        super().__init__(config)
+        config.dtype = dtype
+        self.model = Backbone(shape, dtype, inv_freq, rope_scaling)
+        self.lm_head = Linear(shape.layer.width, shape.vocabulary, False, dtype)
+        self.adapter: Adapter | None = None
+        self.loss_type = "ForCausalLM"
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Nothing: the weights come from a checkpoint."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As transformers' causal language models, with these differences.
+
+        With labels only the loss is returned, since making the logits would cost more memory than the training;
+        ``return_logits=True`` asks for both. ``shift_labels`` (already shifted), ``num_items_in_batch``,
+        ``label_smoothing`` and ``rows`` are taken as keywords.
+
+        Raises:
+            ModelError: hidden states or attention weights were asked for, which jebi never holds.
+        """
+        if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+            raise ModelError("output_hidden_states and output_attentions are not available: jebi does not keep them.")
+        # The model computes in its own dtype: autocast around it (Trainer's bf16=True) must not recast its parts.
+        with torch.autocast(self.device.type, enabled=False):
+            outputs = self.model(
+                input_ids,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                inputs_embeds,
+                use_cache,
+                kwargs.get("rows"),
+            )
+            hidden_BSD = outputs.last_hidden_state
+            loss = None
+            shifted_BS = kwargs.get("shift_labels")
+            if labels is not None and shifted_BS is None:
+                shifted_BS = shift_labels(labels, position_ids)
+            if shifted_BS is not None:
+                loss = self._loss(hidden_BSD, shifted_BS, kwargs)
+            logits = None
+            if loss is None or kwargs.get("return_logits"):
+                kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+                logits = self.lm_head(hidden_BSD[:, kept])
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+    def _loss(self, hidden_BSD: Tensor, shifted_BS: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        learnt_BS = shifted_BS != IGNORED
+        total = linear_cross_entropy(
+            hidden_BSD[learnt_BS],
+            self.lm_head.dense(),
+            shifted_BS[learnt_BS],
+            kwargs.get("label_smoothing", 0.0),
+        )
+        items = kwargs.get("num_items_in_batch")
+        return total / (learnt_BS.sum().clamp(min=1) if items is None else items)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding module."""
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head module."""
+        return self.lm_head
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute activations in the backward; a mode that already does (offload) stays."""
+        if self.model.checkpointing == "none":
+            self.model.checkpointing = "recompute"
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations."""
+        self.model.checkpointing = "none"
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed."""
+        return self.model.checkpointing != "none"
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        """Every linear map with its full name in the checkpoint."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                yield name, module
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within it the model is the base model."""
+        loras = [linear.lora for _, linear in self.linears() if linear.lora is not None]
+        before = [lora.enabled for lora in loras]
+        for lora in loras:
+            lora.enabled = False
+        try:
+            yield
+        finally:
+            for lora, enabled in zip(loras, before, strict=True):
+                lora.enabled = enabled
+
+    def trainable_parameters(self) -> tuple[int, int]:
+        """How many numbers are trained, and how many there are; a 4-bit weight counts its values, not its bytes."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        quantised = sum(
+            m.in_features * m.out_features for _, m in self.linears() if not isinstance(m.weight, nn.Parameter)
+        )
+        return trained, sum(p.numel() for p in self.parameters()) + quantised
+
+    def print_trainable_parameters(self) -> None:
+        """Print how much of the model is trained, in PEFT's words."""
+        trained, everything = self.trainable_parameters()
+        print(
+            f"trainable params: {trained:,d} || all params: {everything:,d} || "
+            f"trainable%: {100 * trained / everything:.4f}"
+        )
+
+    def save_pretrained(self, save_directory: str | Path, *_: Any, **__: Any) -> None:
+        """Write the adapter in PEFT's format, or the whole model in Hugging Face's where there is no adapter."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.adapter is not None:
+            self.adapter.save(self, folder)
+        else:
+            write_checkpoint(self, folder)

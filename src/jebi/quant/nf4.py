@@ -1,0 +1,292 @@
+"""NF4 weights with double quantisation: QLoRA's 4-bit storage of a frozen matrix, in plain torch.
+
+Each value is one of 16 levels (the quantiles of a normal distribution) times the largest magnitude of its
+block of 64; those magnitudes, less their mean, are themselves stored in 8 bits in blocks of 256. That is
+4.127 bits a value (QLoRA, arXiv:2305.14314, sections 2 and 3). The bytes are those of bitsandbytes 0.50's
+``quantize_4bit(..., quant_type="nf4", compress_statistics=True)`` on CPU, and weights are exchanged with it
+under its names in a state dict.
+
+The 8-bit format is ``quant.dynamic8``'s business; layers that multiply by the dense weight live in ``nn``.
+
+Shape suffixes: N rows, K columns, P packed bytes, B blocks, D blocks of block scales, V values of a stretch.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jebi.errors import WeightsError
+from jebi.quant import dynamic8
+
+# arXiv:2305.14314, appendix E.
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+_ZERO = LEVELS.index(0.0)
+_BINS = 256  # of [-1, 1]; finer than the levels' spacing, so that a bin holds one threshold at most
+_TINY = 1e-38  # divides where a block is all zeros
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_QUANT_STATE = "quant_state.bitsandbytes__nf4"
+
+
+class NF4Weight(nn.Module):
+    """A matrix of shape [N, K] held as NF4.
+
+    Buffers: ``packed`` uint8 [P], two levels a byte, the first in the high half; ``absmax`` uint8 [B];
+    ``nested_absmax`` float32 [D]; ``offset`` float32 []. They follow ``.to(device)`` but keep their dtypes
+    under ``.to(dtype)``, ``.half()`` and the like, as rounded scales would be another weight. ``shape``,
+    ``dtype`` (what the matrix had before) and ``block`` are plain attributes, absent from ``state_dict()``.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    offset: Tensor
+
+    def __init__(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        nested_absmax: Tensor,
+        offset: Tensor,
+        *,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        block: int = 64,
+    ) -> None:
+        super().__init__()
+        self.shape, self.dtype, self.block = shape, dtype, block
+        self.register_buffer("packed", packed)
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("nested_absmax", nested_absmax)
+        self.register_buffer("offset", offset)
+
+    @classmethod
+    @torch.no_grad()
+    def quantize(cls, weight_NK: Tensor, block: int = 64) -> "NF4Weight":
+        """Quantise a float32, bfloat16 or float16 matrix, on its own device, in blocks along its rows.
+
+        ``block`` is even. Raises ``WeightsError`` when the matrix holds a NaN or an infinity.
+        """
+        assert weight_NK.dim() == 2
+        assert block % 2 == 0
+        flat = weight_NK.reshape(-1)
+        packed_P = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
+        scales_B = torch.empty(-(-flat.numel() // block), dtype=torch.float32, device=flat.device)
+        edge = flat.numel() // block * block
+        step = max(1, _stretch(flat.device) // block) * block
+        for start in range(0, edge, step):
+            stop = min(start + step, edge)
+            _encode(flat[start:stop], block, packed_P[start // 2 :], scales_B[start // block :])
+        if edge < flat.numel():
+            _encode(flat[edge:], block, packed_P[edge // 2 :], scales_B[edge // block :])
+        offset = scales_B.mean()
+        absmax_B, nested_absmax_D = dynamic8.quantize(scales_B - offset)
+        shape = (weight_NK.shape[0], weight_NK.shape[1])
+        return cls(packed_P, absmax_B, nested_absmax_D, offset, shape=shape, dtype=weight_NK.dtype, block=block)
+
+    @torch.no_grad()
+    def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Return the matrix [N, K] in ``dtype``: level times block scale in float32, then rounded once.
+
+        Writes into ``out`` when given: of that shape, dtype and device, with any strides. Beyond the result
+        it needs one cache-sized buffer and the block scales as float32 (1/64 of the values).
+        """
+        device = self.packed.device
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype, device=device)
+        assert (out.shape, out.dtype, out.device) == (self.shape, dtype, device)
+        scales_B = self.scales()
+        columns = self.shape[1]
+        # Whole rows and whole blocks at a time, so that a stretch fits any strides of `out`.
+        unit = self.block // math.gcd(columns, self.block)
+        rows = max(1, _stretch(device) // max(1, unit * columns)) * unit
+        for top in range(0, self.shape[0], rows):
+            part = out[top : top + rows]
+            start = top * columns
+            packed = self.packed[start // 2 : (start + part.numel() + 1) // 2]
+            first = start // self.block
+            scales = scales_B[first : first - (-part.numel() // self.block)]
+            part.copy_(_decode(packed, scales, self.block)[: part.numel()].view(part.shape))
+        return out
+
+    def scales(self) -> Tensor:
+        """Return the blocks' scales: float32 [B]."""
+        return dynamic8.dequantize(self.absmax, self.nested_absmax).add_(self.offset)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the buffers hold."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def extra_repr(self) -> str:
+        """Show the matrix's shape and dtype where modules are printed."""
+        return f"shape={self.shape}, dtype={self.dtype}, block={self.block}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Weight":
+        # Every move and cast of a module comes through here: keep the move, drop the cast.
+        for name, buffer in self.named_buffers():
+            moved = fn(buffer)
+            self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
+
+
+def to_bitsandbytes(weight: NF4Weight, name: str = "weight") -> dict[str, Tensor]:
+    """Return the weight as ``bitsandbytes.nn.Linear4bit.state_dict()`` has it, under ``name``.
+
+    The packed bytes are [P, 1]; ``NAME.quant_state.bitsandbytes__nf4`` is a JSON text as uint8.
+    """
+    facts = {
+        "quant_type": "nf4",
+        "blocksize": weight.block,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+        "nested_blocksize": dynamic8.BLOCK,
+        "nested_dtype": "float32",
+        "nested_offset": weight.offset.item(),
+    }
+    device = weight.packed.device
+    return {
+        name: weight.packed.view(-1, 1),
+        f"{name}.absmax": weight.absmax,
+        f"{name}.quant_map": torch.tensor(LEVELS, dtype=torch.float32, device=device),
+        f"{name}.nested_absmax": weight.nested_absmax,
+        f"{name}.nested_quant_map": dynamic8.dynamic_code(signed=True).to(device),
+        f"{name}.{_QUANT_STATE}": torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8),
+    }
+
+
+def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str = "weight") -> NF4Weight:
+    """Build the weight called ``name`` from the tensors of a bitsandbytes state dict; it shares their memory.
+
+    Raises ``WeightsError`` when one is missing, or when it is not NF4 with double quantisation.
+    """
+    facts = _facts(tensors, name)
+    packed, absmax, levels, nested_absmax, nested_code = (
+        _take(tensors, name + part) for part in ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+    )
+    if not _same_table(levels, torch.tensor(LEVELS)) or not _same_table(
+        nested_code, dynamic8.dynamic_code(signed=True)
+    ):
+        raise WeightsError(f"{name} was quantised with other levels than NF4's; load the unquantised model")
+    rows, columns = facts["shape"]
+    values, block = rows * columns, facts["blocksize"]
+    blocks = -(-values // block)
+    expected = ((values + 1) // 2, blocks, -(-blocks // dynamic8.BLOCK))
+    if (packed.numel(), absmax.numel(), nested_absmax.numel()) != expected:
+        raise WeightsError(f"{name} is {rows} by {columns}, but its stored bytes are of another size")
+    offset = torch.tensor(facts["nested_offset"], dtype=torch.float32, device=packed.device)
+    return NF4Weight(
+        packed.reshape(-1),
+        absmax,
+        nested_absmax,
+        offset,
+        shape=(rows, columns),
+        dtype=_DTYPES[facts["dtype"]],
+        block=block,
+    )
+
+
+def _facts(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:
+    text = bytes(_take(tensors, f"{name}.{_QUANT_STATE}").tolist())
+    try:
+        facts: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise WeightsError(f"{name}.{_QUANT_STATE} is no JSON text; the file is damaged") from error
+    if facts.get("nested_blocksize") != dynamic8.BLOCK or "nested_offset" not in facts:
+        raise WeightsError(
+            f"{name} has no double quantisation in blocks of {dynamic8.BLOCK}; save it with "
+            "bnb_4bit_use_double_quant=True, or load the unquantised model"
+        )
+    if facts.get("dtype") not in _DTYPES or len(facts.get("shape", ())) != 2 or "blocksize" not in facts:
+        raise WeightsError(f"{name}.{_QUANT_STATE} lacks a matrix's shape, dtype or block size: {facts}")
+    return facts
+
+
+def _take(tensors: Mapping[str, Tensor], key: str) -> Tensor:
+    if key not in tensors:
+        raise WeightsError(f"{key} is missing; a bitsandbytes NF4 weight with double quantisation has it")
+    return tensors[key]
+
+
+def _same_table(stored: Tensor, expected: Tensor) -> bool:
+    return stored.shape == expected.shape and torch.allclose(stored.float().cpu(), expected, atol=1e-6)
+
+
+def _stretch(device: torch.device) -> int:
+    """Values handled at a time: what a CPU's cache holds; elsewhere as many as keep launches few."""
+    return 1 << 17 if device.type == "cpu" else 1 << 24
+
+
+def _encode(values_V: Tensor, block: int, packed_out: Tensor, scales_out: Tensor) -> None:
+    """Quantise whole blocks, or one shorter block, into the heads of ``packed_out`` and ``scales_out``."""
+    short = values_V.numel() < block
+    values_BK = values_V.float().view(-1, values_V.numel() if short else block)
+    scales_B = values_BK.abs().amax(dim=1)
+    if not torch.isfinite(scales_B).all():
+        raise WeightsError("a weight holds NaN or infinite values; it cannot be quantised")
+    # bitsandbytes divides in a short block and multiplies by the inverse elsewhere, which rounds otherwise,
+    # and only in a short block does it store the scale that an all-zero block is divided by.
+    if short:
+        scales_B = scales_B.clamp(min=_TINY)
+        scaled = values_BK / scales_B[:, None]
+    else:
+        scaled = values_BK * scales_B.clamp(min=_TINY).reciprocal()[:, None]
+    scales_out[: scales_B.numel()] = scales_B
+    codes = _nearest_level(scaled.view(-1).clamp_(-1.0, 1.0)).to(torch.uint8)
+    if codes.numel() % 2:
+        codes = nn.functional.pad(codes, (0, 1), value=_ZERO)
+    packed_out[: codes.numel() // 2] = (codes[::2] << 4) | codes[1::2]
+
+
+def _nearest_level(scaled_V: Tensor) -> Tensor:
+    """Return the index of the level nearest to each value of [-1, 1], ties downwards: int32 [V].
+
+    A bin's lowest possible index comes from a table; one comparison with the threshold above it decides.
+    """
+    lowest, thresholds = _bins(scaled_V.device)
+    codes = torch.index_select(lowest, 0, _bin(scaled_V))
+    return codes.add_(scaled_V > torch.index_select(thresholds, 0, codes))
+
+
+def _bin(scaled: Tensor) -> Tensor:
+    return ((scaled + 1.0) * (_BINS / 2)).to(torch.int32)
+
+
+@lru_cache(maxsize=8)
+def _bins(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return how many thresholds lie in lower bins, int32 [_BINS + 1], and the thresholds, float32 [16]."""
+    levels = torch.tensor(LEVELS, dtype=torch.float32, device="cpu")
+    thresholds = (levels[:-1] + levels[1:]) / 2
+    bins = torch.arange(_BINS + 1, dtype=torch.int32, device="cpu")
+    lowest = torch.bucketize(bins, _bin(thresholds), out_int32=True)
+    above_all = torch.full((1,), math.inf, dtype=torch.float32, device="cpu")
+    return lowest.to(device), torch.cat([thresholds, above_all]).to(device)
+
+
+def _decode(packed: Tensor, scales: Tensor, block: int) -> Tensor:
+    """Return the values of ``packed``, which starts with a block: float32, twice its length."""
+    pairs = torch.index_select(_pairs(packed.device), 0, packed.to(torch.int32))
+    values = pairs.view(torch.float32)
+    whole = values.numel() // block
+    edge = whole * block
+    values[:edge].view(-1, block).mul_(scales[:whole, None])
+    if edge < values.numel():
+        values[edge:].mul_(scales[whole])
+    return values
+
+
+@lru_cache(maxsize=8)
+def _pairs(device: torch.device) -> Tensor:
+    """Return the two float32 levels of each packed byte as one int64: [256]; a look-up then gives two."""
+    levels = torch.tensor(LEVELS, dtype=torch.float32, device="cpu")
+    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
+    return pairs.contiguous().view(torch.int64).view(-1).to(device)

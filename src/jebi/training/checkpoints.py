@@ -1,0 +1,45 @@
+"""Checkpoint folders that are whole or absent, in an output folder that is known to be writable."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from jebi.errors import ConfigError
+
+
+def require_writable(folder: Path) -> None:
+    """Make the output folder and try it, so that a long training does not end in an error.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output_dir '{folder}' cannot be written to: {error.strerror}. Name another.") from error
+
+
+def complete_checkpoint(staging: Path, final: Path, state: TrainerState, args: TrainingArguments) -> None:
+    """Move the checkpoint that Trainer wrote under ``staging`` to its place under ``final``, then rotate old ones."""
+    name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    target = final / name
+    best = final / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}" if state.best_global_step else None
+    if best is not None and (best == target or best.is_dir()):
+        # Trainer noted the staging folder's path, which is gone in a moment.
+        state.best_model_checkpoint = str(best)
+        state.save_to_json(str(staging / name / "trainer_state.json"))
+    if target.exists():
+        shutil.rmtree(target)
+    (staging / name).replace(target)
+    staging.rmdir()
+    rotate_checkpoints(
+        output_dir=str(final),
+        save_total_limit=args.save_total_limit,
+        best_model_checkpoint=state.best_model_checkpoint,
+        use_mtime=True,
+    )

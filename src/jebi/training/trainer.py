@@ -1,0 +1,262 @@
+"""`SFTTrainer`: transformers' Trainer, with one optimizer step run as a bag of rows.
+
+What is overridden: the rows are tokenised and laid end to end; the micro-batches of a step wait until the last of
+them and then run in as few passes as memory allows; evaluation runs the same way; checkpoints appear whole or not
+at all. Everything else (schedules, logging, callbacks, saving strategies, resuming) is Trainer's own.
+"""
+
+import contextlib
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
+
+from jebi.adapters.peft_files import read_weights
+from jebi.data.packing import pack
+from jebi.data.passes import Batch, Pass, collate, cut
+from jebi.data.rows import FormattingFunc, tokenize
+from jebi.errors import ConfigError, DivergedError
+from jebi.models.hf import JebiForCausalLM
+from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, choose
+from jebi.training.arguments import SFTConfig, check
+from jebi.training.checkpoints import complete_checkpoint, require_writable
+from jebi.training.interrupt import StopOnInterrupt
+from jebi.training.optimizer import AdamW8bit
+from jebi.training.report import Meter, Report, free_bytes
+
+logger = logging.getLogger(__name__)
+
+
+class SFTTrainer(Trainer):
+    """Supervised fine-tuning of a jebi model, with the arguments the tutorial's script passes."""
+
+    report: Report | None
+    """Memory and time of the last `train`; also in ``report.json`` under the output folder."""
+
+    def __init__(  # noqa: PLR0913  (the script's own argument list)
+        self,
+        model: JebiForCausalLM,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | None = None,
+        dataset_text_field: str | None = None,
+        max_seq_length: int | None = None,
+        dataset_num_proc: int | None = None,
+        packing: bool | None = None,
+        formatting_func: FormattingFunc | None = None,
+        args: TrainingArguments | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ):
+        """Prepare the rows and check every setting; nothing is trained yet.
+
+        ``args`` may be plain `TrainingArguments` or `SFTConfig`; a keyword given here wins over `SFTConfig`'s field.
+
+        Raises:
+            ConfigError: a setting is impossible, contradicts the model, or is one jebi does not serve.
+            DataError: the rows cannot be used.
+        """
+        if not isinstance(model, JebiForCausalLM):
+            raise ConfigError(
+                "model must come from FastLanguageModel.from_pretrained; for others use TRL's SFTTrainer."
+            )
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ConfigError("nothing is trainable: call FastLanguageModel.get_peft_model(model, ...) first.")
+        args = args if args is not None else SFTConfig(output_dir="outputs")
+        if notice := check(args, model.dtype, model.device):
+            logger.warning(notice)
+        require_writable(Path(args.output_dir))
+        tokenizer = processing_class if processing_class is not None else tokenizer
+        config = args if isinstance(args, SFTConfig) else None
+        longest = _first(max_seq_length, config and config.max_seq_length, getattr(model, "max_seq_length", None), 2048)
+        field = _first(dataset_text_field, config and config.dataset_text_field, "text")
+        workers = _first(dataset_num_proc, config and config.dataset_num_proc)
+        packed = bool(_first(packing, config and config.packing))
+
+        def prepare(dataset: Dataset | IterableDataset | None) -> Dataset | IterableDataset | None:
+            if dataset is None:
+                return None
+            if tokenizer is None:
+                raise ConfigError("tokenizer is missing: pass tokenizer=tokenizer.")
+            rows = tokenize(dataset, tokenizer, field, formatting_func, longest, workers)
+            return pack(rows, longest) if packed else rows
+
+        self._longest = int(longest)
+        self._pass_tokens = config.pass_tokens if config else None
+        self._bag: list[Batch] = []
+        self._trained_tokens = 0
+        self._interrupt = StopOnInterrupt()
+        self._plan: PassPlan | None = None
+        self._staging: Path | None = None
+        self.report = None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=prepare(train_dataset),
+            eval_dataset=prepare(eval_dataset),
+            processing_class=tokenizer,
+            callbacks=[*(callbacks or []), self._interrupt],
+            optimizers=optimizers,
+        )
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as Trainer does, measure it, and write ``report.json``.
+
+        Raises:
+            DivergedError: the loss became NaN or infinite; checkpoints written before stay.
+            KeyboardInterrupt: Ctrl-C came; the step under way was finished and saved first.
+        """
+        if self.train_dataset is None:
+            raise ConfigError("train_dataset is missing.")
+        self._bag, self._trained_tokens, self._interrupt.interrupted = [], 0, False
+        self._plan = self._make_plan()
+        meter = Meter(self.model.device)
+        with self._interrupt.listening():
+            output = super().train(*args, **kwargs)
+        chosen = {"pass_tokens": self._plan.tokens, "checkpointing": self._plan.checkpointing}
+        self.report = meter.report(self.state.global_step - self._initial_global_step, self._trained_tokens, chosen)
+        if self.args.should_save:
+            self.report.write(Path(self.args.output_dir) / "report.json", self.state.log_history)
+        if self._interrupt.interrupted:
+            raise KeyboardInterrupt
+        return output
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Collect the step's micro-batches; with the last of them run forward and backward of all rows."""
+        self._bag.append(inputs)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches, self._bag = self._bag, []
+        model.train()
+        passes = cut(batches, self._current_plan().tokens)
+        loss = torch.zeros((), device=self.args.device)
+        for index, part in enumerate(passes):
+            last = index == len(passes) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                loss += self._forward_backward(model, part, num_items_in_batch)
+        self._trained_tokens += sum(part.input_ids.numel() for part in passes)
+        self._require_finite(loss, batches)
+        if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
+            torch.cuda.empty_cache()
+        return loss
+
+    def _forward_backward(self, model: nn.Module, part: Pass, items: Tensor | int | None) -> Tensor:
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._inputs(part), num_items_in_batch=items)
+        self.accelerator.backward(loss)
+        detached: Tensor = loss.detach()
+        return detached
+
+    def _inputs(self, part: Pass) -> dict[str, Any]:
+        return {
+            "input_ids": part.input_ids.to(self.args.device),
+            "shift_labels": part.shift_labels.to(self.args.device),
+            "rows": part.rows,
+            "label_smoothing": self.args.label_smoothing_factor,
+        }
+
+    def _require_finite(self, loss: Tensor, batches: list[Batch]) -> None:
+        if math.isfinite(loss.item()):
+            return
+        rows = [row for batch in batches for row in batch["rows"]]
+        raise DivergedError(
+            f"the loss is {loss.item()} at step {self.state.global_step + 1}, rows {rows}. Stopped; the last good "
+            f"checkpoint under '{self.args.output_dir}' is kept. Look at those rows, or lower learning_rate."
+        )
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss over all learnt tokens, in passes no larger than training's; never any logits."""
+        model = self.model.eval()
+        total = torch.zeros((), dtype=torch.float64)
+        learnt = seen = 0
+        for batch in dataloader:
+            items = int((batch["shift_labels"] != -100).sum())
+            for part in cut([batch], self._current_plan().tokens):
+                with torch.no_grad():
+                    total += (
+                        model(**self._inputs(part) | {"label_smoothing": 0.0}, num_items_in_batch=1).loss.double().cpu()
+                    )
+            learnt, seen = learnt + items, seen + len(batch["rows"])
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        sums = torch.tensor([total.item(), learnt], dtype=torch.float64, device=self.args.device)
+        total_loss, total_learnt = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": total_loss / max(total_learnt, 1)}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=seen)  # type: ignore[arg-type]
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Not available: predictions are logits, which jebi never makes for whole data sets."""
+        raise ConfigError("predict is not available; use evaluate for the loss, or model.generate for answers.")
+
+    def _current_plan(self) -> PassPlan:
+        if self._plan is None:
+            self._plan = self._make_plan()
+        return self._plan
+
+    def _make_plan(self) -> PassPlan:
+        """Choose the pass size, and what layers keep where the model leaves it open; set it on the model."""
+        backbone, device = self.model.model, self.model.device
+        limit = CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS
+        asked = None if getattr(self.model, "auto_checkpointing", False) else backbone.checkpointing
+        if self.args.gradient_checkpointing and asked in (None, "none"):
+            asked = "recompute"
+        element = self.model.dtype.itemsize
+        plan = choose(backbone.shape, element, free_bytes(device), self._longest, asked, limit)
+        backbone.checkpointing = plan.checkpointing
+        return plan if self._pass_tokens is None else PassPlan(plan.checkpointing, self._pass_tokens)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        """jebi's own 8-bit AdamW where the script says ``adamw_8bit``; every other name is Trainer's."""
+        if args.optim in ("adamw_8bit", "adamw_bnb_8bit"):
+            settings = {
+                "lr": args.learning_rate,
+                "betas": (args.adam_beta1, args.adam_beta2),
+                "eps": args.adam_epsilon,
+            }
+            return AdamW8bit, settings
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "labels", "row", "lengths"]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Let Trainer write the checkpoint in a folder of its own, and move it into place when it is whole."""
+        final = Path(super()._get_output_dir(trial))
+        self._staging = final / ".partial"
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staging, self._staging = self._staging, None
+        if self.args.should_save:
+            complete_checkpoint(staging, final, self.state, self.args)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        read_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        read_weights(self.model, Path(self.state.best_model_checkpoint))
+
+
+def _first(*values: Any) -> Any:
+    """The first value that was given."""
+    return next((value for value in values if value is not None), None)
