@@ -47,8 +47,9 @@ def quantize(values: Tensor, *, signed: bool = True, block: int = BLOCK) -> tupl
     The rule of bitsandbytes on CPU: ``x * (1 / absmax)``, clamped to [-1, 1], goes to the nearest of 65536
     evenly spaced grid points, ties upwards, and from there to the code nearest to that grid point. So codes
     closer together than the grid (magnitudes under about 2e-5) are told apart only by the grid: a zero
-    becomes the code nearest to 1.5e-5. (Its CUDA kernel has no grid; its bytes differ there in about one of
-    600 values.) A block of zeros has absmax 0 and codes 0. A NaN makes its block's absmax NaN.
+    becomes the code nearest to 1.5e-5. bitsandbytes' CUDA kernel has no grid: there zeros stay zeros and one
+    of 650 other bytes is another; this function gives the same bytes on every device.
+    A block of zeros has absmax 0 and codes 0. A NaN makes its block's absmax NaN.
     """
     flat = values.reshape(-1).float()
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)

@@ -223,7 +223,7 @@ def _same_table(stored: Tensor, expected: Tensor) -> bool:
 
 def _stretch(device: torch.device) -> int:
     """Values handled at a time: what a CPU's cache holds; elsewhere as many as keep launches few."""
-    return 1 << 17 if device.type == "cpu" else 1 << 24
+    return 1 << 18 if device.type == "cpu" else 1 << 24
 
 
 def _encode(values_V: Tensor, block: int, packed_out: Tensor, scales_out: Tensor) -> None:
