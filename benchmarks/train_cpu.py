@@ -84,10 +84,10 @@ def jebi(case: dict[str, Any], steps: int, checkpoint: str, adapter: str, scratc
     """Train with jebi; its trainer, the clock's marks, and the tokenizer."""
     import torch
     from datasets import Dataset
+    from transformers import TrainingArguments
 
     from jebi import FastLanguageModel, SFTTrainer
     from jebi.adapters.peft_files import read_weights
-    from transformers import TrainingArguments
 
     model, tokenizer = FastLanguageModel.from_pretrained(
         checkpoint, dtype=getattr(torch, case["dtype"]), load_in_4bit=case["bits4"]
@@ -183,11 +183,13 @@ def prepare(folder: Path) -> tuple[str, str]:
 
 def machine() -> str:
     """Processor, threads and commit, for the record."""
-    from jebi.training.report import memory_before
-
     import torch
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
+    from jebi.training.report import memory_before
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     device = memory_before(torch.device("cpu")).device
     return f"{device}; Python {platform.python_version()}, torch {torch.__version__}; commit {commit.stdout.strip()}"
 
@@ -202,7 +204,9 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
         ours, theirs = pair["jebi"], pair["trl"]
         apart = statistics.mean(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
         if apart > 0.01:
-            lines.append(f"| {name} | no speed: the loss curves differ by {apart:.4f} on average | | | | | {apart:.4f} |")
+            lines.append(
+                f"| {name} | no speed: the loss curves differ by {apart:.4f} on average | | | | | {apart:.4f} |"
+            )
             continue
         ratio = ours["tokens_per_s"] / theirs["tokens_per_s"]
         lines.append(
@@ -236,7 +240,9 @@ def main() -> None:
     print(text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "train_cpu.json").write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
+        (args.out / "train_cpu.json").write_text(
+            json.dumps({"machine": machine(), "results": results}, indent=2) + "\n"
+        )
         (args.out / "train_cpu.md").write_text(f"# Training on a CPU\n\n`python benchmarks/train_cpu.py`\n\n{text}")
 
 

@@ -70,9 +70,19 @@ class FastLanguageModel:
         tokenizer = ready(files.tokenizer(), model)
         model.max_seq_length = max_seq_length
         if adapter:
-            attach(model, read_config(adapter))
-            read_weights(model, adapter)
+            FastLanguageModel.put_adapter(model, adapter)
         return model, tokenizer
+
+    @staticmethod
+    def put_adapter(model: JebiForCausalLM, adapter: str | Path) -> JebiForCausalLM:
+        """Put a trained adapter, in PEFT's format, on a loaded base model; it can be trained further.
+
+        Raises:
+            AdapterError: the folder holds no LoRA adapter, or one made for another model.
+        """
+        attach(model, read_config(Path(adapter)))
+        read_weights(model, Path(adapter))
+        return model
 
     @staticmethod
     def get_peft_model(  # noqa: PLR0913  (the script's own argument list)

@@ -15,7 +15,10 @@ from jebi.models.unpadding import IGNORED
 from jebi.nn.rows import Rows, rows_from_lengths
 
 Batch = dict[str, Any]
-"""What the data loader yields: ``input_ids`` and ``shift_labels`` (1, T), and per row ``lengths`` and ``rows``."""
+"""What the data loader yields: ``input_ids``, ``labels`` and ``shift_labels`` (1, T), per row ``lengths``, ``rows``.
+
+``labels`` is there for Trainer, which counts a step's learnt tokens (in ``shift_labels``) only where it sees it.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ def collate(examples: list[dict[str, list[int]]]) -> Batch:
     shifted[[end - 1 for end in accumulate(lengths)]] = IGNORED
     return {
         "input_ids": ids[None],
+        "labels": labels[None],
         "shift_labels": shifted[None],
         "lengths": lengths,
         "rows": [row for example in examples for row in example["row"]],

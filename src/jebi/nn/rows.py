@@ -28,6 +28,10 @@ class Rows:
         """Start and end of every row."""
         return list(pairwise(self.starts))
 
+    def to(self, device: torch.device) -> "Rows":
+        """The same rows with their positions on another device."""
+        return Rows(self.starts, self.positions_T.to(device, non_blocking=True))
+
     def cu_seqlens(self) -> Tensor:
         """The starts as the int32 tensor that variable-length attention takes."""
         return torch.tensor(self.starts, dtype=torch.int32, device=self.positions_T.device)

@@ -8,6 +8,7 @@ at all. Everything else (schedules, logging, callbacks, saving strategies, resum
 import contextlib
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
 from jebi.adapters.peft_files import read_weights
+from jebi.data.heldout import inputs_of, summed_loss
 from jebi.data.packing import pack
 from jebi.data.passes import Batch, Pass, collate, cut
 from jebi.data.rows import FormattingFunc, tokenize
@@ -135,6 +137,7 @@ class SFTTrainer(Trainer):
         self._bag.append(inputs)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
+        assert num_items_in_batch is not None, "passes of one step must be weighted by the step's learnt tokens"
         batches, self._bag = self._bag, []
         model.train()
         passes = cut(batches, self._current_plan().tokens)
@@ -151,18 +154,11 @@ class SFTTrainer(Trainer):
 
     def _forward_backward(self, model: nn.Module, part: Pass, items: Tensor | int | None) -> Tensor:
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._inputs(part), num_items_in_batch=items)
+            inputs = inputs_of(part, self.args.device) | {"label_smoothing": self.args.label_smoothing_factor}
+            loss = self.compute_loss(model, inputs, num_items_in_batch=items)
         self.accelerator.backward(loss)
         detached: Tensor = loss.detach()
         return detached
-
-    def _inputs(self, part: Pass) -> dict[str, Any]:
-        return {
-            "input_ids": part.input_ids.to(self.args.device),
-            "shift_labels": part.shift_labels.to(self.args.device),
-            "rows": part.rows,
-            "label_smoothing": self.args.label_smoothing_factor,
-        }
 
     def _require_finite(self, loss: Tensor, batches: list[Batch]) -> None:
         if math.isfinite(loss.item()):
@@ -182,19 +178,18 @@ class SFTTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Mean loss over all learnt tokens, in passes no larger than training's; never any logits."""
-        model = self.model.eval()
-        total = torch.zeros((), dtype=torch.float64)
-        learnt = seen = 0
-        for batch in dataloader:
-            items = int((batch["shift_labels"] != -100).sum())
-            for part in cut([batch], self._current_plan().tokens):
-                with torch.no_grad():
-                    total += (
-                        model(**self._inputs(part) | {"label_smoothing": 0.0}, num_items_in_batch=1).loss.double().cpu()
-                    )
-            learnt, seen = learnt + items, seen + len(batch["rows"])
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        sums = torch.tensor([total.item(), learnt], dtype=torch.float64, device=self.args.device)
+        self.model.eval()
+        seen = 0
+
+        def counted() -> Iterator[Batch]:
+            nonlocal seen
+            for batch in dataloader:
+                yield batch
+                seen += len(batch["rows"])
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+        total, learnt = summed_loss(self.model, counted(), self._current_plan().tokens)
+        sums = torch.tensor([total, learnt], dtype=torch.float64, device=self.args.device)
         total_loss, total_learnt = self.accelerator.reduce(sums, "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": total_loss / max(total_learnt, 1)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=seen)  # type: ignore[arg-type]

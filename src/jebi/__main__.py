@@ -1,0 +1,5 @@
+"""``python -m jebi``."""
+
+from jebi.cli.main import run
+
+run()

@@ -1,0 +1,41 @@
+"""The ``jebi`` command: its list of commands, and how errors end.
+
+A user's mistake is one line on stderr and exit code 2, Ctrl-C is 130; anything else is a bug and shows a traceback.
+"""
+
+import logging
+import os
+import sys
+
+import typer
+
+from jebi.cli import chat, compare, demo, train, version
+from jebi.errors import JebiError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command("demo")(demo.command)
+app.command("train")(train.command)
+app.command("chat")(chat.command)
+app.command("compare")(compare.command)
+app.command("version")(version.command)
+
+
+@app.callback()
+def about() -> None:
+    """jebi fine-tunes large language models on one GPU, or on none."""
+
+
+def run() -> None:
+    """Entry point of the ``jebi`` script and of ``python -m jebi``."""
+    # Notices of libraries that a newcomer can do nothing about; jebi's own stay.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        app()
+    except JebiError as error:
+        print(f"jebi: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("jebi: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)

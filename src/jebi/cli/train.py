@@ -1,0 +1,35 @@
+"""``jebi train CONFIG.yaml``: one run from its config."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jebi.config import RunConfig, read_run
+
+
+def command(
+    config: Annotated[Path, typer.Argument(help="YAML file with sections model, lora, data and train.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting: section.key=value; may be repeated.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
+    ] = False,
+) -> None:
+    """Fine-tune a model as a config file says."""
+    train_and_report(read_run(config, set_), resume)
+
+
+def train_and_report(run_config: RunConfig, resume: bool = False) -> Path:
+    """Train with a bar on stderr and print the memory and time report; returns the output folder."""
+    from jebi.cli.progress import TrainingBar
+    from jebi.run import train
+
+    trainer = train(run_config, [TrainingBar()], resume)
+    assert trainer.report is not None
+    typer.echo(trainer.report.before.text())
+    typer.echo(trainer.report.text())
+    output = Path(str(trainer.args.output_dir))
+    typer.echo(f"Adapter and report.json are in '{output}'.")
+    return output

@@ -1,0 +1,63 @@
+"""Rows that are never trained on: answers with their labels, and the mean loss over them.
+
+The same passes as training, never any logits, so whatever trains can be evaluated. Which model is asked is the
+caller's affair.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from jebi.data.passes import Batch, Pass, cut
+from jebi.data.templates import Template
+from jebi.models.unpadding import IGNORED
+
+
+class Model(Protocol):
+    """A model that returns a loss for a pass."""
+
+    device: torch.device
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Return an object with ``loss``."""
+        ...
+
+
+def inputs_of(part: Pass, device: torch.device) -> dict[str, Any]:
+    """A pass as the model's keywords, on its device."""
+    return {
+        "input_ids": part.input_ids.to(device),
+        "shift_labels": part.shift_labels.to(device),
+        "rows": part.rows.to(device),
+    }
+
+
+def summed_loss(model: Model, batches: Iterable[Batch], tokens: int) -> tuple[float, int]:
+    """The loss summed over all learnt tokens, and their number; the model is to be in evaluation mode."""
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    learnt = 0
+    for batch in batches:
+        learnt += int((batch["shift_labels"] != IGNORED).sum())
+        for part in cut([batch], tokens):
+            with torch.no_grad():
+                total += model(**inputs_of(part, model.device), num_items_in_batch=1).loss.double()
+    return float(total.item()), learnt
+
+
+def answer_rows(
+    rows: Iterable[dict[str, str]], template: Template, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[dict[str, list[int]]]:
+    """Token rows in which only the answer and its EOS are labelled, in `data.rows`' columns."""
+    made: list[dict[str, list[int]]] = []
+    eos = str(tokenizer.eos_token)
+    for number, row in enumerate(rows):
+        text = template.row(row["instruction"], row["input"], row["output"], eos)
+        prompt_end = len(template.prompt(row["instruction"], row["input"]))
+        encoded = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=max_length)
+        spans = zip(encoded["input_ids"], encoded["offset_mapping"])
+        labels = [token if start >= prompt_end else IGNORED for token, (start, _) in spans]
+        ids: list[int] = encoded["input_ids"]
+        made.append({"input_ids": ids, "labels": labels, "row": [number], "lengths": [len(ids)]})
+    return made

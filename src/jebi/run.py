@@ -1,0 +1,196 @@
+"""Whole jobs over the rooms: train from a config, compare base and tuned. What the commands call.
+
+Progress goes to stderr; nothing is printed here but what transformers and datasets show themselves.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
+
+from jebi.adapters.peft_files import CONFIG_FILE
+from jebi.config import DataConfig, RunConfig
+from jebi.data.sources import load_rows, require_columns
+from jebi.data.templates import COLUMNS, Template, named
+from jebi.errors import AdapterError, ConfigError
+from jebi.fast import FastLanguageModel
+from jebi.inference.compare import Questions, compare_models
+from jebi.inference.comparison import Comparison
+from jebi.inference.page import render
+from jebi.models.hf import JebiForCausalLM
+from jebi.training.arguments import SFTConfig
+from jebi.training.checkpoints import require_writable
+from jebi.training.trainer import SFTTrainer
+
+RUN_FILE = "jebi_run.json"
+"""Beside the adapter: the config it was trained with, from which chat and compare take the template."""
+
+
+def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = False) -> SFTTrainer:
+    """Train as the config says; adapter, tokenizer, report and config are in the output folder afterwards."""
+    args = arguments(config)
+    output = Path(str(args.output_dir))
+    require_writable(output)
+    rows, heldout = _read(config.data)
+    model, tokenizer = _load(config)
+    _adapt(model, config)
+    texts = _with_texts(rows, config.data, tokenizer)
+    trainer = SFTTrainer(
+        model=model,
+        tokenizer=tokenizer,
+        train_dataset=texts,
+        eval_dataset=_with_texts(heldout, config.data, tokenizer) if heldout is not None else None,
+        dataset_text_field=config.data.text_field or "text",
+        max_seq_length=config.model.max_seq_length,
+        packing=config.data.packing,
+        args=args,
+        callbacks=callbacks,
+    )
+    # The callers' callbacks show progress; Trainer's own print their log lines to stdout.
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.save_model()
+    (output / RUN_FILE).write_text(json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return trainer
+
+
+def arguments(config: RunConfig) -> SFTConfig:
+    """The trainer's settings, with bf16 and fp16 set to what the model will compute in."""
+    settings: dict[str, Any] = {"output_dir": "outputs", "report_to": [], "logging_steps": 1, "save_strategy": "no"}
+    settings |= config.train
+    if not torch.cuda.is_available():
+        settings.setdefault("use_cpu", True)
+    try:
+        return SFTConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"section 'train': {error}") from error
+
+
+def compare(
+    base: str,
+    adapter: Path,
+    questions: Path,
+    heldout: Path | None,
+    output: Path,
+    max_new_tokens: int = 64,
+    template: str | None = None,
+) -> Comparison:
+    """Ask base and tuned model the same questions; write compare.json and compare.html into ``output``."""
+    require_writable(output)
+    if not (adapter / CONFIG_FILE).is_file():
+        raise AdapterError(f"adapter '{adapter}' has no {CONFIG_FILE}; name a folder that a training wrote.")
+    asked = _questions(questions, heldout)
+    run = _run_of(adapter)
+    model, tokenizer = FastLanguageModel.from_pretrained(base, **_model_settings(run))
+    FastLanguageModel.put_adapter(model, adapter)
+    FastLanguageModel.for_inference(model)
+    comparison = compare_models(
+        model,
+        tokenizer,
+        template_of(adapter, template),
+        asked,
+        max_new_tokens=max_new_tokens,
+        names=(base, str(adapter)),
+        loss_curve=_loss_curve(adapter),
+        settings=_shown(run, max_new_tokens),
+    )
+    _write(output / "compare.json", comparison.to_json())
+    _write(output / "compare.html", render(comparison))
+    return comparison
+
+
+def template_of(adapter: Path | None, named_or_text: str | None) -> Template:
+    """The template asked for, or the one the adapter was trained with, or the tutorial's."""
+    if named_or_text is not None:
+        return named(named_or_text)
+    return named(_run_of(adapter).get("data", {}).get("template", "tutorial") if adapter is not None else "tutorial")
+
+
+def _load(config: RunConfig) -> tuple[JebiForCausalLM, PreTrainedTokenizerBase]:
+    model = config.model
+    dtype = getattr(torch, model.dtype) if model.dtype else None
+    return FastLanguageModel.from_pretrained(model.name, model.max_seq_length, dtype, model.load_in_4bit, model.token)
+
+
+def _adapt(model: JebiForCausalLM, config: RunConfig) -> None:
+    FastLanguageModel.get_peft_model(model, **asdict(config.lora))
+
+
+def _read(data: DataConfig) -> tuple[Dataset, Dataset | None]:
+    """Training rows and held-out rows."""
+    rows = load_rows(data.train, data.split)
+    heldout = load_rows(data.heldout) if data.heldout else None
+    if heldout is None and data.heldout_share:
+        parts = rows.train_test_split(test_size=data.heldout_share, seed=0)
+        rows, heldout = parts["train"], parts["test"]
+    needed = (data.text_field,) if data.text_field else COLUMNS
+    require_columns(rows, needed, data.train)
+    if heldout is not None:
+        require_columns(heldout, needed, data.heldout or data.train)
+    return rows, heldout
+
+
+def _with_texts(rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows with their whole text, template and EOS included; ready texts stay as they are."""
+    if data.text_field:
+        return rows
+    template, eos = named(data.template), str(tokenizer.eos_token)
+    make: Callable[[dict[str, str]], dict[str, str]] = lambda row: {  # noqa: E731
+        "text": template.row(row["instruction"], row["input"], row["output"], eos)
+    }
+    return rows.map(make, desc="Formatting")
+
+
+def _questions(questions: Path, heldout: Path | None) -> Questions:
+    harmful = load_rows(str(questions))
+    require_columns(harmful, ("instruction",), str(questions))
+    rows: list[dict[str, str]] = []
+    if heldout is not None:
+        table = load_rows(str(heldout))
+        require_columns(table, COLUMNS, str(heldout))
+        rows = list(table)
+    return Questions(harmful=list(harmful), heldout=rows)
+
+
+def _run_of(adapter: Path) -> dict[str, Any]:
+    path = adapter / RUN_FILE
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _model_settings(run: dict[str, Any]) -> dict[str, Any]:
+    """How the adapter's base was held in training, so that it is held the same way now."""
+    model = run.get("model", {})
+    dtype = model.get("dtype")
+    return {
+        "max_seq_length": model.get("max_seq_length", 2048),
+        "load_in_4bit": model.get("load_in_4bit", True),
+        "dtype": getattr(torch, dtype) if dtype else None,
+    }
+
+
+def _shown(run: dict[str, Any], max_new_tokens: int) -> dict[str, object]:
+    """Settings for the page, one level deep."""
+    flat: dict[str, object] = {"max_new_tokens": max_new_tokens, "decoding": "greedy"}
+    for section in ("model", "lora", "train"):
+        flat |= {f"{section}.{key}": value for key, value in run.get(section, {}).items() if key != "token"}
+    return flat
+
+
+def _loss_curve(adapter: Path) -> list[tuple[int, float]]:
+    path = adapter / "report.json"
+    if not path.is_file():
+        return []
+    log = json.loads(path.read_text(encoding="utf-8")).get("log", [])
+    return [(int(entry["step"]), float(entry["loss"])) for entry in log if "loss" in entry]
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
