@@ -131,7 +131,8 @@ class FastLanguageModel:
         """Make the model ready to train on, undoing `for_inference`."""
         for _, linear in model.linears():
             linear.keep_dense(False)
-        return model.train()
+        model.train()
+        return model
 
 
 def base_of(adapter: Path) -> str:

@@ -130,7 +130,7 @@ def adapter_tensors(model: JebiForCausalLM) -> dict[str, Tensor]:
     return tensors
 
 
-def _peft_config(config: LoraConfig, base: str) -> dict[str, Any]:
+def _peft_config(config: LoraConfig, base: str | None) -> dict[str, Any]:
     alpha = int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha
     return {
         "peft_type": "LORA",

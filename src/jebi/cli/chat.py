@@ -67,12 +67,14 @@ def _reply(
     import torch
     from transformers import TextStreamer
 
+    from jebi.inference.generation import generate
+
     prompt = form.prompt(question) if form is not None else _chat_form(tokenizer, question)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=form is not None).to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     began = time.perf_counter()
     with torch.no_grad(), nullcontext() if tuned else model.disable_adapter():
-        output = model.generate(**inputs, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False)
+        output = generate(model, **inputs, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False)
     made = output.shape[1] - inputs["input_ids"].shape[1]
     typer.echo(f"[{made / (time.perf_counter() - began):.1f} tokens/s]", err=True)
 

@@ -18,7 +18,10 @@ from jebi.models.unpadding import IGNORED
 class Model(Protocol):
     """A model that returns a loss for a pass."""
 
-    device: torch.device
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs have to be."""
+        ...
 
     def __call__(self, **inputs: Any) -> Any:
         """Return an object with ``loss``."""
@@ -30,6 +33,7 @@ def inputs_of(part: Pass, device: torch.device) -> dict[str, Any]:
     return {
         "input_ids": part.input_ids.to(device),
         "shift_labels": part.shift_labels.to(device),
+        "counts": part.counts.to(device),
         "rows": part.rows.to(device),
     }
 

@@ -4,7 +4,7 @@ Templates make the texts; passes and packing come after.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +14,7 @@ from jebi.errors import ConfigError, DataError
 FormattingFunc = Callable[[dict[str, Any]], str | list[str]]
 """One example, or a batch of columns, to its text or texts."""
 
-Rows = Dataset | IterableDataset
+Rows: TypeAlias = Dataset | IterableDataset
 
 
 def tokenize(

@@ -20,6 +20,7 @@ from jebi.data.templates import Template
 from jebi.errors import DataError
 from jebi.inference.comparison import Answer, Comparison, Side
 from jebi.inference.decline import RULE, declines
+from jebi.inference.generation import generate
 from jebi.models.hf import JebiForCausalLM
 
 BATCH = 20
@@ -118,11 +119,11 @@ def _answer(
         inputs = tokenizer([prompts[i] for i in part], return_tensors="pt", padding=True).to(model.device)
         began = time.perf_counter()
         with torch.no_grad():
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            output = generate(model, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
         seconds += time.perf_counter() - began
         for index, row in zip(part, output[:, inputs["input_ids"].shape[1] :].tolist()):
             end = next((n for n, token in enumerate(row) if token in eos), None)
-            texts[index] = tokenizer.decode(row[:end], skip_special_tokens=True).strip()
+            texts[index] = str(tokenizer.decode(row[:end], skip_special_tokens=True)).strip()
             stopped[index] = end is not None
             generated += len(row) if end is None else end + 1
         bar.update(len(part))

@@ -1,6 +1,9 @@
 """Making a model ready to answer. Generation itself is transformers' ``generate`` over the model's cached path."""
 
+from typing import Any
+
 import psutil
+from torch import Tensor
 
 from jebi.models.hf import JebiForCausalLM
 
@@ -18,3 +21,11 @@ def prepare(model: JebiForCausalLM) -> JebiForCausalLM:
             for linear in linears:
                 linear.keep_dense(True)
     return model
+
+
+def generate(model: JebiForCausalLM, **inputs: Any) -> Tensor:
+    """Token ids (B, S + new) that transformers' ``generate`` makes of its ``inputs``."""
+    # It types its model as a protocol with settable `device` and `dtype`, which no PreTrainedModel has.
+    output = model.generate(**inputs)  # type: ignore[misc]
+    assert isinstance(output, Tensor), "a plain result was asked for"
+    return output

@@ -25,7 +25,11 @@ def linear_cross_entropy_reference(
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, label_smoothing: float = 0.0
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    label_smoothing: float = 0.0,
+    counts_N: Tensor | None = None,
 ) -> Tensor:
     """Sum over the tokens of the cross-entropy of ``hidden @ weight.T``; float32 scalar.
 
@@ -34,8 +38,9 @@ def linear_cross_entropy(
         weight_VD: (V, D) of the same dtype, frozen.
         labels_N: (N,) int64 in [0, V).
         label_smoothing: share of the target spread evenly over the vocabulary.
+        counts_N: (N,) float32, how often each token counts; once when None.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, label_smoothing)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, label_smoothing, counts_N)
     return loss
 
 
@@ -46,7 +51,14 @@ def chunk_tokens(vocabulary: int) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, label_smoothing: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        label_smoothing: float,
+        counts_N: Tensor | None,
+    ) -> Tensor:
         needs_grad = hidden_ND.requires_grad
         grad_ND = torch.empty_like(hidden_ND) if needs_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
@@ -54,28 +66,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], step):
             part = slice(start, start + step)
             logits_CV = (hidden_ND[part] @ weight_VD.t()).float()
-            total += _chunk_loss(logits_CV, labels_N[part], label_smoothing)
+            losses_C = _token_losses(logits_CV, labels_N[part], label_smoothing)
+            total += losses_C.sum() if counts_N is None else losses_C @ counts_N[part]
             if grad_ND is not None:
                 dlogits_CV = _loss_grad_(logits_CV, labels_N[part], label_smoothing)
+                if counts_N is not None:
+                    dlogits_CV.mul_(counts_N[part, None])
                 torch.mm(dlogits_CV.to(weight_VD.dtype), weight_VD, out=grad_ND[part])
         ctx.save_for_backward(grad_ND)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (grad_ND,) = ctx.saved_tensors
         # In float32 first: under loss scaling the incoming factor alone may exceed what float16 holds.
         scaled_ND = grad_ND.float().mul_(grads[0]).to(grad_ND.dtype)
-        return scaled_ND, None, None, None
+        return scaled_ND, None, None, None, None
 
 
-def _chunk_loss(logits_CV: Tensor, labels_C: Tensor, label_smoothing: float) -> Tensor:
-    """Turn the logits into log-probabilities in place and return the chunk's summed loss."""
+def _token_losses(logits_CV: Tensor, labels_C: Tensor, label_smoothing: float) -> Tensor:
+    """Turn the logits into log-probabilities in place and return each token's loss (C,)."""
     torch.log_softmax(logits_CV, dim=-1, out=logits_CV)
-    loss = -logits_CV.gather(1, labels_C[:, None]).sum()
+    losses_C = -logits_CV.gather(1, labels_C[:, None]).squeeze(1)
     if label_smoothing:
-        loss = (1 - label_smoothing) * loss - label_smoothing * logits_CV.mean(-1).sum()
-    return loss
+        losses_C.mul_(1 - label_smoothing).sub_(logits_CV.mean(-1), alpha=label_smoothing)
+    return losses_C
 
 
 def _loss_grad_(logprobs_CV: Tensor, labels_C: Tensor, label_smoothing: float) -> Tensor:

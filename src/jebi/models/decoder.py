@@ -34,7 +34,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.shape = shape
         embedding = torch.empty(shape.vocabulary, shape.layer.width, dtype=dtype, device="meta")
-        self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=True)
+        self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(embedding, freeze=True)
         self.layers = nn.ModuleList(DecoderLayer(shape.layer, dtype) for _ in range(shape.layers))
         self.norm = Norm(shape.layer.width, shape.layer.eps, dtype)
         self.inv_freq = inv_freq
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
 
     def forward_rows(self, hidden_TD: Tensor, rows: Rows) -> Tensor:
         """Embedded rows laid end to end -> final hidden states (T, D)."""
-        tables = self.tables(rows.positions_T, hidden_TD.dtype)
+        tables = self.tables(rows.positions_U, hidden_TD.dtype)
         training = torch.is_grad_enabled() and self.training
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)

@@ -130,9 +130,10 @@ class Folder:
     def config(self) -> PretrainedConfig:
         """Read config.json."""
         try:
-            return AutoConfig.from_pretrained(self.path, local_files_only=True)
+            config: PretrainedConfig = AutoConfig.from_pretrained(self.path, local_files_only=True)
         except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
             raise ModelError(f"'{self.path / 'config.json'}' cannot be read: {error}") from error
+        return config
 
     def generation_config(self) -> GenerationConfig | None:
         """Read generation_config.json, where there is one."""

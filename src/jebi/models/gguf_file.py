@@ -98,7 +98,10 @@ class GgufFile:
         """The tokenizer the header describes, built by transformers."""
         try:
             # A transformers of 2026 or later builds it from the header in 0.4 s; its AutoTokenizer takes 5.
-            from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+            from transformers.integrations.gguf import (  # type: ignore[attr-defined]  # exported by a lazy module
+                convert_gguf_tokenizer,
+                get_gguf_tokenizer,
+            )
         except ImportError:
             return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
         architecture, vocabulary, settings = get_gguf_tokenizer(str(self.path))

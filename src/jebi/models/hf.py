@@ -9,6 +9,7 @@ Shapes: B batch, S tokens of a padded row, T real tokens, D width, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,6 +79,13 @@ class Backbone(Decoder):
 class JebiForCausalLM(PreTrainedModel, GenerationMixin):
     """jebi's decoder with its language-model head."""
 
+    model: Backbone
+    lm_head: Linear
+    max_seq_length: int
+    """Longest row it was loaded for; set by `FastLanguageModel`."""
+    auto_checkpointing: bool
+    """Whether a training may choose what layers keep."""
+
     config_class = PretrainedConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
@@ -99,6 +107,7 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = Backbone(shape, dtype, inv_freq, rope_scaling)
         self.lm_head = Linear(shape.layer.width, shape.vocabulary, False, dtype)
         self.adapter: Adapter | None = None
+        self.auto_checkpointing = False
         self.loss_type = "ForCausalLM"
         self.post_init()
 
@@ -121,7 +130,7 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
 
         With labels only the loss is returned, since making the logits would cost more memory than the training;
         ``return_logits=True`` asks for both. ``shift_labels`` (already shifted), ``num_items_in_batch``,
-        ``label_smoothing`` and ``rows`` are taken as keywords.
+        ``label_smoothing``, ``rows`` and ``counts`` (how often each token counts in the loss) are taken as keywords.
 
         Raises:
             ModelError: hidden states or attention weights were asked for, which jebi never holds.
@@ -154,11 +163,13 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _loss(self, hidden_BSD: Tensor, shifted_BS: Tensor, kwargs: dict[str, Any]) -> Tensor:
         learnt_BS = shifted_BS != IGNORED
+        counts_BS = kwargs.get("counts")
         total = linear_cross_entropy(
             hidden_BSD[learnt_BS],
             self.lm_head.dense(),
             shifted_BS[learnt_BS],
             kwargs.get("label_smoothing", 0.0),
+            None if counts_BS is None else counts_BS[learnt_BS],
         )
         items = kwargs.get("num_items_in_batch")
         return total / (learnt_BS.sum().clamp(min=1) if items is None else items)
@@ -171,7 +182,9 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         """The head module."""
         return self.lm_head
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         """Recompute activations in the backward; a mode that already does (offload) stays."""
         if self.model.checkpointing == "none":
             self.model.checkpointing = "recompute"
@@ -220,7 +233,7 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
             f"trainable%: {100 * trained / everything:.4f}"
         )
 
-    def save_pretrained(self, save_directory: str | Path, *_: Any, **__: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike[str], *_: Any, **__: Any) -> None:
         """Write the adapter in PEFT's format, or the whole model in Hugging Face's where there is no adapter."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)

@@ -56,9 +56,12 @@ def load_model(
             f"first '{min(awaited)}'. The file is incomplete or its config is another model's."
         )
     if shape.tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        embedding = model.model.embed_tokens.weight
+        assert isinstance(embedding, nn.Parameter)
+        model.lm_head.weight = embedding
     model.name_or_path = config.name_or_path = str(files.path)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _install(
@@ -81,7 +84,7 @@ def _install(
     owner_name, _, leaf = stored.name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if quantise and leaf == "weight" and isinstance(owner, Linear) and owner_name != "lm_head":
-        owner.weight = NF4Weight.quantize(value.to(dtype))
+        owner.store(NF4Weight.quantize(value.to(dtype)))
     else:
         setattr(owner, leaf, nn.Parameter(value.to(dtype), requires_grad=False))
 

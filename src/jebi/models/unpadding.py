@@ -29,15 +29,16 @@ class Layout:
 
     def flatten(self, hidden_BSD: Tensor) -> Tensor:
         """(B, S, D) -> (T, D)."""
-        flat = hidden_BSD.flatten(0, 1)
+        flat: Tensor = hidden_BSD.flatten(0, 1)
         return flat if self.real_T is None else flat[self.real_T]
 
     def restore(self, out_TD: Tensor, batch: torch.Size) -> Tensor:
         """(T, D) -> (B, S, D), zero where there is padding."""
-        if self.real_T is None:
-            return out_TD.unflatten(0, tuple(batch))
-        full = out_TD.new_zeros(batch.numel(), out_TD.shape[1])
-        return full.index_copy(0, self.real_T, out_TD).unflatten(0, tuple(batch))
+        if self.real_T is not None:
+            full_TD = out_TD.new_zeros(batch.numel(), out_TD.shape[1])
+            out_TD = full_TD.index_copy(0, self.real_T, out_TD)
+        out_BSD: Tensor = out_TD.unflatten(0, tuple(batch))
+        return out_BSD
 
 
 def lay_out(hidden_BSD: Tensor, mask_BS: Tensor | None, positions_BS: Tensor | None) -> Layout:

@@ -1,6 +1,6 @@
 """Write a whole model as a Hugging Face checkpoint: config.json and safetensors, sharded when large.
 
-Adapters and tokenizers are written by others; a 4-bit base is not written, since its 16-bit original is the better copy.
+Adapters and tokenizers are written by others; a 4-bit base is not written: its 16-bit original is the better copy.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 Projections and rotary positions are the layer's; this file sees ready q, k and v.
 
-Shapes: T tokens of all rows, H query heads, G key/value heads, d head size; B batch, S new tokens, L cached length.
+Shapes: U held tokens, T tokens of all whole rows (`nn.rows`), H query heads, G key/value heads, d head size; B batch, S new tokens, L cached length.
 """
 
 import torch
@@ -12,8 +12,13 @@ from torch import Tensor
 from jebi.nn.rows import Rows
 
 
-def attend_rows(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, rows: Rows) -> Tensor:
-    """Causal attention inside each row, never across; differentiable. Returns (T, H, d).
+def attend_rows(q_UHd: Tensor, k_UGd: Tensor, v_UGd: Tensor, rows: Rows) -> Tensor:
+    """Causal attention inside each row, never across; differentiable. Returns (U, H, d)."""
+    return rows.gather(_attend_whole(rows.spread(q_UHd), rows.spread(k_UGd), rows.spread(v_UGd), rows))
+
+
+def _attend_whole(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, rows: Rows) -> Tensor:
+    """The same on whole rows.
 
     On a CUDA card of compute capability 8.0 or newer and in 16 bits, all rows go through one variable-length call;
     elsewhere row by row, which on a CPU costs nothing (one small call a row) and never makes padding.
@@ -27,14 +32,7 @@ def attend_rows(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, rows: Rows) -> Tens
             v_TGd = v_TGd.repeat_interleave(heads // groups, dim=1)
         cu = rows.cu_seqlens()
         out: Tensor = varlen_attn(
-            q_THd.contiguous(),
-            k_TGd,
-            v_TGd.contiguous(),
-            cu,
-            cu,
-            rows.longest,
-            rows.longest,
-            window_size=(-1, 0),
+            q_THd.contiguous(), k_TGd, v_TGd.contiguous(), cu, cu, rows.longest, rows.longest, window_size=(-1, 0)
         )
         return out
     parts = [_one_row(q_THd[s:e], k_TGd[s:e], v_TGd[s:e]) for s, e in rows.spans()]

@@ -105,11 +105,13 @@ class DecoderLayer(nn.Module):
         mixed = attend(rope(q, cos, sin), rope(k, cos, sin), v)
         hidden = hidden + self.self_attn.o_proj(mixed.flatten(-2))
         x = self.post_attention_layernorm(hidden)
-        return hidden + self.mlp.down_proj(swiglu(self.mlp.gate_proj(x), self.mlp.up_proj(x)))
+        out: Tensor = hidden + self.mlp.down_proj(swiglu(self.mlp.gate_proj(x), self.mlp.up_proj(x)))
+        return out
 
     def heads(self, x: Tensor) -> Tensor:
         """(..., heads * d) -> (..., heads, d)."""
-        return x.unflatten(-1, (-1, self.shape.head_dim))
+        headed: Tensor = x.unflatten(-1, (-1, self.shape.head_dim))
+        return headed
 
     def projections(self) -> Iterator[tuple[str, Linear]]:
         """The seven linear maps with their names in the checkpoint, relative to the layer."""

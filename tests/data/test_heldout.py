@@ -1,0 +1,78 @@
+"""``data.heldout``: of a held-out row the answer and its EOS are measured and nothing else, whatever the cut."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from jebi.data.heldout import answer_rows, summed_loss
+from jebi.data.passes import collate
+from jebi.data.templates import Template
+from jebi.models.unpadding import IGNORED
+
+TEMPLATE = Template("{instruction}|{input}|{output}")
+ROWS = [
+    {"instruction": "add", "input": "1,2", "output": "three"},
+    {"instruction": "hello", "input": "", "output": "안녕"},
+    {"instruction": "x", "input": "", "output": ""},
+]
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "bos_tokenizer"])
+def test_only_the_answer_and_its_eos_are_labelled(name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: PreTrainedTokenizerFast = request.getfixturevalue(name)
+    for number, (made, row) in enumerate(zip(answer_rows(ROWS, TEMPLATE, tokenizer, 100), ROWS, strict=True)):
+        whole = TEMPLATE.row(row["instruction"], row["input"], row["output"], "</s>")
+        assert made["input_ids"] == tokenizer(whole)["input_ids"]
+        learnt = [label for label in made["labels"] if label != IGNORED]
+        assert tokenizer.decode(learnt) == row["output"] + "</s>"
+        assert made["labels"] == [IGNORED] * (len(made["labels"]) - len(learnt)) + learnt, "the answer is the end"
+        assert (made["row"], made["lengths"]) == ([number], [len(made["input_ids"])])
+
+
+def test_bos_is_not_doubled_by_a_template_that_begins_with_it(bos_tokenizer: PreTrainedTokenizerFast) -> None:
+    (made,) = answer_rows(ROWS[:1], Template("<s>{instruction}|{output}"), bos_tokenizer, 100)
+    assert made["input_ids"] == bos_tokenizer("add|three</s>")["input_ids"]
+    assert bos_tokenizer.decode([label for label in made["labels"] if label != IGNORED]) == "three</s>"
+
+
+def test_an_input_that_is_not_there_is_empty(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows: list[dict[str, Any]] = [{"instruction": "a", "input": None, "output": "b"}]
+    assert answer_rows(rows, TEMPLATE, tokenizer, 100)[0]["input_ids"] == tokenizer("a||b</s>")["input_ids"]
+
+
+def test_a_long_row_is_cut(tokenizer: PreTrainedTokenizerFast) -> None:
+    (made,) = answer_rows(ROWS[:1], TEMPLATE, tokenizer, 10)
+    assert tokenizer.decode(made["input_ids"]) == "add|1,2|th"
+    assert tokenizer.decode([label for label in made["labels"] if label != IGNORED]) == "th"
+
+
+class Uniform:
+    """Every token costs 2 nats; counts its calls."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.calls += 1
+        assert inputs["num_items_in_batch"] == 1
+        assert not torch.is_grad_enabled()
+        return SimpleNamespace(loss=2.0 * (inputs["shift_labels"] != IGNORED).sum().float())
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 10**6])
+def test_the_sum_goes_over_learnt_tokens_however_it_is_cut(tokenizer: PreTrainedTokenizerFast, tokens: int) -> None:
+    rows = answer_rows(ROWS, TEMPLATE, tokenizer, 100)
+    model = Uniform()
+    total, learnt = summed_loss(model, [collate(rows[:2]), collate(rows[2:])], tokens)
+    assert learnt == len("three") + 1 + len("안녕".encode()) + 1 + 1
+    assert total == 2.0 * learnt
+    assert model.calls == (3 if tokens == 1 else model.calls)
+
+
+def test_nothing_to_measure_is_zero_of_zero() -> None:
+    assert summed_loss(Uniform(), [], 100) == (0.0, 0)

@@ -1,0 +1,125 @@
+"""``kernels.linear_cross_entropy``: the reference against float64, the chunked loss and gradient against its autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jebi.kernels import linear_cross_entropy as module
+from jebi.kernels.linear_cross_entropy import chunk_tokens, linear_cross_entropy, linear_cross_entropy_reference
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+TOKENS, WIDTH, VOCABULARY = 37, 33, 301  # with the smallest chunk of 16: two whole ones and a short one
+DTYPES = (torch.float32, torch.bfloat16)
+DRAWS = 12  # losses are single numbers, so their errors are compared over several draws
+
+
+def inputs(seed: int, dtype: torch.dtype, tokens: int = TOKENS) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, head and labels; logits of order 1."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, WIDTH, generator=generator).to(dtype)
+    weight = (torch.randn(VOCABULARY, WIDTH, generator=generator) * WIDTH**-0.5).to(dtype)
+    return hidden, weight, torch.randint(VOCABULARY, (tokens,), generator=generator)
+
+
+def exact(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    logits = hidden.double() @ weight.double().t()
+    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+
+
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    assert chunk_tokens(VOCABULARY) == 16
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reference_against_float64(at_most_twice, dtype: torch.dtype, smoothing: float) -> None:
+    losses = []
+    for seed in range(DRAWS):
+        hidden, weight, labels = inputs(seed, dtype)
+        # Plain torch: what a model without a head of its own computes, its logits rounded to its dtype.
+        plain = F.cross_entropy((hidden @ weight.t()).float(), labels, reduction="none", label_smoothing=smoothing)
+        ours = linear_cross_entropy_reference(hidden, weight, labels, smoothing)
+        losses.append((ours, plain.sum(), exact(hidden, weight, labels, smoothing)))
+    at_most_twice("loss", *(torch.stack(values) for values in zip(*losses)))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_loss_and_gradient_against_the_reference(
+    at_most_twice, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, smoothing: float, chunked: bool
+) -> None:
+    if chunked:
+        small_chunks(monkeypatch)
+    losses, grads = [], []
+    for seed in range(DRAWS):
+        hidden, weight, labels = inputs(seed, dtype)
+        leaves = hidden.clone().requires_grad_(), hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+        results = (
+            linear_cross_entropy(leaves[0], weight, labels, smoothing),
+            linear_cross_entropy_reference(leaves[1], weight, labels, smoothing),
+            exact(leaves[2], weight, labels, smoothing),
+        )
+        assert results[0].dtype == torch.float32
+        for result in results:
+            (result / TOKENS).backward()
+        losses.append([result.detach() for result in results])
+        grads.append([leaf.grad for leaf in leaves])
+    for name, values in (("loss", losses), ("dhidden", grads)):
+        at_most_twice(name, *(torch.stack(column) for column in zip(*values)))
+
+
+def test_chunks_hold_what_the_bytes_allow() -> None:
+    assert chunk_tokens(128_256) == module.CHUNK_BYTES // (4 * 128_256) == 130
+    assert chunk_tokens(49_152) == 341
+    assert chunk_tokens(10**9) == 16
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 32])
+def test_number_of_chunks_does_not_matter(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    hidden, weight, labels = inputs(0, torch.float32, tokens)
+    whole = linear_cross_entropy(hidden, weight, labels)
+    small_chunks(monkeypatch)
+    # Only the order of the sum and the products' blocking differ: a few roundings of float32.
+    assert linear_cross_entropy(hidden, weight, labels).item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_no_labels_at_all(monkeypatch: pytest.MonkeyPatch, chunked: bool) -> None:
+    if chunked:
+        small_chunks(monkeypatch)
+    hidden, weight, labels = inputs(0, torch.float32, tokens=0)
+    hidden.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert hidden.grad.shape == (0, WIDTH)
+
+
+def test_hidden_states_that_need_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, labels = inputs(0, torch.float32)
+    loss = linear_cross_entropy(hidden, weight, labels)
+    assert not loss.requires_grad
+    assert torch.equal(loss, linear_cross_entropy(hidden.clone().requires_grad_(), weight, labels).detach())
+    monkeypatch.setattr(module, "_loss_grad_", None)  # whose work would be for nothing
+    linear_cross_entropy(hidden, weight, labels)
+
+
+def test_loss_scale_above_float16_leaves_gradients_finite() -> None:
+    hidden, weight, labels = inputs(0, torch.float16)
+    fine = hidden.double().requires_grad_()
+    (exact(fine, weight, labels, 0.0) * 2.0**17 / TOKENS / 64).backward()
+    hidden.requires_grad_()
+    # As Trainer's scaler does: 2**17 is no float16, though the scaled gradient is one.
+    (linear_cross_entropy(hidden, weight, labels) / TOKENS / 64 * 2.0**17).backward()
+    # Two roundings to float16 of 2**-11 each, and its products' accumulation.
+    torch.testing.assert_close(hidden.grad.double(), fine.grad, rtol=0, atol=4 * 2**-11 * fine.grad.abs().max().item())
+
+
+def test_inputs_are_left_alone() -> None:
+    before, after = inputs(0, torch.float32), inputs(0, torch.float32)
+    linear_cross_entropy(after[0].requires_grad_(), *after[1:]).backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
