@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the network; libraries read this when they are imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,6 +17,11 @@ import pytest
 import torch
 from filelock import FileLock
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from jebi.models.hf import JebiForCausalLM
 
 DATA = Path(__file__).resolve().parents[1] / ".testdata"
 
@@ -55,7 +61,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``tiny_llama(variant)``: a folder with a random 2-layer Llama in float32, one of `VARIANTS`; not to be changed."""
+    """``tiny_llama(variant)``: a folder with a random float32 Llama, one of `VARIANTS`; not to be written to."""
     made: dict[str, Path] = {}
 
     def folder_of(variant: str = "tied") -> Path:
@@ -70,6 +76,19 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[variant]
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def load() -> Callable[..., "JebiForCausalLM"]:
+    """``load(folder, dtype=float32, load_in_4bit=False)``: jebi's model of a checkpoint, on the CPU."""
+    from jebi.models.files import find
+    from jebi.models.loading import load_model
+
+    def load(folder: Path, dtype: torch.dtype = torch.float32, load_in_4bit: bool = False) -> "JebiForCausalLM":
+        files = find(str(folder))
+        return load_model(files, files.config(), dtype, torch.device("cpu"), load_in_4bit)
+
+    return load
 
 
 def write_tiny(folder: Path, changes: dict[str, object]) -> None:
@@ -158,3 +177,29 @@ def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return tensor.fill_(math.nan) if tensor.is_floating_point() and not tensor.is_meta else tensor
 
     return made
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> "Callable[[bool], PreTrainedTokenizerFast]":
+    """``byte_tokenizer(adds_bos)``: one token a byte, so that lengths are known, and <pad>, <s>, </s> as 0, 1, 2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    def make(adds_bos: bool = False) -> PreTrainedTokenizerFast:
+        special = ["<pad>", "<s>", "</s>"]
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        inner = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate([*special, *alphabet])}, merges=[]))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        inner.add_special_tokens(special)
+        if adds_bos:
+            inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        return PreTrainedTokenizerFast(
+            tokenizer_object=inner,
+            pad_token="<pad>",
+            bos_token="<s>",
+            eos_token="</s>",
+            clean_up_tokenization_spaces=False,
+        )
+
+    return make

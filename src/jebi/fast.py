@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from jebi.adapters.lora import attach
-from jebi.adapters.peft_files import CONFIG_FILE, read_config, read_weights
+from jebi.adapters.peft_files import CONFIG_FILE, base_of, read_config, read_weights
 from jebi.config import TARGET_MODULES, LoraConfig, ModelConfig
 from jebi.errors import ConfigError
 from jebi.inference.generation import prepare
@@ -129,22 +129,13 @@ class FastLanguageModel:
     @staticmethod
     def for_training(model: JebiForCausalLM) -> JebiForCausalLM:
         """Make the model ready to train on, undoing `for_inference`."""
-        for _, linear in model.linears():
-            linear.keep_dense(False)
         model.train()
         return model
 
 
-def base_of(adapter: Path) -> str:
-    """The base model's name that an adapter folder notes."""
-    import json
-
-    name = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not name:
-        raise ConfigError(f"adapter '{adapter}' does not name its base model; load that first.")
-    return str(name)
-
-
 def is_bfloat16_supported() -> bool:
-    """Whether bfloat16 works here: on Ampere cards and newer, and on every CPU (some are slow at it)."""
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+    """Whether a card here computes in bfloat16: Ampere and newer.
+
+    Not so on a CPU, where `TrainingArguments` refuses ``bf16=True``; there the model's own dtype decides.
+    """
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)

@@ -4,17 +4,19 @@ Progress goes to stderr; nothing is printed here but what transformers and datas
 """
 
 import json
+import typing
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from jebi.adapters.peft_files import CONFIG_FILE
-from jebi.config import DataConfig, RunConfig
+from jebi.config import DataConfig, RunConfig, check_type, reject_unknown
 from jebi.data.sources import load_rows, require_columns
 from jebi.data.templates import COLUMNS, Template, named
 from jebi.errors import AdapterError, ConfigError
@@ -36,6 +38,8 @@ def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = Fa
     args = arguments(config)
     output = Path(str(args.output_dir))
     require_writable(output)
+    if resume and get_last_checkpoint(str(output)) is None:
+        raise ConfigError(f"--resume: '{output}' holds no checkpoint to go on from; start without it.")
     rows, heldout = _read(config.data)
     model, tokenizer = _load(config)
     _adapt(model, config)
@@ -54,16 +58,24 @@ def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = Fa
     # The callers' callbacks show progress; Trainer's own print their log lines to stdout.
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=resume or args.resume_from_checkpoint)
     trainer.save_model()
-    (output / RUN_FILE).write_text(json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(output / RUN_FILE, json.dumps(_without_secrets(config), indent=2, ensure_ascii=False) + "\n")
     return trainer
 
 
 def arguments(config: RunConfig) -> SFTConfig:
-    """The trainer's settings, with bf16 and fp16 set to what the model will compute in."""
+    """The trainer's settings: the section's over those that suit a command.
+
+    Raises:
+        ConfigError: a setting is unknown, has the wrong type, or contradicts another.
+    """
+    hints = typing.get_type_hints(SFTConfig)
+    reject_unknown(config.train, {field.name for field in fields(SFTConfig) if field.init}, "train.")
+    for name, value in config.train.items():
+        check_type(hints[name], value, f"train.{name}")
     settings: dict[str, Any] = {"output_dir": "outputs", "report_to": [], "logging_steps": 1, "save_strategy": "no"}
-    settings |= config.train
+    settings |= {"disable_tqdm": False} | config.train
     if not torch.cuda.is_available():
         settings.setdefault("use_cpu", True)
     try:
@@ -124,16 +136,17 @@ def _adapt(model: JebiForCausalLM, config: RunConfig) -> None:
 
 def _read(data: DataConfig) -> tuple[Dataset, Dataset | None]:
     """Training rows and held-out rows."""
-    rows = load_rows(data.train, data.split)
-    heldout = load_rows(data.heldout) if data.heldout else None
-    if heldout is None and data.heldout_share:
-        parts = rows.train_test_split(test_size=data.heldout_share, seed=0)
-        rows, heldout = parts["train"], parts["test"]
     needed = (data.text_field,) if data.text_field else COLUMNS
+    rows = load_rows(data.train, data.split)
     require_columns(rows, needed, data.train)
-    if heldout is not None:
-        require_columns(heldout, needed, data.heldout or data.train)
-    return rows, heldout
+    if data.heldout:
+        heldout = load_rows(data.heldout)
+        require_columns(heldout, needed, data.heldout)
+        return rows, heldout
+    if data.heldout_share:
+        parts = rows.train_test_split(test_size=data.heldout_share, seed=0)
+        return parts["train"], parts["test"]
+    return rows, None
 
 
 def _with_texts(rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -145,6 +158,14 @@ def _with_texts(rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerB
         "text": template.row(row["instruction"], row["input"], row["output"], eos)
     }
     return rows.map(make, desc="Formatting")
+
+
+def _without_secrets(config: RunConfig) -> dict[str, Any]:
+    """The config as it may lie beside an adapter that is given away."""
+    record = asdict(config)
+    record["model"]["token"] = None
+    record["train"].pop("hub_token", None)
+    return record
 
 
 def _questions(questions: Path, heldout: Path | None) -> Questions:

@@ -1,11 +1,12 @@
 """``data.passes``: a step's rows lie end to end, keep their boundaries, and are cut into passes that lose none."""
 
 import random
+from itertools import accumulate
 
 import pytest
 import torch
 
-from jebi.data.passes import Batch, collate, cut
+from jebi.data.passes import Batch, Pass, collate, cut
 from jebi.models.unpadding import IGNORED
 
 
@@ -37,47 +38,96 @@ def test_every_token_counts_as_real() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1]]
 
 
-def step(seed: int, batches: int) -> list[Batch]:
-    chance = random.Random(seed)
+def whole_rows(part: Pass) -> list[tuple[list[int], list[int]]]:
+    """A pass's rows as ids and labels, put together again from the held tokens; their positions are checked."""
+    held = torch.arange(part.input_ids.shape[1])
     made = []
-    for number in range(batches):
-        parts = [example(1000 * number + 100 * n, [chance.randint(1, 40)], [10 * number + n]) for n in range(3)]
-        made.append(collate(parts))
+    for begin, end in part.rows.spans():
+        row = part.rows.spread(held)[begin:end]
+        assert torch.equal(part.rows.positions_U[row], torch.arange(end - begin))
+        made.append((part.input_ids[0, row].tolist(), part.shift_labels[0, row].tolist()))
     return made
 
 
-@pytest.mark.parametrize("tokens", [1, 17, 64, 10**6])
-@pytest.mark.parametrize("seed", range(5))
-def test_a_cut_covers_every_row_once_and_whole(seed: int, tokens: int) -> None:
-    batches = step(seed, batches=4)
-    expected: dict[tuple[int, ...], list[int]] = {}
+def given_rows(batches: list[Batch]) -> list[tuple[list[int], list[int]]]:
+    made = []
     for batch in batches:
-        at = 0
-        for length in batch["lengths"]:
-            expected[tuple(batch["input_ids"][0, at : at + length].tolist())] = batch["shift_labels"][
-                0, at : at + length
-            ].tolist()
-            at += length
-    found: dict[tuple[int, ...], list[int]] = {}
-    passes = cut(batches, tokens)
+        ends = list(accumulate(batch["lengths"]))
+        for begin, end in zip([0, *ends], ends):
+            made.append((batch["input_ids"][0, begin:end].tolist(), batch["shift_labels"][0, begin:end].tolist()))
+    return made
+
+
+def step(seed: int, batches: int) -> list[Batch]:
+    """Batches of rows over few different ids, so that many begin alike and some are equal."""
+    chance = random.Random(seed)
+    made = []
+    for number in range(batches):
+        rows = []
+        for n in range(3):
+            ids = [7] * chance.randint(0, 12) + chance.choices([7, 8], k=chance.randint(2, 20))
+            labels = [IGNORED if chance.random() < 0.1 else token for token in ids]
+            rows.append({"input_ids": ids, "labels": labels, "lengths": [len(ids)], "row": [3 * number + n]})
+        made.append(collate(rows))
+    return made
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("tokens", [1, 17, 64, 10**6])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_cut_covers_every_row_once_and_whole(seed: int, tokens: int, share: bool) -> None:
+    batches = step(seed, batches=4)
+    passes = cut(batches, tokens, share)
+    assert sorted(row for part in passes for row in whole_rows(part)) == sorted(given_rows(batches))
     for part in passes:
-        assert part.input_ids.shape == part.shift_labels.shape == (1, part.rows.starts[-1])
-        assert part.input_ids.shape[1] <= tokens or len(part.rows.spans()) == 1
-        for begin, end in part.rows.spans():
-            found[tuple(part.input_ids[0, begin:end].tolist())] = part.shift_labels[0, begin:end].tolist()
-            assert torch.equal(part.rows.positions_T[begin:end], torch.arange(end - begin))
-    assert found == expected
-    assert len(passes) == (12 if tokens == 1 else 1 if tokens == 10**6 else len(passes))
+        held = part.input_ids.shape[1]
+        assert part.shift_labels.shape == part.counts.shape == (1, held)
+        assert held <= tokens or len(part.rows.spans()) == 1
+        assert part.tokens == sum(len(ids) for ids, _ in whole_rows(part))
+        assert share or held == part.tokens
+    assert len(passes) == {1: 12, 10**6: 1}.get(tokens, len(passes))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_shared_token_counts_once_for_every_row_and_stands_where_it_first_stood(seed: int) -> None:
+    (part,) = cut(step(seed, batches=4), 10**6)
+    held = torch.arange(part.input_ids.shape[1])
+    whole = part.rows.spread(held)
+    assert torch.equal(part.counts[0], torch.bincount(whole).float())
+    assert torch.equal(part.rows.gather(whole), held)
+    assert int(part.counts.sum()) == part.tokens > len(held)
+
+
+def test_rows_share_what_is_equal_from_the_beginning_on() -> None:
+    common, rest = list(range(10, 20)), list(range(30, 35))
+    rows = [[*common, *rest], [*common, 99, *rest], [5, *common]]
+    (part,) = cut(
+        [collate([example(0, [len(r)], [n]) | {"input_ids": r, "labels": r} for n, r in enumerate(rows)])], 100
+    )
+    # The last common token is followed by another one in each row, so its label differs and it is held twice.
+    assert part.input_ids.shape[1] == part.tokens - (len(common) - 1)
+
+
+def test_what_is_learnt_there_has_to_be_equal_too() -> None:
+    ids = list(range(10, 20))
+    asked = {"input_ids": ids, "labels": [IGNORED] * 5 + ids[5:], "lengths": [10], "row": [0]}
+    whole = {"input_ids": ids, "labels": ids, "lengths": [10], "row": [1]}
+    (part,) = cut([collate([asked, whole])], 100)
+    assert part.input_ids.shape[1] == 20, "the first label differs already"
+    (part,) = cut([collate([whole, whole])], 100)
+    assert part.input_ids.shape[1] == 10, "equal rows are one row that counts twice"
+    assert part.counts.tolist() == [[2.0] * 10]
 
 
 def test_the_cut_depends_on_rows_and_not_on_how_they_were_batched() -> None:
-    rows = [example(100 * n, [5 + n], [n]) for n in range(8)]
+    rows = [example(100 * (n % 3), [5 + n], [n]) for n in range(8)]
     one = cut([collate(rows)], 30)
-    eight = cut([collate([row]) for row in rows], 30)
+    eight = cut([collate([row]) for row in reversed(rows)], 30)
     assert len(one) == len(eight) > 1
     for left, right in zip(one, eight):
         assert torch.equal(left.input_ids, right.input_ids)
         assert torch.equal(left.shift_labels, right.shift_labels)
+        assert torch.equal(left.counts, right.counts)
         assert left.rows.starts == right.rows.starts
 
 

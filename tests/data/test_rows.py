@@ -71,7 +71,7 @@ def test_an_impossible_length_is_refused(tokenizer: PreTrainedTokenizerFast, len
 
 def test_a_missing_column_is_named_with_those_there_are(tokenizer: PreTrainedTokenizerFast) -> None:
     dataset = Dataset.from_dict({"question": ["a"], "answer": ["b"]})
-    with pytest.raises(DataError, match="dataset_text_field 'text' is no column. There are: question, answer"):
+    with pytest.raises(DataError, match=r"dataset_text_field 'text' is no column\. There are: question, answer"):
         rows_of(dataset, tokenizer)
 
 

@@ -1,5 +1,7 @@
 """``data.templates``: one object makes training rows and prompts, and they agree on where the answer begins."""
 
+import re
+
 import pytest
 
 from jebi.data.templates import ALPACA, TUTORIAL, Template, named
@@ -46,6 +48,7 @@ def test_an_input_that_a_file_leaves_out_is_empty_not_none() -> None:
         ("{instruction} {question} {output}", "question"),
         ("{instruction} {} {output}", "''"),
         ("{instruction} {output} {input}", "input"),
+        ("{instruction} {output} {output}", "output"),
     ],
 )
 def test_a_template_without_the_right_places_is_refused(text: str, found: str) -> None:
@@ -63,7 +66,7 @@ def test_a_broken_brace_is_explained(text: str) -> None:
     "text", ["{instruction} {output!r}", "{instruction} {output:>9}", "{instruction!s} {output}"]
 )
 def test_conversions_are_refused_since_the_prompt_could_not_be_split_off(text: str) -> None:
-    with pytest.raises(ConfigError, match="template: write {instruction}, not {instruction!r} or {instruction:9}"):
+    with pytest.raises(ConfigError, match=re.escape("write {output}, not {output!r} or {output:9}")):
         named(text)
 
 

@@ -1,4 +1,4 @@
-"""``kernels.linear_cross_entropy``: the reference against float64, the chunked loss and gradient against its autograd."""
+"""``kernels.linear_cross_entropy``: the reference against float64, chunked loss and gradient against its autograd."""
 
 import pytest
 import torch
@@ -110,12 +110,13 @@ def test_hidden_states_that_need_no_gradient(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_loss_scale_above_float16_leaves_gradients_finite() -> None:
     hidden, weight, labels = inputs(0, torch.float16)
+    weight *= 2.0**-6
+    scale = 2.0**17  # as Trainer's scaler may use: no float16 itself, though the scaled gradients are
     fine = hidden.double().requires_grad_()
-    (exact(fine, weight, labels, 0.0) * 2.0**17 / TOKENS / 64).backward()
+    (exact(fine, weight, labels, 0.0) * scale).backward()
     hidden.requires_grad_()
-    # As Trainer's scaler does: 2**17 is no float16, though the scaled gradient is one.
-    (linear_cross_entropy(hidden, weight, labels) / TOKENS / 64 * 2.0**17).backward()
-    # Two roundings to float16 of 2**-11 each, and its products' accumulation.
+    (linear_cross_entropy(hidden, weight, labels) * scale).backward()
+    # A handful of roundings to float16 (2**-11 each): logits, their gradient, the product, the scaling.
     torch.testing.assert_close(hidden.grad.double(), fine.grad, rtol=0, atol=4 * 2**-11 * fine.grad.abs().max().item())
 
 
@@ -123,3 +124,20 @@ def test_inputs_are_left_alone() -> None:
     before, after = inputs(0, torch.float32), inputs(0, torch.float32)
     linear_cross_entropy(after[0].requires_grad_(), *after[1:]).backward()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_counted_token_is_one_that_stands_there_as_often(monkeypatch: pytest.MonkeyPatch, smoothing: float) -> None:
+    small_chunks(monkeypatch)
+    hidden, weight, labels = inputs(0, torch.float32)
+    counts = torch.arange(TOKENS) % 4
+    once, often = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    counted = linear_cross_entropy(once, weight, labels, smoothing, counts.float())
+    repeated = linear_cross_entropy(
+        often.repeat_interleave(counts, 0), weight, labels.repeat_interleave(counts), smoothing
+    )
+    counted.backward()
+    repeated.backward()
+    # Sums of the same float32 numbers in another order.
+    torch.testing.assert_close(counted, repeated, rtol=1e-6, atol=0)
+    torch.testing.assert_close(once.grad, often.grad, rtol=1e-5, atol=1e-6)

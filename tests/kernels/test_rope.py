@@ -71,6 +71,6 @@ def test_products_depend_on_distance_alone() -> None:
         return (rope(q, *tables[0]) * rope(k, *tables[1])).sum().item()
 
     assert product(0, 0) == pytest.approx((q * k).sum().item(), rel=1e-12)
-    # 1e-5: positions are cast to float32, which is exact here; the angles' float64 products round at 1e-13.
+    # Positions pass through float32, which holds them exactly; everything else is float64.
     assert product(107, 100) == pytest.approx(product(7, 0), rel=1e-10)
     assert product(107, 100) != pytest.approx(product(100, 107), rel=1e-3)

@@ -37,8 +37,15 @@ _UNSUPPORTED = {
     "use_qalora": "QA-LoRA",
     "use_bdlora": "block-diagonal LoRA",
     "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
 }
 """Settings of an adapter_config.json that change what it computes and that jebi does not have."""
+
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of ``init_lora_weights`` that leave the base model as it is; others take something out of its weights."""
 
 
 def write_adapter(model: JebiForCausalLM, config: LoraConfig, folder: Path) -> None:
@@ -59,18 +66,18 @@ def read_config(folder: Path) -> LoraConfig:
     Raises:
         AdapterError: no adapter there, or one of a kind that jebi does not have.
     """
-    path = folder / CONFIG_FILE
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AdapterError(f"adapter '{folder}' has no {CONFIG_FILE}; name a folder that a training wrote.") from error
-    except json.JSONDecodeError as error:
-        raise AdapterError(f"'{path}' is no JSON: {error}") from error
+    document = _document(folder)
     if document.get("peft_type") != "LORA":
         raise AdapterError(f"adapter '{folder}' is of type {document.get('peft_type')}; jebi reads LORA.")
     for key, meaning in _UNSUPPORTED.items():
         if document.get(key):
             raise AdapterError(f"adapter '{folder}' uses {meaning} ({key}), which jebi does not have.")
+    start = document.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise AdapterError(
+            f"adapter '{folder}' has init_lora_weights={start!r}, which changes the base model's weights too. In PEFT, "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...) writes a plain LoRA of it."
+        )
     targets = document.get("target_modules")
     if not isinstance(targets, list):
         raise AdapterError(f"adapter '{folder}': target_modules must be a list of names, not {targets!r}.")
@@ -84,7 +91,29 @@ def read_config(folder: Path) -> LoraConfig:
             use_rslora=document.get("use_rslora", False),
         )
     except (KeyError, ConfigError) as error:
-        raise AdapterError(f"'{path}': {error}") from error
+        raise AdapterError(f"'{folder / CONFIG_FILE}': {error}") from error
+
+
+def base_of(folder: Path) -> str:
+    """The base model's name that an adapter folder notes."""
+    name = _document(folder).get("base_model_name_or_path")
+    if not name:
+        raise ConfigError(f"adapter '{folder}' does not name its base model; load that first.")
+    return str(name)
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    """What adapter_config.json holds."""
+    path = folder / CONFIG_FILE
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AdapterError(f"adapter '{folder}' has no {CONFIG_FILE}; name a folder that a training wrote.") from error
+    except ValueError as error:
+        raise AdapterError(f"'{path}' is no JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise AdapterError(f"'{path}' must hold an object of settings.")
+    return document
 
 
 def read_weights(model: JebiForCausalLM, folder: Path) -> None:
@@ -111,6 +140,7 @@ def read_weights(model: JebiForCausalLM, folder: Path) -> None:
                 f"adapter '{folder}' was made for another model: tensor '{name}' has shape "
                 f"{list(stored[name].shape)}, the model needs {list(target.shape)}."
             )
+    model.drop_kept()
     with torch.no_grad():
         for name, target in awaited.items():
             target.copy_(stored[name])

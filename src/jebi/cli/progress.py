@@ -16,7 +16,9 @@ class TrainingBar(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start at the step a resumed run is at."""
+        """Start at the step a resumed run is at; ``disable_tqdm`` leaves the bar out."""
+        if args.disable_tqdm:
+            return
         self._bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="Training", unit="step", file=sys.stderr
         )

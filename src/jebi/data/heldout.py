@@ -38,15 +38,16 @@ def inputs_of(part: Pass, device: torch.device) -> dict[str, Any]:
     }
 
 
-def summed_loss(model: Model, batches: Iterable[Batch], tokens: int) -> tuple[float, int]:
+def summed_loss(model: Model, batches: Iterable[Batch], tokens: int, label_smoothing: float = 0.0) -> tuple[float, int]:
     """The loss summed over all learnt tokens, and their number; the model is to be in evaluation mode."""
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     learnt = 0
     for batch in batches:
         learnt += int((batch["shift_labels"] != IGNORED).sum())
         for part in cut([batch], tokens):
+            inputs = inputs_of(part, model.device) | {"num_items_in_batch": 1, "label_smoothing": label_smoothing}
             with torch.no_grad():
-                total += model(**inputs_of(part, model.device), num_items_in_batch=1).loss.double()
+                total += model(**inputs).loss.double()
     return float(total.item()), learnt
 
 
@@ -55,11 +56,17 @@ def answer_rows(
 ) -> list[dict[str, list[int]]]:
     """Token rows in which only the answer and its EOS are labelled, in `data.rows`' columns."""
     made: list[dict[str, list[int]]] = []
-    eos = str(tokenizer.eos_token)
+    eos, bos = str(tokenizer.eos_token), tokenizer.bos_token
     for number, row in enumerate(rows):
         text = template.row(row["instruction"], row["input"], row["output"], eos)
         prompt_end = len(template.prompt(row["instruction"], row["input"]))
-        encoded = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=max_length)
+        encoded = tokenizer(
+            text,
+            add_special_tokens=not (bos and text.startswith(bos)),
+            return_offsets_mapping=True,
+            truncation=True,
+            max_length=max_length,
+        )
         spans = zip(encoded["input_ids"], encoded["offset_mapping"])
         labels = [token if start >= prompt_end else IGNORED for token, (start, _) in spans]
         ids: list[int] = encoded["input_ids"]

@@ -21,7 +21,8 @@ from jebi.nn.rows import Rows
 Batch = dict[str, Any]
 """What the data loader yields: ``input_ids``, ``labels`` and ``shift_labels`` (1, T), per row ``lengths``, ``rows``.
 
-``labels`` is there for Trainer, which counts a step's learnt tokens (in ``shift_labels``) only where it sees it.
+``labels`` and ``attention_mask`` are there for Trainer: without the one it counts no learnt tokens (``shift_labels``),
+without the other it takes every EOS that pads elsewhere for padding.
 """
 
 
@@ -56,6 +57,7 @@ def collate(examples: list[dict[str, list[int]]]) -> Batch:
         "input_ids": ids[None],
         "labels": labels[None],
         "shift_labels": shifted[None],
+        "attention_mask": torch.ones_like(ids)[None],
         "lengths": lengths,
         "rows": [row for example in examples for row in example["row"]],
     }

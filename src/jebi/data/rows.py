@@ -4,12 +4,14 @@ Templates make the texts; passes and packing come after.
 """
 
 from collections.abc import Callable
+from itertools import compress
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from jebi.errors import ConfigError, DataError
+from jebi.models.unpadding import IGNORED
 
 FormattingFunc = Callable[[dict[str, Any]], str | list[str]]
 """One example, or a batch of columns, to its text or texts."""
@@ -27,7 +29,8 @@ def tokenize(
 ) -> Rows:
     """A data set of ``input_ids``, ``labels`` and ``row`` (its number), whatever the input had.
 
-    A data set that has ``input_ids`` already is taken as it is, with its ``labels`` where it has them.
+    A data set that has ``input_ids`` already is taken as it is, with its ``labels`` where it has them and without the
+    padding that its ``attention_mask`` shows. Rows with nothing to learn are left out.
 
     Args:
         dataset: the examples.
@@ -43,10 +46,16 @@ def tokenize(
     """
     if max_length < 1:
         raise ConfigError(f"max_seq_length must be at least 1, not {max_length}; 2048 is usual.")
-    columns = dataset.column_names
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise DataError(
+            f"the rows must be a data set of the datasets package, not {type(dataset).__name__}: "
+            "make one with Dataset.from_list(rows)."
+        )
+    dataset = dataset.with_format(None)
+    columns = dataset.column_names or list(next(iter(dataset), {}))
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise DataError("the data set is empty.")
-    if formatting_func is None and "input_ids" in (columns or []):
+    if formatting_func is None and "input_ids" in columns:
         encode = _take_ids(max_length)
     else:
         texts = _texts(dataset, text_field, formatting_func)
@@ -57,7 +66,7 @@ def tokenize(
     rows = dataset.map(encode, **settings)
     if isinstance(rows, Dataset) and len(rows) == 0:
         raise DataError(
-            f"no row is left: none has two tokens within max_seq_length={max_length}. Raise max_seq_length."
+            f"no row is left: none has anything to learn within max_seq_length={max_length}. Raise max_seq_length."
         )
     return rows
 
@@ -76,9 +85,19 @@ def _texts(
                 "Name one of them, or pass formatting_func."
             )
         return lambda batch: batch[text_field]
-    if isinstance(formatting_func(dict(first)), str):
+    if _takes_one(formatting_func, first):
         return lambda batch: [formatting_func(example) for example in _examples(batch)]  # type: ignore[misc]
-    return lambda batch: list(formatting_func(batch))
+    return lambda batch: formatting_func(batch)  # type: ignore[return-value]
+
+
+def _takes_one(formatting_func: FormattingFunc, example: dict[str, Any]) -> bool:
+    """Whether it makes one text of one example. One written for batches makes something else of it, or fails."""
+    try:
+        return isinstance(formatting_func(dict(example)), str)
+    except Exception:
+        # Where it fails on a batch too, the user sees both errors.
+        formatting_func({name: [value] for name, value in example.items()})
+        return False
 
 
 def _examples(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -92,7 +111,7 @@ def _encode(
 
     def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         texts = texts_of(batch)
-        if len(texts) != len(indices) or not all(isinstance(text, str) for text in texts):
+        if not _are_texts(texts, len(indices)):
             raise DataError("every row must give one text; look at dataset_text_field or formatting_func.")
         has_bos = [bool(bos) and text.startswith(bos) for text in texts]
         plain = (
@@ -109,9 +128,20 @@ def _encode(
     return encode
 
 
+def _are_texts(texts: Any, count: int) -> bool:
+    return isinstance(texts, list | tuple) and len(texts) == count and all(isinstance(text, str) for text in texts)
+
+
 def _take_ids(max_length: int) -> Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]]:
     def take(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        return _columns(batch["input_ids"], batch.get("labels") or batch["input_ids"], indices, max_length)
+        ids = batch["input_ids"]
+        labels = batch.get("labels") or ids
+        for number, row, learnt in zip(indices, ids, labels):
+            if len(row) != len(learnt):
+                raise DataError(f"row {number} has {len(row)} input_ids and {len(learnt)} labels; give each token one.")
+        if masks := batch.get("attention_mask"):
+            ids, labels = ([list(compress(row, mask)) for row, mask in zip(rows, masks)] for rows in (ids, labels))
+        return _columns(ids, labels, indices, max_length)
 
     return take
 
@@ -119,8 +149,8 @@ def _take_ids(max_length: int) -> Callable[[dict[str, list[Any]], list[int]], di
 def _columns(
     ids: list[list[int]], labels: list[list[int]], indices: list[int], max_length: int
 ) -> dict[str, list[Any]]:
-    """Cut to length; rows of less than two tokens teach nothing and are left out."""
-    kept = [n for n, row in enumerate(ids) if min(len(row), max_length) > 1]
+    """Cut to length; rows that teach nothing are left out. No row teaches its first token, which nothing precedes."""
+    kept = [n for n, row in enumerate(labels) if any(label != IGNORED for label in row[1:max_length])]
     return {
         "input_ids": [ids[n][:max_length] for n in kept],
         "labels": [labels[n][:max_length] for n in kept],

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 
 from jebi.errors import DataError
+
+_UNREADABLE = (DatasetsError, ValueError, TypeError, OSError, RuntimeError, OverflowError)
+"""What the datasets package and the parsers under it raise for a file that is not what it should be."""
 
 
 def load_rows(source: str, split: str = "train") -> Dataset:
@@ -34,10 +38,14 @@ def load_rows(source: str, split: str = "train") -> Dataset:
 
 
 def require_columns(rows: Dataset, columns: tuple[str, ...], source: str) -> None:
-    """`DataError` unless every column is there."""
+    """`DataError` unless every column is there, and every row has something in it; an ``input`` may be left out."""
     for column in columns:
         if column not in rows.column_names:
             raise DataError(f"'{source}' has no column '{column}'. It has: {', '.join(rows.column_names)}.")
+        if column != "input":
+            for number, value in enumerate(rows[column], 1):
+                if value is None:
+                    raise DataError(f"'{source}' row {number} has nothing in column '{column}'; fill it in or drop it.")
 
 
 def _read_jsonl(path: Path) -> Dataset:
@@ -81,20 +89,39 @@ def _dataset(records: list[dict[str, Any]], path: Path) -> Dataset:
     for number, record in enumerate(records, 1):
         if lacking := columns - record.keys():
             raise DataError(f"'{path}' row {number} lacks column '{min(lacking)}', which other rows have.")
-    return Dataset.from_list(records)
+    try:
+        return Dataset.from_list(records)
+    except _UNREADABLE as error:
+        raise DataError(f"'{path}': {_mixed_column(records, columns) or _reason(error)}") from error
+
+
+def _mixed_column(records: list[dict[str, Any]], columns: set[str]) -> str | None:
+    """Name the first column whose rows hold different kinds of values."""
+    for column in sorted(columns):
+        kinds = {type(record[column]).__name__ for record in records} - {"NoneType"}
+        if len(kinds) > 1:
+            return f"column '{column}' holds {' and '.join(sorted(kinds))}; write one kind in every row."
+    return None
 
 
 def _read_table(path: Path) -> Dataset:
     try:
         return load_dataset(path.suffix[1:], data_files=str(path), split="train")
-    except (ValueError, OSError, RuntimeError) as error:
-        raise DataError(f"'{path}' cannot be read: {error}") from error
+    except _UNREADABLE as error:
+        raise DataError(f"'{path}' cannot be read: {_reason(error)}") from error
 
 
 def _from_hub(source: str, split: str) -> Dataset:
     try:
         rows = load_dataset(source, split=split)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise DataError(f"data set '{source}', split '{split}', cannot be loaded: {error}") from error
+    except _UNREADABLE as error:
+        raise DataError(f"data set '{source}', split '{split}', cannot be loaded: {_reason(error)}") from error
     assert isinstance(rows, Dataset)
     return rows
+
+
+def _reason(error: BaseException) -> str:
+    """One line of what began it: the datasets package wraps the parser's own words."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__

@@ -41,31 +41,34 @@ COLUMNS = ("instruction", "input", "output")
 
 @dataclass(frozen=True)
 class Template:
-    """A text with places for {instruction}, {input} and {output}; the answer's place is last."""
+    """A text with places for {instruction}, {input} and {output}; the answer's place is the last of them."""
 
     text: str
     """The text, as ``str.format`` takes it."""
 
     def __post_init__(self) -> None:
         try:
-            places = [name for _, name, _, _ in Formatter().parse(self.text) if name is not None]
+            parts = list(Formatter().parse(self.text))
         except ValueError as error:
             raise ConfigError(f"template cannot be read: {error}. Write a literal brace twice.") from error
+        places = [name for _, name, _, _ in parts if name is not None]
+        if any(spec or conversion for _, _, spec, conversion in parts):
+            raise ConfigError("template: write {output}, not {output!r} or {output:9}.")
         unknown = set(places) - set(COLUMNS)
-        if unknown or "instruction" not in places or places[-1:] != ["output"]:
+        if unknown or "instruction" not in places or places[-1:] != ["output"] or places.count("output") > 1:
             raise ConfigError(
                 "template must be 'tutorial', 'alpaca', or a text with {instruction}, optionally {input}, "
                 f"and {{output}} last; found {places or 'no places'}."
             )
 
-    def row(self, instruction: str, input: str, output: str, eos: str) -> str:
+    def row(self, instruction: str, input: str | None, output: str, eos: str) -> str:
         """The whole text of a training row, ended by ``eos``: without it a tuned model never stops."""
-        return self.text.format(instruction=instruction, input=input, output=output) + eos
+        return self.text.format(instruction=instruction, input=input or "", output=output) + eos
 
-    def prompt(self, instruction: str, input: str = "") -> str:
+    def prompt(self, instruction: str, input: str | None = None) -> str:
         """The text up to where the answer begins."""
         before = self.text[: self.text.rindex("{output}")]
-        return before.format(instruction=instruction, input=input)
+        return before.format(instruction=instruction, input=input or "")
 
 
 def named(name_or_text: str) -> Template:

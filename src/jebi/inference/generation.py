@@ -11,15 +11,17 @@ _SHARE = 0.5
 
 
 def prepare(model: JebiForCausalLM) -> JebiForCausalLM:
-    """Turn off training and, on a CPU with room for it, keep 4-bit weights dequantised: each token reads them all."""
+    """Turn off training and keep what each token reads in the form it is read.
+
+    On a CPU with room for it that includes 4-bit weights, dequantised. Training again drops the copies.
+    """
     model.eval()
     model.config.use_cache = True
-    if model.device.type == "cpu":
-        linears = [linear for _, linear in model.linears()]
-        needed = sum(m.in_features * m.out_features for m in linears) * model.dtype.itemsize
-        if needed < _SHARE * psutil.virtual_memory().available:
-            for linear in linears:
-                linear.keep_dense(True)
+    linears = [linear for _, linear in model.linears()]
+    needed = sum(m.in_features * m.out_features for m in linears) * model.dtype.itemsize
+    roomy = model.device.type == "cpu" and needed < _SHARE * psutil.virtual_memory().available
+    for linear in linears:
+        linear.keep_for_decoding(dense=roomy)
     return model
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -131,7 +132,7 @@ class Folder:
         """Read config.json."""
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(self.path, local_files_only=True)
-        except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
+        except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
             raise ModelError(f"'{self.path / 'config.json'}' cannot be read: {error}") from error
         return config
 
@@ -168,8 +169,12 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
     """The weight files, each with the tensor names an index promises for it (none where there is no index)."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
+        try:
+            places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise WeightsError(f"'{index}' is no index of weights ({error!r}). Download it again.") from error
         files: dict[Path, set[str]] = {}
-        for name, file in json.loads(index.read_text())["weight_map"].items():
+        for name, file in places.items():
             files.setdefault(folder / file, set()).add(name)
         for file in files:
             if not file.is_file():

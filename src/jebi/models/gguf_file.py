@@ -118,7 +118,7 @@ class GgufFile:
                 raise WeightsError(f"'{self.path}' is truncated: tensor '{tensor.name}' ends beyond the file.")
             name = _hugging_face_name(tensor.name)
             shape = tuple(int(n) for n in reversed(tensor.shape))
-            rotated = {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2], 0)
+            rotated = {"q_proj": heads, "k_proj": kv_heads}.get(name.rpartition(".")[0].rpartition(".")[2], 0)
             yield StoredTensor(name, shape, self.path, lambda t=tensor, r=rotated: _read(t, r))  # type: ignore[misc]
 
 

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from jebi.errors import ModelError
 from jebi.kernels.linear_cross_entropy import linear_cross_entropy
+from jebi.models.cache import growing_cache
 from jebi.models.decoder import Decoder
 from jebi.models.families import DecoderShape
 from jebi.models.unpadding import IGNORED, Layout, lay_out, shift_labels
@@ -57,7 +58,7 @@ class Backbone(Decoder):
         """
         hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache or past_key_values is not None:
-            cache = past_key_values if past_key_values is not None else DynamicCache()
+            cache = past_key_values if past_key_values is not None else growing_cache()
             return self._with_cache(hidden_BSD, attention_mask, position_ids, cache)
         layout = Layout(None, rows) if rows is not None else lay_out(hidden_BSD, attention_mask, position_ids)
         out_TD = self.forward_rows(layout.flatten(hidden_BSD), layout.rows)
@@ -161,6 +162,15 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
                 logits = self.lm_head(hidden_BSD[:, kept])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Where ``generate`` would make transformers' dynamic cache, give it the growing one."""
+        wants_own = generation_config.use_cache and generation_config.cache_implementation is None
+        if wants_own and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = growing_cache()
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
     def _loss(self, hidden_BSD: Tensor, shifted_BS: Tensor, kwargs: dict[str, Any]) -> Tensor:
         learnt_BS = shifted_BS != IGNORED
         counts_BS = kwargs.get("counts")
@@ -197,6 +207,18 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
     def is_gradient_checkpointing(self) -> bool:
         """Whether activations are recomputed."""
         return self.model.checkpointing != "none"
+
+    def train(self, mode: bool = True) -> "JebiForCausalLM":
+        """As any module's; training drops the copies that were kept for decoding, which it would make stale."""
+        if mode:
+            self.drop_kept()
+        super().train(mode)
+        return self
+
+    def drop_kept(self) -> None:
+        """Drop the copies that were kept for decoding."""
+        for _, linear in self.linears():
+            linear.drop_kept()
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """Every linear map with its full name in the checkpoint."""

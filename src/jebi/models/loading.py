@@ -84,7 +84,10 @@ def _install(
     owner_name, _, leaf = stored.name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if quantise and leaf == "weight" and isinstance(owner, Linear) and owner_name != "lm_head":
-        owner.store(NF4Weight.quantize(value.to(dtype)))
+        try:
+            owner.store(NF4Weight.quantize(value.to(dtype)))
+        except WeightsError as error:
+            raise WeightsError(f"'{stored.file}': tensor '{stored.name}': {error}") from error
     else:
         setattr(owner, leaf, nn.Parameter(value.to(dtype), requires_grad=False))
 

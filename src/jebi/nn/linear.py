@@ -43,9 +43,18 @@ class Linear(nn.Module):
         del self.weight
         self.weight = weight
 
-    def keep_dense(self, keep: bool) -> None:
-        """Keep a dequantised copy beside the 4-bit weight (decoding reads it once a token), or drop it."""
-        self._kept_NK = self.weight.dense(self.dtype) if keep and isinstance(self.weight, NF4Weight) else None
+    def keep_for_decoding(self, dense: bool) -> None:
+        """Keep what decoding reads once a token: the adapter's matrices cast, and the weight dequantised if ``dense``."""
+        if dense and isinstance(self.weight, NF4Weight):
+            self._kept_NK = self.weight.dense(self.dtype)
+        if self.lora is not None:
+            self.lora.keep_cast(self.dtype)
+
+    def drop_kept(self) -> None:
+        """Drop the copies that `keep_for_decoding` made."""
+        self._kept_NK = None
+        if self.lora is not None:
+            self.lora.keep_cast(None)
 
     @property
     def adapter(self) -> Lora | None:
@@ -54,13 +63,17 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N); differentiable by ``x``, the bias and the adapter."""
+        # Flat, since a product with a batch of matrices copies the weight for every one of them.
+        x, lead = x.reshape(-1, self.in_features), x.shape[:-1]
         if x.requires_grad and torch.is_grad_enabled():
             y: Tensor = _FrozenProduct.apply(x, self)
         else:
             y = x @ self.dense().t()
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        return y if self.adapter is None else y + self.adapter(x)
+        if self.adapter is not None:
+            y = y + self.adapter(x)
+        return y.unflatten(0, lead)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

@@ -23,6 +23,7 @@ class Lora(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self.enabled = True
+        self._kept: tuple[Tensor, Tensor] | None = None
 
     def reset(self, generator: torch.Generator) -> None:
         """Draw A as Kaiming-uniform with a = sqrt(5), as PEFT does, and zero B: the map starts unchanged."""
@@ -32,7 +33,13 @@ class Lora(nn.Module):
             self.A_rK.copy_(drawn_rK)
             self.B_Nr.zero_()
 
+    def keep_cast(self, dtype: torch.dtype | None) -> None:
+        """Keep both matrices in ``dtype``, the scale within (decoding reads them once a token), or drop them."""
+        self._kept = None if dtype is None else (self.A_rK.detach().to(dtype), (self.B_Nr.detach() * self.scale).to(dtype))
+
     def forward(self, x: Tensor) -> Tensor:
         """The adapter's addition to the map's output, in ``x``'s dtype; differentiable."""
+        if self._kept is not None and not torch.is_grad_enabled():
+            return F.linear(F.linear(x, self._kept[0]), self._kept[1])
         x = F.dropout(x, self.dropout, training=self.training and self.dropout > 0)
         return F.linear(F.linear(x, self.A_rK.to(x.dtype)), self.B_Nr.to(x.dtype)) * self.scale

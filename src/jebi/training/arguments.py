@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from jebi.errors import ConfigError
 
@@ -22,6 +23,8 @@ class SFTConfig(TrainingArguments):
     pass_tokens: int | None = field(default=None, metadata={"help": "Most tokens of a pass; None plans it."})
 
 
+_LOSS_ALONE = "evaluation gives the loss alone, since predictions would be all the logits"
+
 _REFUSED = {
     "torch_compile": "jebi's layers are hand-written nodes that gain nothing from it",
     "use_liger_kernel": "it patches other model classes; jebi has its own kernels",
@@ -30,8 +33,17 @@ _REFUSED = {
     "deepspeed": "use one process or data parallel",
     "auto_find_batch_size": "jebi cuts a batch into passes that fit by itself",
     "parallelism_config": "use one process or data parallel",
+    "optim_target_modules": "it picks whole weights for GaLore and APOLLO, and jebi trains adapters",
+    "label_names": "what is learnt is always column 'labels'",
+    "include_for_metrics": _LOSS_ALONE,
+    "batch_eval_metrics": _LOSS_ALONE,
+    "eval_use_gather_object": _LOSS_ALONE,
+    "debug": "its hooks do not see into jebi's layers; a loss that is no number stops the training by itself",
 }
 """Fields whose purpose jebi does not serve, with the reason given to the user."""
+
+OWN_OPTIMIZER = ("adamw_8bit", "adamw_bnb_8bit")
+"""Names of `TrainingArguments.optim` that jebi's `AdamW8bit` answers to."""
 
 _CASTS = {"bf16_full_eval": torch.bfloat16, "fp16_full_eval": torch.float16}
 
@@ -53,17 +65,41 @@ def check(args: TrainingArguments, dtype: torch.dtype, device: torch.device) -> 
     for name, cast in _CASTS.items():
         if getattr(args, name) and dtype != cast:
             raise ConfigError(f"{name} would cast the model; load it with dtype=torch.{_name(cast)} instead.")
+    _check_optimizer(args)
+    if ((args.gradient_checkpointing_kwargs or {}).get("every_n_layers") or 1) != 1:
+        raise ConfigError("every_n_layers is not supported: jebi recomputes every layer or none. Remove it.")
+    if isinstance(args, SFTConfig) and args.pass_tokens is not None and args.pass_tokens < 1:
+        raise ConfigError(f"pass_tokens must be at least 1, not {args.pass_tokens}; None plans it.")
     return _precision(args, dtype, device)
 
 
+def settle_on_cpu(args: TrainingArguments) -> None:
+    """Nothing is cast by accelerate, whose float16 needs a card, and nothing pinned for a card that is not there."""
+    args.mixed_precision = "no"
+    args.dataloader_pin_memory = False
+
+
+def _check_optimizer(args: TrainingArguments) -> None:
+    optim = OptimizerNames(args.optim).value
+    if optim in ("lomo", "adalomo"):
+        raise ConfigError(f"optim='{optim}' is not supported: it updates weights within the backward. Choose another.")
+    if args.optim_args and optim in OWN_OPTIMIZER:
+        raise ConfigError(
+            f"optim_args does nothing with optim='{optim}': set adam_beta1, adam_beta2, adam_epsilon and weight_decay."
+        )
+
+
 def _precision(args: TrainingArguments, dtype: torch.dtype, device: torch.device) -> str | None:
-    """bf16 and fp16 must say what the model was loaded in, since that is what it computes in."""
+    """bf16 and fp16 must say what the model was loaded in, since that is what it computes in.
+
+    On a CPU they say nothing: a script that asks for one of them, as for a card, runs there too.
+    """
     asked = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     if asked is None or asked == dtype:
         return None
     flag = "bf16" if args.bf16 else "fp16"
-    if device.type == "cpu" and asked == torch.bfloat16 and dtype == torch.float32:
-        return f"{flag}=True, but the model was loaded in float32 on this CPU and computes in that."
+    if device.type == "cpu":
+        return f"{flag}=True, but the model was loaded in {_name(dtype)} on this CPU and computes in that."
     raise ConfigError(
         f"{flag}=True, but the model was loaded in {_name(dtype)}: load it with dtype=torch.{_name(asked)}, "
         f"or set {flag}=False."

@@ -24,7 +24,7 @@ def require_writable(folder: Path) -> None:
         raise ConfigError(f"output_dir '{folder}' cannot be written to: {error.strerror}. Name another.") from error
 
 
-def complete_checkpoint(staging: Path, final: Path, state: TrainerState, args: TrainingArguments) -> None:
+def complete_checkpoint(staging: Path, final: Path, state: TrainerState, args: TrainingArguments) -> Path:
     """Move the checkpoint that Trainer wrote under ``staging`` to its place under ``final``, then rotate old ones."""
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     target = final / name
@@ -43,3 +43,4 @@ def complete_checkpoint(staging: Path, final: Path, state: TrainerState, args: T
         best_model_checkpoint=state.best_model_checkpoint,
         use_mtime=True,
     )
+    return target

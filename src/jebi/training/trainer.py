@@ -8,6 +8,7 @@ at all. Everything else (schedules, logging, callbacks, saving strategies, resum
 import contextlib
 import logging
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from jebi.data.rows import FormattingFunc, tokenize
 from jebi.errors import ConfigError, DivergedError
 from jebi.models.hf import JebiForCausalLM
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, choose
-from jebi.training.arguments import SFTConfig, check
+from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, settle_on_cpu
 from jebi.training.checkpoints import complete_checkpoint, require_writable
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.optimizer import AdamW8bit
@@ -48,7 +49,7 @@ class SFTTrainer(Trainer):
         model: JebiForCausalLM,
         tokenizer: PreTrainedTokenizerBase | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
         dataset_text_field: str | None = None,
         max_seq_length: int | None = None,
         dataset_num_proc: int | None = None,
@@ -76,6 +77,8 @@ class SFTTrainer(Trainer):
         args = args if args is not None else SFTConfig(output_dir="outputs")
         if notice := check(args, model.dtype, model.device):
             logger.warning(notice)
+        if model.device.type == "cpu":
+            settle_on_cpu(args)
         require_writable(Path(str(args.output_dir)))
         tokenizer = processing_class if processing_class is not None else tokenizer
         config = args if isinstance(args, SFTConfig) else None
@@ -84,14 +87,17 @@ class SFTTrainer(Trainer):
         workers = _first(dataset_num_proc, config and config.dataset_num_proc)
         packed = bool(_first(packing, config and config.packing))
 
-        def prepare(dataset: Dataset | IterableDataset | None) -> Dataset | IterableDataset | None:
+        def prepare(dataset: Any) -> Any:
             if dataset is None:
                 return None
+            if isinstance(dataset, dict):
+                return {name: prepare(part) for name, part in dataset.items()}
             if tokenizer is None:
                 raise ConfigError("tokenizer is missing: pass tokenizer=tokenizer.")
             rows = tokenize(dataset, tokenizer, field, formatting_func, longest, workers)
             return pack(rows, longest) if packed else rows
 
+        self._prepare = prepare
         self._longest = int(longest)
         self._pass_tokens = config.pass_tokens if config else None
         self._bag: list[Batch] = []
@@ -133,6 +139,21 @@ class SFTTrainer(Trainer):
             raise KeyboardInterrupt
         return output
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As Trainer's; rows given to `evaluate` itself are tokenised as the others were."""
+        if isinstance(eval_dataset, Dataset) and "lengths" not in eval_dataset.column_names:
+            eval_dataset = self._prepare(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | int | None]:
+        """As Trainer; rows that a stream's end left behind in the middle of a step count with the step they join."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._bag:
+            items = self._get_num_items_in_batch([*self._bag, *batches], device)
+        return batches, items
+
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Collect the step's micro-batches; with the last of them run forward and backward of all rows."""
         self._bag.append(inputs)
@@ -141,6 +162,7 @@ class SFTTrainer(Trainer):
         assert num_items_in_batch is not None, "passes of one step must be weighted by the step's learnt tokens"
         batches, self._bag = self._bag, []
         model.train()
+        _set_mode(self.optimizer, "train")
         passes = cut(batches, self._current_plan().tokens)
         loss = torch.zeros((), device=self.args.device)
         for index, part in enumerate(passes):
@@ -181,6 +203,7 @@ class SFTTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Mean loss over all learnt tokens, in passes no larger than training's; never any logits."""
         self.model.eval()
+        _set_mode(self.optimizer, "eval")
         seen = 0
 
         def counted() -> Iterator[Batch]:
@@ -190,7 +213,9 @@ class SFTTrainer(Trainer):
                 seen += len(batch["rows"])
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-        total, learnt = summed_loss(self.model, counted(), self._current_plan().tokens)
+        total, learnt = summed_loss(
+            self.model, counted(), self._current_plan().tokens, self.args.label_smoothing_factor
+        )
         sums = torch.tensor([total, learnt], dtype=torch.float64, device=self.args.device)
         total_loss, total_learnt = self.accelerator.reduce(sums, "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": total_loss / max(total_learnt, 1)}
@@ -211,7 +236,8 @@ class SFTTrainer(Trainer):
         limit = CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS
         asked = None if getattr(self.model, "auto_checkpointing", False) else backbone.checkpointing
         if self.args.gradient_checkpointing and asked in (None, "none"):
-            asked = "recompute"
+            offload = (self.args.gradient_checkpointing_kwargs or {}).get("offload")
+            asked = "offload" if offload else "recompute"
         element = self.model.dtype.itemsize
         plan = choose(backbone.shape, element, free_bytes(device), self._longest, asked, limit)
         backbone.checkpointing = plan.checkpointing
@@ -220,7 +246,7 @@ class SFTTrainer(Trainer):
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """jebi's own 8-bit AdamW where the script says ``adamw_8bit``; every other name is Trainer's."""
-        if args.optim in ("adamw_8bit", "adamw_bnb_8bit"):
+        if args.optim in OWN_OPTIMIZER:
             settings = {
                 "lr": args.learning_rate,
                 "betas": (args.adam_beta1, args.adam_beta2),
@@ -239,12 +265,20 @@ class SFTTrainer(Trainer):
         """Let Trainer write the checkpoint in a folder of its own, and move it into place when it is whole."""
         final = Path(super()._get_output_dir(trial))
         self._staging = final / ".partial"
+        if self.args.should_save:
+            shutil.rmtree(self._staging, ignore_errors=True)  # what a killed run left
         try:
             super()._save_checkpoint(model, trial)
         finally:
             staging, self._staging = self._staging, None
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            complete_checkpoint(staging, final, self.state, self.args)
+            checkpoint = complete_checkpoint(staging, final, self.state, self.args)
+            if self.args.push_to_hub:
+                super()._push_from_checkpoint(str(checkpoint))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: an upload runs on in the background, so it begins when the folder is in its place."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         read_weights(self.model, Path(resume_from_checkpoint))
@@ -252,6 +286,12 @@ class SFTTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         read_weights(self.model, Path(self.state.best_model_checkpoint))
+
+
+def _set_mode(optimizer: Any, mode: str) -> None:
+    """Optimizers without a schedule have a mode for training and one for evaluation; others have none."""
+    if callable(switch := getattr(optimizer, mode, None)):
+        switch()
 
 
 def _first(*values: Any) -> Any:

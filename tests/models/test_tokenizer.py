@@ -1,0 +1,44 @@
+"""``models.tokenizer``: padding that does no harm, on the side where answers do not begin."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from jebi.models.files import find
+from jebi.models.tokenizer import ready
+
+
+def model(eos: int | list[int] | None = None) -> SimpleNamespace:
+    return SimpleNamespace(generation_config=SimpleNamespace(pad_token_id=None, eos_token_id=eos))
+
+
+@pytest.mark.parametrize(
+    ("added", "expected"),
+    [
+        (["<|finetune_right_pad_id|>", "<pad>"], "<|finetune_right_pad_id|>"),
+        (["<pad>"], "<pad>"),
+        ([], "<|im_end|>"),
+    ],
+)
+def test_a_padding_token_is_found(added: list[str], expected: str) -> None:
+    tokenizer = find("smollm2").tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.unk_token = None
+    tokenizer.add_tokens(added)
+    candidates = {"<unk>", "[PAD]", "<|reserved_special_token_0|>"} & tokenizer.get_vocab().keys()
+    assert candidates == set()
+    target = model()
+    made = ready(tokenizer, target)
+    assert made is tokenizer
+    assert (tokenizer.pad_token, tokenizer.padding_side) == (expected, "left")
+    assert target.generation_config.pad_token_id == tokenizer.convert_tokens_to_ids(expected)
+    assert target.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_what_the_checkpoint_says_stays() -> None:
+    tokenizer = find("smollm2").tokenizer()
+    tokenizer.pad_token = "<|endoftext|>"
+    target = model(eos=[2, 0])
+    ready(tokenizer, target)
+    assert tokenizer.pad_token == "<|endoftext|>"
+    assert target.generation_config.eos_token_id == [2, 0]

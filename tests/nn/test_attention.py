@@ -1,0 +1,103 @@
+"""``nn.attention``: flat rows against each row alone and float64; new tokens over a cache against the whole."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jebi.nn.attention import attend_cached, attend_rows
+from jebi.nn.rows import Rows, rows_from_lengths
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+HEADS, GROUPS, SIZE = 6, 2, 10
+CPU = torch.device("cpu")
+
+
+def inputs(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    q, k, v = (torch.randn(tokens, n, SIZE, generator=generator).to(dtype) for n in (HEADS, GROUPS, GROUPS))
+    return q, k, v
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+    """All rows at once under a block-diagonal mask, in the inputs' dtype."""
+    k, v = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (k, v))
+    number = torch.cat([torch.full((end - start,), n) for n, (start, end) in enumerate(rows.spans())])
+    index = torch.arange(q.shape[0])
+    seen = (number[:, None] == number[None]) & (index[:, None] >= index[None])
+    scores = torch.einsum("qhd,khd->hqk", q, k) / SIZE**0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("lengths", [[1], [9], [1, 1, 1], [5, 1, 11]])
+def test_each_row_is_as_if_alone(lengths: list[int]) -> None:
+    rows = rows_from_lengths(lengths, CPU)
+    q, k, v = inputs(sum(lengths))
+    together = attend_rows(q, k, v, rows)
+    for start, end in rows.spans():
+        alone = attend_rows(q[start:end], k[start:end], v[start:end], rows_from_lengths([end - start], CPU))
+        # To the bit: on a CPU the same call is made.
+        assert torch.equal(together[start:end], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_and_gradients_against_float64(at_most_twice, dtype: torch.dtype) -> None:
+    rows = rows_from_lengths([5, 1, 11], CPU)
+    values = inputs(17, dtype)
+    results = []
+    for attend, kind in ((attend_rows, dtype), (naive, dtype), (naive, torch.float64)):
+        leaves = [x.to(kind, copy=True).requires_grad_() for x in values]
+        out = attend(*leaves, rows)
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(dtype).to(kind))
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for name, ours, plain, exact in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        at_most_twice(name, ours, plain, exact)
+
+
+def test_common_beginnings_held_once() -> None:
+    """Two rows that share three tokens: what each of them sees is what it sees in a row of its own."""
+    whole, first = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 5]), torch.tensor([0, 1, 2, 3, 4, 8])
+    shared = Rows((0, 5, 9), torch.tensor([0, 1, 2, 3, 4, 3]), whole, first)
+    held = inputs(6)
+    out = attend_rows(*held, shared)
+    apart = attend_rows(*(x[whole] for x in held), rows_from_lengths([5, 4], CPU))
+    assert torch.equal(out, apart[first])
+
+
+def test_another_rows_tokens_have_no_influence() -> None:
+    rows = rows_from_lengths([4, 6], CPU)
+    q, k, v = inputs(10)
+    before = attend_rows(q, k, v, rows)
+    k[4:], v[4:] = 1e3, torch.nan
+    assert torch.equal(attend_rows(q, k, v, rows)[:4], before[:4])
+
+
+@pytest.mark.parametrize("past", [0, 1, 7])
+def test_new_tokens_over_a_cache(past: int) -> None:
+    q, k, v = (x[None] for x in inputs(11))
+    whole = attend_rows(q[0], k[0], v[0], rows_from_lengths([11], CPU))
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    index = torch.arange(11)
+    mask = None if past == 0 else (index[None] <= index[past:, None])[None]
+    # float32 sums of at most 11 terms of order 1, in another order.
+    torch.testing.assert_close(attend_cached(q[:, past:], keys, values, mask)[0], whole[past:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attend_cached(q[:, -1:], keys, values, None)[0], whole[-1:], rtol=1e-5, atol=1e-6)
+
+
+def test_a_chunk_over_an_older_cache_needs_a_mask() -> None:
+    q, k, v = (x[None].transpose(1, 2) for x in inputs(5))
+    with pytest.raises(AssertionError, match="mask"):
+        attend_cached(q.transpose(1, 2)[:, 3:], k, v, None)
+
+
+def test_padded_keys_have_no_influence() -> None:
+    q, k, v = (x[None] for x in inputs(6))
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    mask = torch.tensor([[[False, False, True, True, True, True]]])
+    ours = attend_cached(q[:, -1:], keys, values, mask)
+    shorter = F.scaled_dot_product_attention(
+        q[:, -1:].transpose(1, 2), keys[:, :, 2:], values[:, :, 2:], enable_gqa=True
+    ).transpose(1, 2)
+    # As above.
+    torch.testing.assert_close(ours, shorter, rtol=1e-5, atol=1e-6)

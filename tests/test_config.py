@@ -1,0 +1,198 @@
+"""``config``: a run is read from YAML and ``--set`` with types checked, and every mistake names its setting."""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jebi import config
+from jebi.config import (
+    TARGET_MODULES,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    RunConfig,
+    check_type,
+    read_run,
+    run_from_dict,
+)
+from jebi.errors import ConfigError
+
+RUN = """
+model: {name: smollm2, max_seq_length: 512}
+lora: {r: 8}
+data: {train: rows.jsonl}
+train: {learning_rate: 2e-4, max_steps: 3}
+"""
+
+FIELDS = {
+    ModelConfig: ["name", "max_seq_length", "load_in_4bit", "dtype", "token"],
+    LoraConfig: ["r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "random_state"],
+    DataConfig: ["train", "split", "heldout", "heldout_share", "template", "text_field", "packing"],
+    RunConfig: ["model", "lora", "data", "train"],
+}
+"""The settings there are. One that is added, renamed or dropped changes users' files: it is to be noticed."""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
+    return tmp_path / "run.yaml"
+
+
+def test_the_list_of_settings_is_frozen() -> None:
+    assert {cls: [field.name for field in dataclasses.fields(cls)] for cls in FIELDS} == FIELDS
+
+
+def test_every_field_has_a_docstring() -> None:
+    tree = ast.parse(inspect.getsource(config))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Config")]
+    assert {node.name for node in classes} == {cls.__name__ for cls in FIELDS}
+    for node in classes:
+        for statement, following in zip(node.body, [*node.body[1:], None]):
+            if isinstance(statement, ast.AnnAssign):
+                said = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                assert said, f"{node.name}.{ast.unparse(statement.target)}"
+
+
+def test_a_file_is_read_over_the_defaults(path: Path) -> None:
+    run = read_run(path)
+    assert run.model == ModelConfig("smollm2", 512)
+    assert run.lora == LoraConfig(r=8, target_modules=list(TARGET_MODULES))
+    assert run.data == DataConfig("rows.jsonl")
+    assert run.train == {"learning_rate": 0.0002, "max_steps": 3}
+
+
+def test_a_run_survives_being_written_and_read(path: Path) -> None:
+    run = read_run(path, ["lora.lora_alpha=32", "model.dtype=bfloat16", "data.heldout_share=0.1"])
+    assert run_from_dict(dataclasses.asdict(run)) == run
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("lora.r=32", 32),
+        ("lora.lora_alpha=32", 32.0),
+        ("lora.lora_alpha=1.5e1", 15.0),
+        ("lora.lora_dropout=5e-2", 0.05),
+        ("lora.use_rslora=true", True),
+        ("lora.target_modules=[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("model.name=some/folder", "some/folder"),
+        ("model.dtype=null", None),
+        ("model.load_in_4bit=false", False),
+        ('data.template="{instruction}={output}"', "{instruction}={output}"),
+        ("data.heldout=a=b.jsonl", "a=b.jsonl"),
+    ],
+)
+def test_settings_are_typed_as_in_the_file(setting: str, value: Any, path: Path) -> None:
+    section, name = setting.partition("=")[0].split(".")
+    read = getattr(getattr(read_run(path, [setting]), section), name)
+    assert read == value
+    assert type(read) is type(value)
+
+
+@pytest.mark.parametrize(("text", "value"), [("2e-4", 2e-4), ("-1E+3", -1000.0), ("1_0e2", 1000.0), ("e5", "e5")])
+def test_numbers_are_written_as_everywhere(text: str, value: Any, path: Path) -> None:
+    assert read_run(path, [f"train.learning_rate={text}"]).train["learning_rate"] == value
+
+
+def test_the_last_setting_wins_and_a_new_section_may_begin_with_one(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("data: {train: rows.jsonl}\n")
+    run = read_run(tmp_path / "run.yaml", ["lora.r=2", "lora.r=3", "train.max_steps=1"])
+    assert (run.lora.r, run.train) == (3, {"max_steps": 1})
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("lora.rank=3", r"setting 'lora.rank' is unknown"),
+        ("lora.lora_alfa=3", r"setting 'lora.lora_alfa' is unknown. Did you mean 'lora.lora_alpha'\?"),
+        ("model.max_seq_len=9", r"Did you mean 'model.max_seq_length'\?"),
+        ("modl.name=x", r"setting 'modl' is unknown. Did you mean 'model'\?"),
+        ("lora.zzz=1", r"setting 'lora.zzz' is unknown. Known: bias, lora_alpha, .*use_rslora\."),
+        ("lora.r=3.5", r"lora.r must be int, not 3.5"),
+        ("lora.r=true", r"lora.r must be int, not True"),
+        ("lora.r=many", r"lora.r must be int, not 'many'"),
+        ("lora.lora_alpha=yes", r"lora.lora_alpha must be float, not True"),
+        ("lora.bias=some", r"lora.bias must be one of none, all, lora_only, not 'some'"),
+        ("model.load_in_4bit=4", r"model.load_in_4bit must be bool, not 4"),
+        ("model.dtype=16", r"model.dtype must be str or null, not 16"),
+        ("model.dtype=int8", r"dtype must be float32, bfloat16, float16 or null, not 'int8'"),
+        ("model.max_seq_length=0", r"max_seq_length must be at least 1, not 0"),
+        ("lora.target_modules=q_proj", r"lora.target_modules must be list, not 'q_proj'"),
+        ("lora.target_modules=[]", r"target_modules is empty; name at least one of q_proj"),
+        ("lora.lora_dropout=1", r"lora_dropout must be from 0 to below 1, not 1.0"),
+        ("lora.r=0", r"r must be a whole number above 0, not 0"),
+        ("data.heldout_share=1", r"data.heldout_share must be from 0 to below 1"),
+        ("data.train=", r"data.train must be str, not None"),
+        ("lora", r"--set 'lora' must be section.key=value, such as --set lora.r=32"),
+        ("lora=3", r"--set 'lora=3' must be section.key=value"),
+        ("lora.r", r"--set 'lora.r' must be section.key=value"),
+        ("lora.r=[1", r"--set 'lora.r=\[1': the value is not YAML"),
+    ],
+)
+def test_a_mistake_names_the_setting(setting: str, message: str, path: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_run(path, [setting])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must hold sections: model, lora, data, train"),
+        (b"- a\n- b\n", "must hold sections"),
+        (b"data: {train: a.jsonl\n", "run.yaml' is not YAML: .*line 2"),
+        (b"data: \xff\xfe\n", "run.yaml' is not YAML"),
+        (b"data: rows.jsonl\n", "section 'data' must hold settings, one a line"),
+        (b"data: {train: a.jsonl}\ntrain: [1]\n", "section 'train' must hold settings"),
+        (b"model: {name: smollm2}\n", "data.train is missing: name a .jsonl file or a hub data set"),
+    ],
+)
+def test_a_file_that_is_no_run_is_explained(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_run(tmp_path / "run.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config '.*run.yaml' cannot be read: No such file or directory"):
+        read_run(tmp_path / "run.yaml")
+
+
+def test_a_setting_into_a_section_that_is_a_value_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("data: rows.jsonl\n")
+    with pytest.raises(ConfigError, match=r"--set 'data.packing=true': section 'data' holds no settings"):
+        read_run(tmp_path / "run.yaml", ["data.packing=true"])
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 0.5), (True, 2.0)])
+def test_the_scale_of_an_adapter(rslora: bool, scale: float) -> None:
+    assert LoraConfig(r=16, lora_alpha=8, use_rslora=rslora).scale == scale
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "right"),
+    [
+        (int, 3, True),
+        (int, 3.0, False),
+        (float, 3, True),
+        (float | None, None, True),
+        (float | None, "3", False),
+        (str, 3, False),
+        (bool, 1, False),
+        (dict[str, Any] | str | None, {"a": 1}, True),
+        (dict[str, Any] | str | None, 3, False),
+        (Any, object(), True),
+    ],
+)
+def test_the_trainers_settings_are_typed_by_their_hints(hint: Any, value: Any, right: bool) -> None:
+    if right:
+        check_type(hint, value, "train.x")
+    else:
+        with pytest.raises(ConfigError, match=r"train\.x must be "):
+            check_type(hint, value, "train.x")

@@ -1,0 +1,137 @@
+"""``jebi.fast``: the tutorial's verbs load, adapt and switch a model, and refuse what they cannot honour."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from jebi import FastLanguageModel
+from jebi.adapters.peft_files import CONFIG_FILE, adapter_tensors
+from jebi.errors import AdapterError, ConfigError, ModelError
+from jebi.quant.nf4 import NF4Weight
+
+IDS = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def load(folder: Path, **settings):
+    return FastLanguageModel.from_pretrained(
+        str(folder), **{"max_seq_length": 128, "dtype": torch.float32, "device": "cpu"} | settings
+    )
+
+
+def test_load_adapt_save_and_load_again(tiny_llama, tmp_path: Path) -> None:
+    model, tokenizer = load(tiny_llama("worded"))
+    assert isinstance(model.model.layers[0].mlp.up_proj.weight, NF4Weight)
+    assert model.max_seq_length == 128
+    assert tokenizer.padding_side == "left"
+    model = FastLanguageModel.get_peft_model(model, r=4, target_modules=["q_proj", "v_proj"], lora_alpha=8)
+    with torch.no_grad():
+        for tensor in adapter_tensors(model).values():
+            tensor.add_(0.1)
+    model.save_pretrained(tmp_path)
+    again, _ = load(tmp_path)
+    assert again.adapter is not None
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_an_adapter_that_does_not_name_its_base(tiny_llama, tmp_path: Path) -> None:
+    model, _ = load(tiny_llama("worded"))
+    FastLanguageModel.get_peft_model(model).save_pretrained(tmp_path)
+    path = tmp_path / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(ConfigError, match=f"adapter '{tmp_path}' does not name its base model; load that first"):
+        load(tmp_path)
+
+
+def test_settings_are_checked_before_anything_is_loaded() -> None:
+    with pytest.raises(ConfigError, match="max_seq_length must be at least 1, not 0"):
+        FastLanguageModel.from_pretrained("/nowhere", max_seq_length=0)
+    with pytest.raises(ModelError, match="'/nowhere' is no folder"):
+        FastLanguageModel.from_pretrained("/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 0}, "r must be a whole number above 0, not 0"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be from 0 to below 1"),
+        ({"bias": "some"}, "bias must be 'none', 'all' or 'lora_only'"),
+        ({"target_modules": []}, "target_modules is empty"),
+        ({"target_modules": ["W_pack"]}, "the model has no 'W_pack'"),
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config is not supported yet; leave it None"),
+        ({"use_gradient_checkpointing": "often"}, "must be True, False, 'unsloth' or 'auto', not 'often'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_impossible_adapters_are_refused_and_leave_the_model_as_it_was(tiny_llama, settings, message: str) -> None:
+    model, _ = load(tiny_llama("worded"))
+    with pytest.raises(ConfigError, match=message):
+        FastLanguageModel.get_peft_model(model, **settings)
+    assert model.adapter is None
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept", "auto"),
+    [("auto", "none", True), (False, "none", False), (True, "recompute", False), ("unsloth", "offload", False)],
+)
+def test_what_layers_keep(tiny_llama, asked: bool | str, kept: str, auto: bool) -> None:
+    model, _ = load(tiny_llama("worded"))
+    FastLanguageModel.get_peft_model(model, use_gradient_checkpointing=asked)
+    assert (model.model.checkpointing, model.auto_checkpointing) == (kept, auto)
+    assert model.is_gradient_checkpointing == (kept != "none")
+
+
+def test_checkpointing_through_transformers_names(tiny_llama) -> None:
+    model, _ = load(tiny_llama("worded"))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert model.model.checkpointing == "recompute"
+    model.model.checkpointing = "offload"
+    model.gradient_checkpointing_enable()
+    assert model.model.checkpointing == "offload"
+    model.gradient_checkpointing_disable()
+    assert model.model.checkpointing == "none"
+
+
+@torch.no_grad()
+def test_inference_and_training_modes(tiny_llama) -> None:
+    model, _ = load(tiny_llama("worded"))
+    FastLanguageModel.get_peft_model(model, lora_dropout=0.2)
+    before = model.eval()(IDS).logits
+    linear = model.model.layers[0].mlp.up_proj
+    assert FastLanguageModel.for_inference(model) is model
+    assert not model.training
+    assert linear.dense() is linear.dense()
+    # Kept copies hold the very values that are dequantised otherwise, and a fresh adapter adds nothing.
+    assert torch.equal(model(IDS).logits, before)
+    assert FastLanguageModel.for_training(model) is model
+    assert model.training
+    assert linear.dense() is not linear.dense()
+
+
+@torch.no_grad()
+def test_an_adapter_put_on_a_model_that_answers_already(tiny_llama, tmp_path: Path) -> None:
+    model, _ = load(tiny_llama("worded"))
+    FastLanguageModel.get_peft_model(model)
+    for tensor in adapter_tensors(model).values():
+        tensor.add_(0.1)
+    model.save_pretrained(tmp_path)
+    other, _ = load(tiny_llama("worded"))
+    FastLanguageModel.for_inference(other)
+    FastLanguageModel.put_adapter(other, tmp_path)
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
+    with pytest.raises(AdapterError, match="already has an adapter"):
+        FastLanguageModel.put_adapter(other, tmp_path)
+
+
+def test_counts_in_pefts_words(tiny_llama, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = load(tiny_llama("worded"))
+    FastLanguageModel.get_peft_model(model, r=2, target_modules=["q_proj"])
+    model.print_trainable_parameters()
+    trained, everything = model.trainable_parameters()
+    assert trained == 2 * 2 * (64 + 64)
+    expected = (
+        f"trainable params: {trained:,} || all params: {everything:,} || trainable%: {100 * trained / everything:.4f}\n"
+    )
+    assert capsys.readouterr().out == expected

@@ -1,0 +1,92 @@
+"""What jebi promises from outside: its names, an import without effects, types, and sources of a readable size."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jebi
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "jebi"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+MOST_LINES = 350
+MOST_LINES_OF_A_FUNCTION = 80
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_public_names() -> None:
+    assert sorted(jebi.__all__) == ["FastLanguageModel", "SFTConfig", "SFTTrainer", "is_bfloat16_supported"]
+    for name in jebi.__all__:
+        assert getattr(jebi, name).__name__ == name
+        assert getattr(jebi, name).__doc__
+
+
+def test_other_names_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="module 'jebi' has no attribute 'FastVisionModel'"):
+        _ = jebi.FastVisionModel
+
+
+def test_importing_jebi_brings_nothing_along() -> None:
+    """No third-party module is loaded, so none can have been patched; nothing is said, and no file is touched."""
+    code = """
+import sys
+before = set(sys.modules)
+import jebi
+jebi.__version__, jebi.__all__
+print(sorted({name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))
+"""
+    assert run(code) == "['jebi']\n"
+
+
+def test_using_jebi_patches_nothing() -> None:
+    """Classes and functions of other libraries are the same objects before and after every module of jebi is loaded."""
+    code = """
+import pkgutil, sys
+import torch, torch.nn.functional, transformers, safetensors.torch, datasets, accelerate
+from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+watched = [
+    torch.Tensor, torch.nn.Module, torch.nn.Linear, torch.autograd.Function, torch.optim.Optimizer, torch.nn.functional,
+    GenerationMixin, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, datasets.Dataset,
+    accelerate.Accelerator, safetensors.torch,
+]
+before = [dict(vars(thing)) for thing in watched]
+import jebi
+for module in pkgutil.walk_packages(jebi.__path__, "jebi."):
+    if module.name != "jebi.__main__":
+        __import__(module.name)
+for name in jebi.__all__:
+    getattr(jebi, name)
+for thing, had in zip(watched, before):
+    now = vars(thing)
+    names = now.keys() | had.keys() - {"__abstractmethods__", "_abc_impl"}
+    changed = {name for name in names if now.get(name) is not had.get(name)}
+    assert not changed, (thing, changed)
+print(len([name for name in sys.modules if name.startswith("jebi.")]))
+"""
+    assert int(run(code)) > 50
+
+
+def test_typed() -> None:
+    assert (SOURCE / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_sizes(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= MOST_LINES, f"{path} is too long: divide it"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= MOST_LINES_OF_A_FUNCTION, f"{node.name} in {path} has {lines} lines: divide it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_every_module_says_what_it_is(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not text or ast.get_docstring(ast.parse(text))

@@ -1,0 +1,84 @@
+"""``training.interrupt``: the first Ctrl-C is noted, the second raises, and the handler is put back in every case."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import TrainerControl
+
+from jebi.training.interrupt import StopOnInterrupt
+
+
+@pytest.fixture(autouse=True)
+def handler() -> Iterator[Any]:
+    before = signal.getsignal(signal.SIGINT)
+    yield before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def ask(stop: StopOnInterrupt) -> TrainerControl:
+    nothing: Any = SimpleNamespace()
+    return stop.on_step_end(nothing, nothing, TrainerControl())
+
+
+def test_without_an_interrupt_the_run_goes_on() -> None:
+    stop = StopOnInterrupt()
+    with stop.listening():
+        control = ask(stop)
+    assert (control.should_save, control.should_training_stop) == (False, False)
+
+
+def test_the_first_is_noted_and_the_step_s_end_saves_and_stops() -> None:
+    stop = StopOnInterrupt()
+    with stop.listening():
+        ctrl_c()
+        control = ask(stop)
+    assert stop.interrupted
+    assert (control.should_save, control.should_training_stop) == (True, True)
+
+
+def test_the_second_stops_at_once() -> None:
+    with StopOnInterrupt().listening():
+        ctrl_c()
+        with pytest.raises(KeyboardInterrupt):
+            ctrl_c()
+
+
+def test_outside_it_ctrl_c_is_pythons() -> None:
+    stop = StopOnInterrupt()
+    with stop.listening():
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        ctrl_c()
+    assert not stop.interrupted
+
+
+def test_the_handler_is_put_back_after_an_error(handler: Any) -> None:
+    def train() -> None:
+        with StopOnInterrupt().listening():
+            assert signal.getsignal(signal.SIGINT) is not handler
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        train()
+
+
+def test_another_thread_trains_without_listening(handler: Any) -> None:
+    seen = []
+
+    def train() -> None:
+        with StopOnInterrupt().listening():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert seen == [handler]
