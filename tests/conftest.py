@@ -55,6 +55,7 @@ VARIANTS: dict[str, dict[str, object]] = {
             "original_max_position_embeddings": 32,
         }
     },
+    "even": {"intermediate_size": 192},  # whose rows some formats can cut into blocks of 32
     "worded": {"vocab_size": 49152},  # with SmolLM2's tokenizer beside the weights
 }
 
@@ -134,9 +135,9 @@ def convert_smollm2(folder: Path) -> None:
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
     )
-    # Without these it would be saved as a quantised model.
+    # With these it would be saved as a quantised model.
     model.hf_quantizer = None
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
 

@@ -85,13 +85,21 @@ def test_what_layers_keep(tiny_llama, asked: bool | str, kept: str, auto: bool) 
 
 def test_checkpointing_through_transformers_names(tiny_llama) -> None:
     model, _ = load(tiny_llama("worded"))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert model.model.checkpointing == "recompute"
-    model.model.checkpointing = "offload"
-    model.gradient_checkpointing_enable()
-    assert model.model.checkpointing == "offload"
-    model.gradient_checkpointing_disable()
-    assert model.model.checkpointing == "none"
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        enable, disable = (getattr(model, f"{name}_{verb}") for verb in ("enable", "disable"))
+        enable(**{f"{name}_kwargs": {"use_reentrant": False}})
+        assert model.model.checkpointing == "recompute"
+        assert getattr(model, f"is_{name}")
+        disable()
+        assert model.model.checkpointing == "none"
+        assert not getattr(model, f"is_{name}")
+        enable(offload=True)
+        assert model.model.checkpointing == "offload"
+        enable()
+        assert model.model.checkpointing == "offload"
+        disable()
+        with pytest.raises(ModelError, match=r"every_n_layers is not available.* Leave it 1"):
+            enable(every_n_layers=2)
 
 
 @torch.no_grad()

@@ -30,16 +30,16 @@ def room_of(path: Path) -> str:
 
 def imports(tree: ast.AST) -> Iterator[str]:
     """Dotted names of the modules that the code imports when it runs; ``from a import b`` yields ``a.b``."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            for other in node.orelse:
-                yield from imports(other)
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports inside jebi are absolute"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        else:
+    if isinstance(tree, ast.Import):
+        yield from (alias.name for alias in tree.names)
+    elif isinstance(tree, ast.ImportFrom):
+        assert tree.level == 0, "imports inside jebi are absolute"
+        yield from (f"{tree.module}.{alias.name}" for alias in tree.names)
+    elif isinstance(tree, ast.If) and ast.unparse(tree.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        for node in tree.orelse:
+            yield from imports(node)
+    else:
+        for node in ast.iter_child_nodes(tree):
             yield from imports(node)
 
 

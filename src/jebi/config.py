@@ -93,12 +93,16 @@ class DataConfig:
     """``tutorial`` (Korean), ``alpaca`` (English), or a text with {instruction}, {input} and {output}."""
     text_field: str | None = None
     """Column that holds whole ready texts; the template is not used then."""
+    learn: Literal["all", "answers"] = "all"
+    """What has labels: the whole text, as in the tutorial, or only the answers and their EOS."""
     packing: bool = False
     """Fill sequences of max_seq_length with several rows, kept apart."""
 
     def __post_init__(self) -> None:
         if not self.train:
             raise ConfigError("data.train is missing: name a .jsonl file or a hub data set.")
+        if self.text_field and self.learn == "answers":
+            raise ConfigError("data.learn 'answers' needs the answers apart: use a template, not data.text_field.")
         if not 0 <= self.heldout_share < 1:
             raise ConfigError(f"data.heldout_share must be from 0 to below 1, not {self.heldout_share}.")
 
@@ -195,7 +199,7 @@ def reject_unknown(values: dict[str, Any], known: set[str], prefix: str) -> None
 
 def check_type(hint: Any, value: Any, name: str) -> None:
     """`ConfigError` unless the value has the hinted type; a hint that is no class or union of classes passes."""
-    if all(isinstance(typing.get_origin(option) or option, type) for option in _options(hint)):
+    if hint is not Any and all(isinstance(typing.get_origin(option) or option, type) for option in _options(hint)):
         _typed(hint, value, name)
 
 

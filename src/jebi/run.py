@@ -5,7 +5,6 @@ Progress goes to stderr; nothing is printed here but what transformers and datas
 
 import json
 import typing
-from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from jebi.adapters.peft_files import CONFIG_FILE
 from jebi.config import DataConfig, RunConfig, check_type, reject_unknown
+from jebi.data.heldout import answer_rows
 from jebi.data.sources import load_rows, require_columns
 from jebi.data.templates import COLUMNS, Template, named
 from jebi.errors import AdapterError, ConfigError
@@ -25,7 +25,7 @@ from jebi.inference.compare import Questions, compare_models
 from jebi.inference.comparison import Comparison
 from jebi.inference.page import render
 from jebi.models.hf import JebiForCausalLM
-from jebi.training.arguments import SFTConfig
+from jebi.training.arguments import SFTConfig, refuse
 from jebi.training.checkpoints import require_writable
 from jebi.training.trainer import SFTTrainer
 
@@ -43,12 +43,11 @@ def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = Fa
     rows, heldout = _read(config.data)
     model, tokenizer = _load(config)
     _adapt(model, config)
-    texts = _with_texts(rows, config.data, tokenizer)
     trainer = SFTTrainer(
         model=model,
         tokenizer=tokenizer,
-        train_dataset=texts,
-        eval_dataset=_with_texts(heldout, config.data, tokenizer) if heldout is not None else None,
+        train_dataset=_prepared(rows, config, tokenizer),
+        eval_dataset=_prepared(heldout, config, tokenizer) if heldout is not None else None,
         dataset_text_field=config.data.text_field or "text",
         max_seq_length=config.model.max_seq_length,
         packing=config.data.packing,
@@ -79,9 +78,11 @@ def arguments(config: RunConfig) -> SFTConfig:
     if not torch.cuda.is_available():
         settings.setdefault("use_cpu", True)
     try:
-        return SFTConfig(**settings)
+        args = SFTConfig(**settings)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"section 'train': {error}") from error
+    refuse(args)
+    return args
 
 
 def compare(
@@ -99,7 +100,7 @@ def compare(
         raise AdapterError(f"adapter '{adapter}' has no {CONFIG_FILE}; name a folder that a training wrote.")
     asked = _questions(questions, heldout)
     run = _run_of(adapter)
-    model, tokenizer = FastLanguageModel.from_pretrained(base, **_model_settings(run))
+    model, tokenizer = FastLanguageModel.from_pretrained(base, **model_settings(adapter))
     FastLanguageModel.put_adapter(model, adapter)
     FastLanguageModel.for_inference(model)
     comparison = compare_models(
@@ -137,6 +138,8 @@ def _adapt(model: JebiForCausalLM, config: RunConfig) -> None:
 def _read(data: DataConfig) -> tuple[Dataset, Dataset | None]:
     """Training rows and held-out rows."""
     needed = (data.text_field,) if data.text_field else COLUMNS
+    if not data.text_field:
+        named(data.template)  # a wrong one is told before anything is loaded
     rows = load_rows(data.train, data.split)
     require_columns(rows, needed, data.train)
     if data.heldout:
@@ -149,15 +152,16 @@ def _read(data: DataConfig) -> tuple[Dataset, Dataset | None]:
     return rows, None
 
 
-def _with_texts(rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The rows with their whole text, template and EOS included; ready texts stay as they are."""
+def _prepared(rows: Dataset, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows as the trainer takes them: whole texts with their EOS, or token rows whose answers alone are learnt."""
+    data = config.data
     if data.text_field:
         return rows
     template, eos = named(data.template), str(tokenizer.eos_token)
-    make: Callable[[dict[str, str]], dict[str, str]] = lambda row: {  # noqa: E731
-        "text": template.row(row["instruction"], row["input"], row["output"], eos)
-    }
-    return rows.map(make, desc="Formatting")
+    if data.learn == "answers":
+        return Dataset.from_list(answer_rows(rows, template, tokenizer, config.model.max_seq_length))
+    texts = [template.row(row["instruction"], row["input"], row["output"], eos) for row in rows]
+    return Dataset.from_dict({"text": texts})
 
 
 def _without_secrets(config: RunConfig) -> dict[str, Any]:
@@ -184,9 +188,9 @@ def _run_of(adapter: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def _model_settings(run: dict[str, Any]) -> dict[str, Any]:
+def model_settings(adapter: Path | None) -> dict[str, Any]:
     """How the adapter's base was held in training, so that it is held the same way now."""
-    model = run.get("model", {})
+    model = _run_of(adapter).get("model", {}) if adapter is not None else {}
     dtype = model.get("dtype")
     return {
         "max_seq_length": model.get("max_seq_length", 2048),

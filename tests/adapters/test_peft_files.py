@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from jebi.adapters import peft_files
 from jebi.adapters.lora import attach
-from jebi.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors, read_config
+from jebi.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors, read_config, read_weights
 from jebi.config import LoraConfig
 from jebi.errors import AdapterError
 from jebi.fast import FastLanguageModel
@@ -244,3 +244,13 @@ def test_an_older_adapter_is_replaced(tiny_llama, load, folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
     again = FastLanguageModel.put_adapter(load(tiny_llama()), folder)
     assert torch.equal(again(IDS).logits, ours(IDS).logits)
+
+
+@torch.no_grad()
+def test_weights_read_into_a_model_that_answers_already(tiny_llama, load, folder: Path) -> None:
+    expected = FastLanguageModel.put_adapter(load(tiny_llama()), folder)(IDS).logits
+    model = load(tiny_llama())
+    attach(model, read_config(folder))
+    FastLanguageModel.for_inference(model)
+    read_weights(model, folder)
+    assert torch.equal(model(IDS).logits, expected)

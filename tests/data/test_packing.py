@@ -25,7 +25,7 @@ def test_the_tutorials_four_rows_fill_two_sequences() -> None:
 
 
 def test_a_packed_sequence_keeps_the_boundaries_of_its_rows() -> None:
-    for sequence in pack(token_rows([5, 3, 4, 2]), 8):
+    for sequence in pack(token_rows([3, 5, 2, 4]), 8):
         expected = [number for number, length in zip(sequence["row"], sequence["lengths"]) for _ in range(length)]
         assert sequence["input_ids"] == sequence["labels"] == expected
         assert sequence["row"] == sorted(sequence["row"]), "rows of a sequence stay in the data set's order"

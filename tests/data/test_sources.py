@@ -79,8 +79,12 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("rows.json", '{"a": 1}', r"rows.json' must hold a list of objects"),
     ("rows.json", "[1, 2]", r"rows.json' must hold a list of objects"),
     ("rows.json", "[]", r"rows.json' holds no rows"),
-    ("rows.csv", "a,b\n1,2\n1,2,3\n", r"rows.csv' cannot be read: .*line 3"),
-    ("rows.csv", "", r"rows.csv' cannot be read"),
+    ("rows.csv", "a,b\n1,2\n1,2,3\n", r"rows.csv' line 3: 3 values, but the first line names 2"),
+    ("rows.csv", 'a,b\n"1\n1",2\n3\n', r"rows.csv' line 4: 1 values, but the first line names 2"),
+    ("rows.csv", 'a,b\n"1,2\n', r"rows.csv' line [34]: unexpected end of data"),
+    ("rows.csv", "a,a\n1,2\n", r"rows.csv' names a column twice: a, a"),
+    ("rows.csv", b"a\n\xff\n", r"rows.csv' is not UTF-8 \(byte 2\)"),
+    ("rows.csv", "", r"rows.csv' holds no rows"),
     ("rows.csv", "a,b\n", r"rows.csv' holds no rows"),
     ("rows.parquet", b"PAR1 this is none", r"rows.parquet' cannot be read"),
 ]
@@ -125,8 +129,17 @@ def test_a_missing_column_is_named_with_those_there_are() -> None:
         )
 
 
-def test_an_empty_input_is_fine_but_an_empty_answer_is_named_by_its_row(tmp_path: Path) -> None:
-    rows = load_rows(write(tmp_path / "rows.csv", "instruction,input,output\na,,b\nc,,\n"))
-    require_columns(rows.select([0]), ("instruction", "input", "output"), "rows.csv")
-    with pytest.raises(DataError, match=r"'rows.csv' row 2 has nothing in column 'output'"):
-        require_columns(rows, ("instruction", "input", "output"), "rows.csv")
+def test_csv_cells_are_texts(tmp_path: Path) -> None:
+    content = 'text,more\n007,None\n"a ""b"",\nc",\n'
+    assert load_rows(write(tmp_path / "rows.csv", content)).to_list() == [
+        {"text": "007", "more": "None"},
+        {"text": 'a "b",\nc', "more": ""},
+    ]
+
+
+def test_a_missing_input_is_fine_but_a_missing_answer_is_named_by_its_row(tmp_path: Path) -> None:
+    content = '{"instruction": "a", "input": null, "output": "b"}\n{"instruction": "c", "input": "", "output": null}\n'
+    rows = load_rows(write(tmp_path / "rows.jsonl", content))
+    require_columns(rows.select([0]), ("instruction", "input", "output"), "rows.jsonl")
+    with pytest.raises(DataError, match=r"'rows.jsonl' row 2 has nothing in column 'output'"):
+        require_columns(rows, ("instruction", "input", "output"), "rows.jsonl")

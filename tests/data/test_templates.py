@@ -62,9 +62,7 @@ def test_a_broken_brace_is_explained(text: str) -> None:
         named(text)
 
 
-@pytest @ pytest.mark.parametrize(
-    "text", ["{instruction} {output!r}", "{instruction} {output:>9}", "{instruction!s} {output}"]
-)
+@pytest.mark.parametrize("text", ["{instruction} {output!r}", "{instruction} {output:>9}", "{instruction!s} {output}"])
 def test_conversions_are_refused_since_the_prompt_could_not_be_split_off(text: str) -> None:
     with pytest.raises(ConfigError, match=re.escape("write {output}, not {output!r} or {output:9}")):
         named(text)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-
 from jebi.data.templates import TUTORIAL
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "tutorial_script.py"

@@ -46,24 +46,12 @@ def test_4_bit_weights_are_those_of_bitsandbytes(tiny_llama, load, variant: str,
 
 def test_smollm2_in_4_bits(smollm2_folder: Path, load) -> None:
     originals = load_file(smollm2_folder / "model.safetensors")
-    # Of 30 equal layers, three: the file is 540 MB.
-    kept = {name: t for name, t in originals.items() if not name.startswith("model.layers.") or layer_of(name) < 3}
-    model = load(smollm2_folder, torch.float32, load_in_4bit=True)
-    for path, linear in model.linears():
-        if path != "lm_head" and layer_of(path) >= 3:
-            assert isinstance(linear.weight, NF4Weight)
-    del model.model.layers[3:]
-    assert_bytes_of_bitsandbytes(model, kept, torch.float32)
+    assert_bytes_of_bitsandbytes(load(smollm2_folder, load_in_4bit=True), originals, torch.float32)
 
 
-def layer_of(name: str) -> int:
-    return int(name.split(".")[2])
-
-
-@pytest.mark.parametrize("variant", ["tied", "untied", "biased"])
 @torch.no_grad()
-def test_4_bit_logits_are_those_of_transformers(tiny_llama, load, variant: str) -> None:
-    ours = load(tiny_llama(variant), load_in_4bit=True)
+def test_4_bit_logits_are_those_of_transformers(tiny_llama, load) -> None:
+    ours = load(tiny_llama("even"), load_in_4bit=True)
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -71,13 +59,15 @@ def test_4_bit_logits_are_those_of_transformers(tiny_llama, load, variant: str) 
         bnb_4bit_compute_dtype=torch.float32,
     )
     theirs = AutoModelForCausalLM.from_pretrained(
-        tiny_llama(variant), dtype=torch.float32, quantization_config=settings, device_map="cpu"
-    ).eval()
+        tiny_llama("even"), dtype=torch.float32, quantization_config=settings, device_map="cpu"
+    )
+    # In evaluation it would multiply in bfloat16 on a CPU that can; there is no dropout.
+    theirs.train()
     assert isinstance(theirs.model.layers[0].mlp.up_proj, bitsandbytes.nn.Linear4bit)
     logits, expected = ours(IDS).logits, theirs(IDS).logits
     # Of the largest logit: equal weights, so float32's roundings over two layers; 4 bits themselves cost a tenth.
     assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert (expected - load(tiny_llama(variant))(IDS).logits).abs().max() > 1e-2 * expected.abs().max()
+    assert (expected - load(tiny_llama("even"))(IDS).logits).abs().max() > 1e-2 * expected.abs().max()
 
 
 def test_dtypes(tiny_llama, load) -> None:
@@ -95,7 +85,7 @@ def test_counts_of_a_4_bit_model_are_of_values_not_bytes(tiny_llama, load) -> No
     assert load(tiny_llama()).trainable_parameters() == (0, expected)
 
 
-LAYERS, WIDTH, FFN = 6, 1024, 3072
+LAYERS, WIDTH, FFN = 6, 768, 2048
 LARGEST = 4 * WIDTH * FFN
 
 PROBE = """
@@ -141,7 +131,7 @@ def test_loading_holds_one_tensor_beside_the_model(tmp_path: Path) -> None:
     before, peak, final, samples = map(int, result.stdout.split())
     assert samples > 50
     stored = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
-    slack = 12 * 2**20  # quantisation's cache-sized buffers, and code pages that its first call touches
+    slack = 6 * 2**20  # quantisation's cache-sized buffers, and code pages that its first call touches
     bound = 2 * LARGEST + slack
     assert peak - final < bound
     # The bound would mean nothing if the checkpoint were as small, or the model not in 4 bits.

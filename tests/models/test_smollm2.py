@@ -20,7 +20,7 @@ QUESTIONS = [
     "대한민국의 수도는 어디인가요?",
     "Write one sentence about the sea, please, and make it a sad one.",
 ]
-NEW = 12
+NEW = 8
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,9 @@ def test_greedy_answers_to_a_left_padded_batch(models) -> None:
 
 
 def test_any_of_several_eos_tokens_ends_an_answer(models) -> None:
-    inputs = ask(models, QUESTIONS[:2])
+    inputs = ask(models, [QUESTIONS[0], QUESTIONS[2]])
     free, _ = answers(models, inputs, do_sample=False)
-    ends = [models.tokenizer.eos_token_id, free[0, 4].item()]
+    ends = [models.tokenizer.eos_token_id, free[0, 3].item()]
     ours, theirs = answers(models, inputs, do_sample=False, eos_token_id=ends)
     assert torch.equal(ours, theirs)
     first = free[0].tolist().index(ends[1])
@@ -80,8 +80,8 @@ def test_any_of_several_eos_tokens_ends_an_answer(models) -> None:
 
 
 def test_repetition_penalty(models) -> None:
-    inputs = ask(models, QUESTIONS[:2])
-    ours, theirs = answers(models, inputs, do_sample=False, repetition_penalty=1.3)
+    inputs = ask(models, QUESTIONS[:1])
+    ours, theirs = answers(models, inputs, do_sample=False, repetition_penalty=1.5)
     assert torch.equal(ours, theirs)
     assert not torch.equal(ours, answers(models, inputs, do_sample=False)[0])
 
@@ -118,12 +118,28 @@ def adapted(models) -> Iterator[tuple[Any, Any]]:
     theirs.unload().eval()
 
 
-def test_logits_loss_and_gradients(models, adapted) -> None:
-    ours, theirs = adapted
+LAYOUTS = ("right", "left", "packed")
+
+
+def lay_out(models: SimpleNamespace, layout: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Two rows with their labels, and where their tokens are."""
     texts = ["The sea is cold tonight.", "안녕하세요, 반갑습니다."]
-    inputs = dict(models.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right"))
+    if layout == "packed":
+        rows = models.tokenizer(texts)["input_ids"]
+        ids = torch.tensor([rows[0] + rows[1]])
+        positions = torch.tensor([[*range(len(rows[0])), *range(len(rows[1]))]])
+        labels = ids.where(positions != 0, -100)
+        return {"input_ids": ids, "position_ids": positions, "labels": labels}, torch.ones_like(ids).bool()
+    inputs = dict(models.tokenizer(texts, return_tensors="pt", padding=True, padding_side=layout))
     real = inputs["attention_mask"].bool()
-    inputs["labels"] = inputs["input_ids"].where(real, -100)
+    first = real & (inputs["attention_mask"].cumsum(-1) == 1)
+    return inputs | {"labels": inputs["input_ids"].where(real & ~first, -100)}, real
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_loss_and_gradients(models, adapted, layout: str) -> None:
+    ours, theirs = adapted
+    inputs, real = lay_out(models, layout)
     mine, other = ours(**inputs, return_logits=True), theirs(**inputs, use_cache=False)
     mine.loss.backward()
     other.loss.backward()

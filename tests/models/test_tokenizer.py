@@ -9,7 +9,8 @@ from jebi.models.tokenizer import ready
 
 
 def model(eos: int | list[int] | None = None) -> SimpleNamespace:
-    return SimpleNamespace(generation_config=SimpleNamespace(pad_token_id=None, eos_token_id=eos))
+    settings = SimpleNamespace(pad_token_id=None, eos_token_id=eos)
+    return SimpleNamespace(generation_config=settings, config=SimpleNamespace(pad_token_id=None))
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_a_padding_token_is_found(added: list[str], expected: str) -> None:
     made = ready(tokenizer, target)
     assert made is tokenizer
     assert (tokenizer.pad_token, tokenizer.padding_side) == (expected, "left")
-    assert target.generation_config.pad_token_id == tokenizer.convert_tokens_to_ids(expected)
+    assert target.generation_config.pad_token_id == target.config.pad_token_id == tokenizer.pad_token_id
     assert target.generation_config.eos_token_id == tokenizer.eos_token_id
 
 

@@ -85,6 +85,32 @@ def test_new_tokens_over_a_cache(past: int) -> None:
     torch.testing.assert_close(attend_cached(q[:, -1:], keys, values, None)[0], whole[-1:], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("new", [1, 3, 7])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cached_attention_against_float64(
+    at_most_twice, dtype: torch.dtype, batch: int, padded: bool, new: int
+) -> None:
+    length = 7
+    generator = torch.Generator().manual_seed(new)
+    q = torch.randn(batch, new, HEADS, SIZE, generator=generator).to(dtype)
+    k, v = torch.randn(2, batch, GROUPS, length, SIZE, generator=generator).to(dtype)
+    index = torch.arange(length)
+    mask = (index[None] <= index[length - new :, None])[None].repeat(batch, 1, 1)
+    if padded:
+        # A query in the padding sees itself, as the model arranges it.
+        mask[-1] &= (index >= 2) | (index == index[length - new :, None])
+    given = mask if padded or 1 < new < length else None
+
+    def plain(kind: torch.dtype) -> Tensor:
+        scores = torch.einsum("bshd,bhld->bhsl", q.to(kind), k.to(kind).repeat_interleave(3, dim=1)) / SIZE**0.5
+        weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+        return torch.einsum("bhsl,bhld->bshd", weights, v.to(kind).repeat_interleave(3, dim=1))
+
+    at_most_twice("out", attend_cached(q, k, v, given), plain(dtype), plain(torch.float64))
+
+
 def test_a_chunk_over_an_older_cache_needs_a_mask() -> None:
     q, k, v = (x[None].transpose(1, 2) for x in inputs(5))
     with pytest.raises(AssertionError, match="mask"):

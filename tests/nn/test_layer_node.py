@@ -75,7 +75,7 @@ def build(setup: Setup, dtype: torch.dtype) -> DecoderLayer:
         if setup.trained_biases:
             linear.bias = nn.Parameter(linear.bias.detach().float())
         if setup.nf4:
-            linear.weight = NF4Weight.quantize(linear.weight)
+            linear.store(NF4Weight.quantize(linear.weight))
     return layer
 
 
@@ -224,3 +224,15 @@ def test_dropout_is_left_to_the_plain_layer() -> None:
     assert not serves(layer)
     layer.mlp.up_proj.lora.enabled = False
     assert serves(layer)
+
+
+@pytest.mark.parametrize(("keep", "holds"), [("all", True), ("input", False), ("input_on_host", False)])
+def test_what_stays_between_forward_and_backward(keep: Keep, holds: bool) -> None:
+    hidden, dout = inputs(torch.float32)
+    tables = rope_tables(ROWS.positions_U, INV_FREQ, 1.0, torch.float32)
+    out = run_layer(build(Setup(), torch.float32), hidden, tables, ROWS, keep)
+    node = out.grad_fn
+    assert (node.kept is not None) == holds
+    assert [saved.shape for saved in node.saved_tensors] == [hidden.shape]
+    out.backward(dout)
+    assert node.kept is None

@@ -15,7 +15,7 @@ def build(nf4: bool = False, bias: bool = True) -> Linear:
     linear = Linear(INPUTS, OUTPUTS, bias, torch.float32)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(OUTPUTS, INPUTS, generator=generator) * INPUTS**-0.5
-    linear.weight = NF4Weight.quantize(weight) if nf4 else nn.Parameter(weight, requires_grad=False)
+    linear.store(NF4Weight.quantize(weight) if nf4 else nn.Parameter(weight, requires_grad=False))
     if bias:
         linear.bias = nn.Parameter(torch.randn(OUTPUTS, generator=generator))
     linear.lora = Lora(INPUTS, OUTPUTS, RANK, 0.5, 0.0, torch.device("cpu"))

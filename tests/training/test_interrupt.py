@@ -15,9 +15,10 @@ from jebi.training.interrupt import StopOnInterrupt
 
 @pytest.fixture(autouse=True)
 def handler() -> Iterator[Any]:
-    before = signal.getsignal(signal.SIGINT)
-    yield before
-    assert signal.getsignal(signal.SIGINT) is before
+    """Python's own handler, also where a shell started this process with Ctrl-C ignored."""
+    outer = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    assert signal.signal(signal.SIGINT, outer) is signal.default_int_handler
 
 
 def ctrl_c() -> None:

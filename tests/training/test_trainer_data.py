@@ -12,7 +12,7 @@ from jebi.errors import ConfigError, DataError
 
 Fixture = Callable[..., Any]
 
-ROUNDING = 2e-4
+ROUNDING = 1e-5
 """As in ``test_trainer``: the same numbers summed in another order, through a few steps of Adam."""
 
 

@@ -76,6 +76,12 @@ def test_another_set_may_be_named_in_the_call(make_trainer: Fixture, rows: Datas
         make_trainer().evaluate()
 
 
+def test_a_stream_is_measured_too(make_trainer: Fixture, rows: Dataset) -> None:
+    known = make_trainer(trainer={"eval_dataset": rows}).evaluate()
+    streamed = make_trainer(trainer={"eval_dataset": rows.to_iterable_dataset()}).evaluate()
+    assert streamed["eval_loss"] == known["eval_loss"]
+
+
 def test_it_does_not_disturb_the_training(
     make_trainer: Fixture, rows: Dataset, snapshot: Fixture, losses: Fixture, assert_equal: Fixture
 ) -> None:
@@ -147,8 +153,8 @@ def test_label_smoothing_has_the_gradient_of_its_loss(
     LabelSmoother(0.2)(outputs, ids, shift_labels=True).backward()
     moved = {name: start[name] - value for name, value in snapshot(trainer.model).items()}
     gradients = {name: parameter.grad for name, parameter in _trained(model).items()}
-    # Gradients of two float32 implementations; the step is rounded once more when it is added to the weight.
-    assert_close(gradients, moved, 1e-4)
+    # Two float32 implementations, and a step that is rounded once more where it is added: measured up to 5e-7.
+    assert_close(gradients, moved, 1e-5)
 
 
 def _trained(model: Any) -> dict[str, nn.Parameter]:

@@ -47,14 +47,14 @@ AROUND: dict[str, Any] = {
     "disable_tqdm": True,
 }
 
-ROUNDING = 5e-4
+ROUNDING = 1e-5
 """Bar for adapters after 5 steps of Adam whose gradients come from two implementations.
 
-Both compute in float32 and differ in the order of sums, about 1e-6 of a gradient's size; Adam divides each component
-by its own size, which makes more of it where components nearly cancel. Measured up to 5e-5.
+Both compute in float32 and differ in the order of sums; Adam divides each component by its own size, which makes more
+of a difference where components nearly cancel. Measured up to 3.5e-7.
 """
-LOSS = 1e-5
-"""Bar for losses of about 6 in float32: 7 digits, of which the last two feel the adapters' rounding."""
+LOSS = 1e-6
+"""Bar for losses of about 6 in float32: 7 digits, of which the last feels the adapters' rounding."""
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_trl_trains_our_model_to_the_same_adapter(
     assert_as_ours(trainer, saved(trainer, tmp_path / "saved"))
 
 
-@pytest.mark.parametrize("settings", [{"packing": True}, {"bf16": True}, {"activation_offloading": True}])
+@pytest.mark.parametrize("settings", [{"packing": True}, {"bf16": True}])
 def test_trl_trains_our_model_with_other_settings(
     settings: dict[str, Any],
     make_model: Fixture,
@@ -138,17 +138,13 @@ def trainer_of(model: Any, rows: Dataset, tokenizer: PreTrainedTokenizerFast, fo
     )
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 def test_transformers_trainer_trains_our_model_to_the_same_adapter(
-    side: str,
     assert_as_ours: Fixture,
     make_model: Fixture,
     tokenizer: PreTrainedTokenizerFast,
     rows: Dataset,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tokenizer, "padding_side", side)
     trainer = trainer_of(make_model(), rows, tokenizer, tmp_path)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()

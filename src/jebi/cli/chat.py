@@ -1,5 +1,6 @@
 """``jebi chat``: talk to a model in the terminal, answers streaming."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,18 +20,28 @@ def command(
     adapter: Annotated[Path | None, typer.Option(help="Folder that a training wrote.")] = None,
     template: Annotated[str | None, typer.Option(help="tutorial, alpaca or a text; the training's by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.", min=1)] = 256,
-    load_in_4bit: Annotated[bool, typer.Option(help="Hold the model's weights in 4 bits.")] = True,
+    load_in_4bit: Annotated[
+        bool | None, typer.Option(help="Hold the model's weights in 4 bits; as in the training by default.")
+    ] = None,
 ) -> None:
     """Ask a model questions; without an adapter a chat model is asked in its own chat form."""
+    from jebi.adapters.peft_files import read_config
     from jebi.fast import FastLanguageModel
-    from jebi.run import template_of
+    from jebi.run import model_settings, template_of
 
-    model, tokenizer = FastLanguageModel.from_pretrained(base, load_in_4bit=load_in_4bit)
+    # What is wrong with the call is said before a model is loaded.
+    if adapter is not None:
+        read_config(adapter)
+    form = template_of(adapter, template) if adapter is not None or template is not None else None
+    settings = model_settings(adapter)
+    if load_in_4bit is not None:
+        settings["load_in_4bit"] = load_in_4bit
+    model, tokenizer = FastLanguageModel.from_pretrained(base, **settings)
     if adapter is not None:
         FastLanguageModel.put_adapter(model, adapter)
     FastLanguageModel.for_inference(model)
-    own_form = adapter is None and template is None and tokenizer.chat_template is not None
-    form = None if own_form else template_of(adapter, template)
+    if form is None and tokenizer.chat_template is None:
+        form = template_of(None, None)
     typer.echo(HELP, err=True)
     tuned = True
     while (question := _ask()) not in (None, "/quit"):
@@ -45,9 +56,9 @@ def command(
 
 
 def _ask() -> str | None:
-    """The next line, or None at the end of the input."""
+    """The next line, or None at the end of the input; the prompt is for people, and stdout for answers."""
     try:
-        return input("> ").strip()
+        return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
 

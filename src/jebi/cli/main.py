@@ -12,6 +12,9 @@ import typer
 from jebi.cli import chat, compare, demo, train, version
 from jebi.errors import JebiError
 
+INTERRUPTED = 130
+"""What typer ends with after Ctrl-C, as shells expect."""
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("demo")(demo.command)
 app.command("train")(train.command)
@@ -36,6 +39,7 @@ def run() -> None:
     except JebiError as error:
         print(f"jebi: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("jebi: stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("jebi: stopped by Ctrl-C", file=sys.stderr)
+        raise

@@ -1,8 +1,9 @@
 """Rows from where they lie: a .jsonl, .json, .csv or .parquet file, or a data set on the hub.
 
-JSON is read here so that a fault is named by its line; the rest is the datasets package's work.
+JSON and CSV are read here so that a fault is named by its line; the rest is the datasets package's work.
 """
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def load_rows(source: str, split: str = "train") -> Dataset:
         DataError: nothing there, unreadable, or empty.
     """
     path = Path(source).expanduser()
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_table, ".parquet": _read_table}
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     if path.suffix in readers:
         if not path.is_file():
             raise DataError(f"data file '{path}' does not exist.")
@@ -73,13 +74,36 @@ def _read_json(path: Path) -> Dataset:
     return _dataset(records, path)
 
 
-def _lines(path: Path) -> list[str]:
+def _read_csv(path: Path) -> Dataset:
+    """Every cell as the text it is: guessing types would make 7 of 007, and nothing of an answer that says None."""
+    reader = csv.reader(_lines(path, keepends=True), strict=True)
+    records = []
     try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
+        header = next(reader, [])
+        for values in reader:
+            if values and len(values) != len(header):
+                raise DataError(
+                    f"'{path}' line {reader.line_num}: {len(values)} values, but the first line names {len(header)}."
+                )
+            if values:
+                records.append(dict(zip(header, values)))
+    except csv.Error as error:
+        raise DataError(f"'{path}' line {reader.line_num}: {error}.") from error
+    if len(set(header)) < len(header):
+        raise DataError(f"'{path}' names a column twice: {', '.join(header)}.")
+    return _dataset(records, path)
+
+
+def _lines(path: Path, keepends: bool = False) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"'{path}' is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror}.") from error
+    # Not splitlines, which also splits at characters that JSON and answers may hold.
+    lines = text.split("\n")
+    return [f"{line}\n" for line in lines] if keepends else lines
 
 
 def _dataset(records: list[dict[str, Any]], path: Path) -> Dataset:
@@ -104,9 +128,9 @@ def _mixed_column(records: list[dict[str, Any]], columns: set[str]) -> str | Non
     return None
 
 
-def _read_table(path: Path) -> Dataset:
+def _read_parquet(path: Path) -> Dataset:
     try:
-        return load_dataset(path.suffix[1:], data_files=str(path), split="train")
+        return load_dataset("parquet", data_files=str(path), split="train")
     except _UNREADABLE as error:
         raise DataError(f"'{path}' cannot be read: {_reason(error)}") from error
 

@@ -23,8 +23,8 @@ from jebi.inference.decline import RULE, declines
 from jebi.inference.generation import generate
 from jebi.models.hf import JebiForCausalLM
 
-BATCH = 20
-"""Questions answered at once: on two cores 20 rows decode at 8 times the rate of one."""
+BATCH = 64
+"""Questions answered at once: on two cores 64 rows take twice the time of 20."""
 ORDINARY = 12
 """Held-out questions that are no refusals and are asked too, to see that the tuned model still answers them."""
 PASS_TOKENS = 1024

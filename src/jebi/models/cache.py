@@ -28,11 +28,12 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._buffers: list[Tensor | None] = [None, None]
-        self.keys = self._append(0, self.keys, key_states)
-        self.values = self._append(1, self.values, value_states)
-        return self.keys, self.values
+        keys = self.keys = self._append(0, self.keys, key_states)
+        values = self.values = self._append(1, self.values, value_states)
+        return keys, values
 
-    def _append(self, which: int, filled: Tensor, new: Tensor) -> Tensor:
+    def _append(self, which: int, filled: Tensor | None, new: Tensor) -> Tensor:
+        assert filled is not None
         past = filled.shape[-2] if filled.numel() else 0
         length = past + new.shape[-2]
         buffer = self._buffers[which]

@@ -134,7 +134,9 @@ def _hugging_face_name(name: str) -> str:
 
 def _read(tensor: ReaderTensor, rotated_heads: int) -> Tensor:
     """Dequantise one tensor; undo llama.cpp's row order in q and k (pairs beside each other, not halves)."""
-    values = torch.from_numpy(quants.dequantize(tensor.data, tensor.tensor_type))
+    array = quants.dequantize(tensor.data, tensor.tensor_type)
+    # A float32 tensor comes as it lies in the file, which is mapped for reading alone.
+    values = torch.from_numpy(array if array.flags.writeable else array.copy())
     if not rotated_heads:
         return values
     pairs = values.reshape(rotated_heads, -1, 2, *values.shape[1:])

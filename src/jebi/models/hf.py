@@ -61,7 +61,9 @@ class Backbone(Decoder):
             cache = past_key_values if past_key_values is not None else growing_cache()
             return self._with_cache(hidden_BSD, attention_mask, position_ids, cache)
         layout = Layout(None, rows) if rows is not None else lay_out(hidden_BSD, attention_mask, position_ids)
-        out_TD = self.forward_rows(layout.flatten(hidden_BSD), layout.rows)
+        # Called past the whole model too (by TRL), so autocast is kept out here as well.
+        with torch.autocast(hidden_BSD.device.type, enabled=False):
+            out_TD = self.forward_rows(layout.flatten(hidden_BSD), layout.rows)
         return BaseModelOutputWithPast(last_hidden_state=layout.restore(out_TD, hidden_BSD.shape[:2]))
 
     def _with_cache(
@@ -166,10 +168,13 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Where ``generate`` would make transformers' dynamic cache, give it the growing one."""
+        if "static" in str(generation_config.cache_implementation):
+            raise ModelError("a static cache is not available: leave cache_implementation None; jebi's grows in place.")
         wants_own = generation_config.use_cache and generation_config.cache_implementation is None
         if wants_own and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = growing_cache()
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        # Typed for a protocol with settable `device` and `dtype`, which no PreTrainedModel has.
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     def _loss(self, hidden_BSD: Tensor, shifted_BS: Tensor, kwargs: dict[str, Any]) -> Tensor:
         learnt_BS = shifted_BS != IGNORED
@@ -193,11 +198,20 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+        **_: Any,
     ) -> None:
-        """Recompute activations in the backward; a mode that already does (offload) stays."""
+        """Recompute activations in the backward, with ``offload`` from layer inputs in host memory.
+
+        A mode that recomputes already stays. `activation_checkpointing_enable` comes here too.
+        """
+        if every_n_layers != 1:
+            raise ModelError("every_n_layers is not available: jebi recomputes all layers or none. Leave it 1.")
         if self.model.checkpointing == "none":
-            self.model.checkpointing = "recompute"
+            self.model.checkpointing = "offload" if offload else "recompute"
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations."""
@@ -207,6 +221,11 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
     def is_gradient_checkpointing(self) -> bool:
         """Whether activations are recomputed."""
         return self.model.checkpointing != "none"
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """The same under transformers' newer name."""
+        return self.is_gradient_checkpointing
 
     def train(self, mode: bool = True) -> "JebiForCausalLM":
         """As any module's; training drops the copies that were kept for decoding, which it would make stale."""

@@ -17,7 +17,7 @@ def ready(tokenizer: PreTrainedTokenizerBase, model: JebiForCausalLM) -> PreTrai
         tokenizer.pad_token = next((t for t in _PAD_CANDIDATES if t in vocabulary), tokenizer.eos_token)
     tokenizer.padding_side = "left"
     settings = model.generation_config
-    settings.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = settings.pad_token_id = tokenizer.pad_token_id
     if settings.eos_token_id is None:
         settings.eos_token_id = tokenizer.eos_token_id
     return tokenizer

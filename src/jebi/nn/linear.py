@@ -44,7 +44,7 @@ class Linear(nn.Module):
         self.weight = weight
 
     def keep_for_decoding(self, dense: bool) -> None:
-        """Keep what decoding reads once a token: the adapter's matrices cast, and the weight dequantised if ``dense``."""
+        """Keep what decoding reads once a token: the adapter's matrices cast; if ``dense``, the weight dequantised."""
         if dense and isinstance(self.weight, NF4Weight):
             self._kept_NK = self.weight.dense(self.dtype)
         if self.lora is not None:
@@ -73,7 +73,8 @@ class Linear(nn.Module):
             y = y + self.bias.to(y.dtype)
         if self.adapter is not None:
             y = y + self.adapter(x)
-        return y.unflatten(0, lead)
+        out: Tensor = y.unflatten(0, lead)
+        return out
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

@@ -35,7 +35,8 @@ class Lora(nn.Module):
 
     def keep_cast(self, dtype: torch.dtype | None) -> None:
         """Keep both matrices in ``dtype``, the scale within (decoding reads them once a token), or drop them."""
-        self._kept = None if dtype is None else (self.A_rK.detach().to(dtype), (self.B_Nr.detach() * self.scale).to(dtype))
+        A_rK, B_Nr = self.A_rK.detach(), self.B_Nr.detach() * self.scale
+        self._kept = None if dtype is None else (A_rK.to(dtype), B_Nr.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """The adapter's addition to the map's output, in ``x``'s dtype; differentiable."""

@@ -59,18 +59,25 @@ def check(args: TrainingArguments, dtype: torch.dtype, device: torch.device) -> 
     Raises:
         ConfigError: a field is set that jebi does not serve, or that contradicts the model.
     """
-    for name, reason in _REFUSED.items():
-        if getattr(args, name, None):
-            raise ConfigError(f"{name} is not supported: {reason}. Remove it.")
+    refuse(args)
     for name, cast in _CASTS.items():
         if getattr(args, name) and dtype != cast:
             raise ConfigError(f"{name} would cast the model; load it with dtype=torch.{_name(cast)} instead.")
+    return _precision(args, dtype, device)
+
+
+def refuse(args: TrainingArguments) -> None:
+    """`ConfigError` for a field that does nothing here, whatever the model is."""
+    for name, reason in _REFUSED.items():
+        if getattr(args, name, None):
+            raise ConfigError(f"{name} is not supported: {reason}. Remove it.")
     _check_optimizer(args)
-    if ((args.gradient_checkpointing_kwargs or {}).get("every_n_layers") or 1) != 1:
+    layers = args.gradient_checkpointing_kwargs or {}
+    assert not isinstance(layers, str), "TrainingArguments turns text into a dictionary"
+    if (layers.get("every_n_layers") or 1) != 1:
         raise ConfigError("every_n_layers is not supported: jebi recomputes every layer or none. Remove it.")
     if isinstance(args, SFTConfig) and args.pass_tokens is not None and args.pass_tokens < 1:
         raise ConfigError(f"pass_tokens must be at least 1, not {args.pass_tokens}; None plans it.")
-    return _precision(args, dtype, device)
 
 
 def settle_on_cpu(args: TrainingArguments) -> None:

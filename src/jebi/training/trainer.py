@@ -101,7 +101,7 @@ class SFTTrainer(Trainer):
         self._longest = int(longest)
         self._pass_tokens = config.pass_tokens if config else None
         self._bag: list[Batch] = []
-        self._trained_tokens = 0
+        self._trained_tokens = self._trained_steps = 0
         self._interrupt = StopOnInterrupt()
         self._plan: PassPlan | None = None
         self._staging: Path | None = None
@@ -126,13 +126,14 @@ class SFTTrainer(Trainer):
         """
         if self.train_dataset is None:
             raise ConfigError("train_dataset is missing.")
-        self._bag, self._trained_tokens, self._interrupt.interrupted = [], 0, False
+        self._bag, self._interrupt.interrupted = [], False
+        self._trained_tokens = self._trained_steps = 0
         self._plan = self._make_plan()
         meter = Meter(self.model.device)
         with self._interrupt.listening():
             output = super().train(*args, **kwargs)
         chosen = {"pass_tokens": self._plan.tokens, "checkpointing": self._plan.checkpointing}
-        self.report = meter.report(self.state.global_step - self._initial_global_step, self._trained_tokens, chosen)
+        self.report = meter.report(self._trained_steps, self._trained_tokens, chosen)
         if self.args.should_save:
             self.report.write(Path(str(self.args.output_dir)) / "report.json", self.state.log_history)
         if self._interrupt.interrupted:
@@ -170,6 +171,7 @@ class SFTTrainer(Trainer):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss += self._forward_backward(model, part, num_items_in_batch)
         self._trained_tokens += sum(part.tokens for part in passes)
+        self._trained_steps += 1
         self._require_finite(loss, batches)
         if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
             torch.cuda.empty_cache()
@@ -236,8 +238,9 @@ class SFTTrainer(Trainer):
         limit = CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS
         asked = None if getattr(self.model, "auto_checkpointing", False) else backbone.checkpointing
         if self.args.gradient_checkpointing and asked in (None, "none"):
-            offload = (self.args.gradient_checkpointing_kwargs or {}).get("offload")
-            asked = "offload" if offload else "recompute"
+            settings = self.args.gradient_checkpointing_kwargs or {}
+            assert not isinstance(settings, str), "TrainingArguments turns text into a dictionary"
+            asked = "offload" if settings.get("offload") else "recompute"
         element = self.model.dtype.itemsize
         plan = choose(backbone.shape, element, free_bytes(device), self._longest, asked, limit)
         backbone.checkpointing = plan.checkpointing

@@ -1,0 +1,134 @@
+"""``jebi train``, ``compare`` and ``chat`` in turn on a tiny model: results on stdout, progress on stderr."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jebi.cli import progress
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def trained(jebi: Run, config: Path, tmp_path: Path) -> Path:
+    """The output folder of a run of two steps."""
+    done = jebi("train", str(config))
+    assert done.code == 0, done.err
+    return tmp_path / "out"
+
+
+def test_training_reports_on_stdout_and_shows_its_progress_on_stderr(jebi: Run, config: Path, tmp_path: Path) -> None:
+    done = jebi("train", str(config))
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert len(lines) == 10
+    assert lines[0].startswith("Device = ")
+    assert re.fullmatch(r"[\d,]+ tokens a second \(\d+ tokens, 2 steps\)\.", lines[4])
+    assert lines[-1] == f"Adapter and report.json are in '{tmp_path / 'out'}'."
+    assert "Training: 100%" in done.err
+    assert "2/2" in done.err
+    assert "loss" in done.err
+    files = {entry.name for entry in (tmp_path / "out").iterdir()}
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "report.json",
+        "jebi_run.json",
+        "tokenizer.json",
+    } <= files
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [entry["step"] for entry in report["log"] if "loss" in entry] == [1, 2]
+
+
+def test_the_config_beside_the_adapter_holds_no_secret(jebi: Run, config: Path, tmp_path: Path) -> None:
+    secret = "hf_abcdefghijklmnop"
+    done = jebi("train", str(config), "--set", f"model.token={secret}", "--set", f"train.hub_token={secret}")
+    assert done.code == 0, done.err
+    kept = (tmp_path / "out" / "jebi_run.json").read_text()
+    assert secret not in kept
+    assert json.loads(kept)["train"]["max_steps"] == 2
+
+
+def test_settings_of_the_call_reach_the_run(jebi: Run, config: Path, tmp_path: Path) -> None:
+    heldout = ("--set", f"data.heldout={tmp_path / 'rows.jsonl'}", "--set", "train.eval_strategy=epoch")
+    done = jebi("train", str(config), "--set", "lora.r=2", "--set", "train.disable_tqdm=true", *heldout)
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 2
+    assert "Training:" not in done.err
+    log = json.loads((tmp_path / "out" / "report.json").read_text())["log"]
+    assert any("eval_loss" in entry for entry in log)
+
+
+def test_a_share_of_the_rows_may_be_held_out(jebi: Run, config: Path, tmp_path: Path) -> None:
+    done = jebi("train", str(config), "--set", "data.heldout_share=0.3", "--set", "train.eval_strategy=epoch")
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert any("eval_loss" in entry for entry in report["log"])
+    assert json.loads((tmp_path / "out" / "jebi_run.json").read_text())["data"]["heldout_share"] == 0.3
+
+
+def test_an_interrupted_run_is_resumed(
+    jebi: Run, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Any, *_: Any, **__: Any) -> None:
+        import os
+        import signal
+
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.TrainingBar, "on_step_begin", interrupt, raising=False)
+        stopped = jebi("train", str(config))
+    assert stopped.code == 130
+    assert (tmp_path / "out" / "checkpoint-1").is_dir()
+    done = jebi("train", str(config), "--resume")
+    assert done.code == 0, done.err
+    assert "1 steps" in done.out
+    assert [
+        entry["step"] for entry in json.loads((tmp_path / "out" / "report.json").read_text())["log"] if "loss" in entry
+    ] == [1, 2]
+
+
+def test_comparing_writes_both_reports_and_shows_the_tables(
+    jebi: Run, trained: Path, tiny_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    words = ("compare", "--base", str(tiny_model), "--adapter", str(trained), "--prompts", str(rows))
+    done = jebi(*words, "--heldout", str(rows), "--out", str(tmp_path / "report"), "--max-new-tokens", "4")
+    assert done.code == 0, done.err
+    assert "Held-out loss" in done.out
+    assert f"'{tmp_path / 'report' / 'compare.html'}'" in done.out
+    assert "Asking" in done.err
+    assert "Asking" not in done.out
+    record = json.loads((tmp_path / "report" / "compare.json").read_text())
+    # Three harmful questions, and of the held-out rows the two whose own answer is no refusal.
+    assert [answer["harmful"] for answer in record["answers"]] == [True, True, True, False, False]
+    assert record["base"]["heldout_loss"] != record["tuned"]["heldout_loss"]
+    # Each row's answer and EOS, a byte a token.
+    assert record["base"]["heldout_tokens"] == sum(len(text) + 1 for text in ("3", "hello", "I can't help with that."))
+    assert len(record["loss_curve"]) == 2
+    assert record["settings"]["lora.r"] == 4
+    page = (tmp_path / "report" / "compare.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>") or page.startswith("<!DOCTYPE html>")
+
+
+def test_chat_answers_on_stdout_and_talks_on_stderr(jebi: Run, trained: Path, tiny_model: Path) -> None:
+    words = ("chat", "--base", str(tiny_model), "--no-load-in-4bit", "--max-new-tokens", "3")
+    questions = "Say hello.\n\n/base\nSay hello.\n/help\n/tuned\nSay hello.\n/quit\nnever asked\n"
+    done = jebi(*words, "--adapter", str(trained), stdin=questions)
+    assert done.code == 0, done.err
+    assert done.err.count("tokens/s]") == 3
+    assert done.err.count("/base and /tuned switch the adapter off and on") == 2
+    assert "Now the base model answers." in done.err
+    assert "Now the tuned model answers." in done.err
+    for word in (">", "tokens/s", "Type a question", "Now the"):
+        assert word not in done.out.replace("\ufffd", "")
+
+
+def test_chat_ends_with_its_input_and_uses_the_trainings_template(jebi: Run, tiny_model: Path) -> None:
+    done = jebi("chat", "--base", str(tiny_model), "--max-new-tokens", "2", "--template", "alpaca", stdin="hello")
+    assert done.code == 0, done.err
+    assert done.err.count("tokens/s]") == 1
