@@ -31,7 +31,7 @@ train: {learning_rate: 2e-4, max_steps: 3}
 FIELDS = {
     ModelConfig: ["name", "max_seq_length", "load_in_4bit", "dtype", "token"],
     LoraConfig: ["r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "random_state"],
-    DataConfig: ["train", "split", "heldout", "heldout_share", "template", "text_field", "packing"],
+    DataConfig: ["train", "split", "heldout", "heldout_share", "template", "text_field", "learn", "packing"],
     RunConfig: ["model", "lora", "data", "train"],
 }
 """The settings there are. One that is added, renamed or dropped changes users' files: it is to be noticed."""
@@ -127,6 +127,7 @@ def test_the_last_setting_wins_and_a_new_section_may_begin_with_one(tmp_path: Pa
         ("lora.lora_dropout=1", r"lora_dropout must be from 0 to below 1, not 1.0"),
         ("lora.r=0", r"r must be a whole number above 0, not 0"),
         ("data.heldout_share=1", r"data.heldout_share must be from 0 to below 1"),
+        ("data.learn=some", r"data.learn must be one of all, answers, not 'some'"),
         ("data.train=", r"data.train must be str, not None"),
         ("lora", r"--set 'lora' must be section.key=value, such as --set lora.r=32"),
         ("lora=3", r"--set 'lora=3' must be section.key=value"),
@@ -196,3 +197,8 @@ def test_the_trainers_settings_are_typed_by_their_hints(hint: Any, value: Any, r
     else:
         with pytest.raises(ConfigError, match=r"train\.x must be "):
             check_type(hint, value, "train.x")
+
+
+def test_answers_alone_are_learnt_only_where_they_are_known_apart(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.learn 'answers' needs the answers apart: use a template"):
+        read_run(path, ["data.learn=answers", "data.text_field=text"])

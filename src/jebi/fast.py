@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from jebi.adapters.lora import attach
+from jebi.adapters.lora import attach, detach
 from jebi.adapters.peft_files import CONFIG_FILE, base_of, read_config, read_weights
 from jebi.config import TARGET_MODULES, LoraConfig, ModelConfig
-from jebi.errors import ConfigError
+from jebi.errors import AdapterError, ConfigError
 from jebi.inference.generation import prepare
 from jebi.models.decoder import Checkpointing
 from jebi.models.device import default_device, default_dtype
@@ -59,7 +59,8 @@ class FastLanguageModel:
         """
         ModelConfig(model_name, max_seq_length, load_in_4bit)
         adapter = Path(model_name) if (Path(model_name) / CONFIG_FILE).is_file() else None
-        files = find(base_of(adapter) if adapter else model_name, token)
+        base = base_of(adapter) if adapter else model_name
+        files = find(base, token)
         place = torch.device(device) if device is not None else default_device()
         config = files.config()
         if notice := extend_context(config, max_seq_length):
@@ -67,6 +68,8 @@ class FastLanguageModel:
         model = load_model(files, config, dtype or default_dtype(place), place, load_in_4bit)
         if generation := files.generation_config():
             model.generation_config = generation
+        # The name the user gave, so that an adapter saved later can be used on another machine.
+        model.name_or_path = model.config.name_or_path = base
         tokenizer = ready(files.tokenizer(), model)
         model.max_seq_length = max_seq_length
         if adapter:
@@ -81,7 +84,11 @@ class FastLanguageModel:
             AdapterError: the folder holds no LoRA adapter, or one made for another model.
         """
         attach(model, read_config(Path(adapter)))
-        read_weights(model, Path(adapter))
+        try:
+            read_weights(model, Path(adapter))
+        except AdapterError:
+            detach(model)
+            raise
         return model
 
     @staticmethod

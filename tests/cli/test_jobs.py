@@ -71,6 +71,22 @@ def test_a_share_of_the_rows_may_be_held_out(jebi: Run, config: Path, tmp_path: 
     assert json.loads((tmp_path / "out" / "jebi_run.json").read_text())["data"]["heldout_share"] == 0.3
 
 
+def test_with_answers_alone_learnt_the_held_out_loss_is_that_of_the_comparison(
+    jebi: Run, config: Path, rows: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Training's evaluation and the comparison measure the same tokens: the answers and their EOS."""
+    settings = ("data.learn=answers", f"data.heldout={rows}", "train.eval_strategy=steps", "train.eval_steps=2")
+    done = jebi("train", str(config), *(word for setting in settings for word in ("--set", setting)))
+    assert done.code == 0, done.err
+    log = json.loads((tmp_path / "out" / "report.json").read_text())["log"]
+    (measured,) = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    words = ("compare", "--base", str(tiny_model), "--adapter", str(tmp_path / "out"), "--prompts", str(rows))
+    done = jebi(*words, "--heldout", str(rows), "--max-new-tokens", "1")
+    assert done.code == 0, done.err
+    record = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert record["tuned"]["heldout_loss"] == pytest.approx(measured, rel=1e-6)  # float32 sums in other passes
+
+
 def test_an_interrupted_run_is_resumed(
     jebi: Run, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,7 +70,7 @@ def make_model(tiny_folder: Path) -> Callable[..., JebiForCausalLM]:
     """
 
     def make(load_in_4bit: bool = False, dtype: torch.dtype = torch.float32, **lora: Any) -> JebiForCausalLM:
-        model, _ = FastLanguageModel.from_pretrained(str(tiny_folder), 128, dtype, load_in_4bit)
+        model, _ = FastLanguageModel.from_pretrained(str(tiny_folder), 128, dtype, load_in_4bit, device="cpu")
         FastLanguageModel.get_peft_model(model, **({"r": 4, "lora_alpha": 8} | lora))
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():

@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
-from jebi import SFTConfig, SFTTrainer
+from jebi import SFTConfig, SFTTrainer, is_bfloat16_supported
 from jebi.errors import ConfigError
 from jebi.fast import FastLanguageModel
 from jebi.models.hf import JebiForCausalLM
@@ -226,6 +226,14 @@ def test_half_precision_asked_of_a_cpu_is_answered_and_does_not_recast_the_model
     assert losses(asked) == losses(plain)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Trainer would move the model to the card")
+@pytest.mark.parametrize("flags", [{}, {"fp16": True}])
+def test_a_script_for_a_card_runs_on_a_cpu_without_a_warning(flags: dict[str, bool], make_trainer: Fixture) -> None:
+    """No ``use_cpu``, memory to be pinned, and the half precision that `is_bfloat16_supported` leads to."""
+    assert not is_bfloat16_supported()
+    make_trainer(max_steps=1, use_cpu=False, **flags).train()
+
+
 def test_the_report_counts_what_was_trained(make_trainer: Fixture, tmp_path: Path) -> None:
     trainer = make_trainer(num_train_epochs=2, gradient_accumulation_steps=2, per_device_train_batch_size=4)
     output = trainer.train()
@@ -324,7 +332,7 @@ def test_an_impossible_pass_size_is_refused(tokens: int, make_trainer: Fixture) 
 
 
 def test_a_model_with_nothing_to_train_is_refused(make_trainer: Fixture, tiny_folder: Path) -> None:
-    model, _ = FastLanguageModel.from_pretrained(str(tiny_folder), 128, torch.float32, load_in_4bit=False)
+    model, _ = FastLanguageModel.from_pretrained(str(tiny_folder), 128, torch.float32, load_in_4bit=False, device="cpu")
     with pytest.raises(ConfigError, match=r"nothing is trainable: call FastLanguageModel.get_peft_model"):
         make_trainer(model=model)
 

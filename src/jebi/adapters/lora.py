@@ -48,6 +48,16 @@ def attach(model: JebiForCausalLM, config: LoraConfig) -> None:
     model.adapter = LoraAdapter(config)
 
 
+def detach(model: JebiForCausalLM) -> None:
+    """Take the adapter off again; the model is the base model."""
+    for _, linear in model.linears():
+        linear.lora = None
+        if linear.base_bias is not None:
+            linear.bias = nn.Parameter(linear.base_bias, requires_grad=False)
+            linear.base_bias = None
+    model.adapter = None
+
+
 def _targets(model: JebiForCausalLM, names: list[str]) -> list[Linear]:
     present: dict[str, list[Linear]] = {}
     for path, linear in model.linears():
@@ -64,4 +74,5 @@ def _thaw_biases(model: JebiForCausalLM, targets: list[Linear], mode: str) -> No
     chosen = [] if mode == "none" else targets if mode == "lora_only" else [m for _, m in model.linears()]
     for linear in chosen:
         if linear.bias is not None:
+            linear.base_bias = linear.bias.detach()
             linear.bias = nn.Parameter(linear.bias.detach().float(), requires_grad=True)

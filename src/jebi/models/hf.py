@@ -156,6 +156,9 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
             shifted_BS = kwargs.get("shift_labels")
             if labels is not None and shifted_BS is None:
                 shifted_BS = shift_labels(labels, position_ids)
+            if shifted_BS is not None and attention_mask is not None:
+                # Padding in front of a row predicts nothing, not even the row's first token.
+                shifted_BS = shifted_BS.masked_fill(attention_mask == 0, IGNORED)
             if shifted_BS is not None:
                 loss = self._loss(hidden_BSD, shifted_BS, kwargs)
             logits = None
@@ -187,7 +190,9 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
             None if counts_BS is None else counts_BS[learnt_BS],
         )
         items = kwargs.get("num_items_in_batch")
-        return total / (learnt_BS.sum().clamp(min=1) if items is None else items)
+        if items is None:
+            items = (learnt_BS.sum() if counts_BS is None else counts_BS[learnt_BS].sum()).clamp(min=1)
+        return total / items
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding module."""
@@ -247,16 +252,21 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within it the model is the base model."""
-        loras = [linear.lora for _, linear in self.linears() if linear.lora is not None]
-        before = [lora.enabled for lora in loras]
-        for lora in loras:
+        """Within it the model is the base model, trained biases put aside as well."""
+        loras = [(linear.lora, linear.lora.enabled) for _, linear in self.linears() if linear.lora is not None]
+        biases = [(linear, linear.bias) for _, linear in self.linears() if linear.base_bias is not None]
+        for lora, _ in loras:
             lora.enabled = False
+        for linear, _ in biases:
+            assert linear.base_bias is not None
+            linear.bias = nn.Parameter(linear.base_bias, requires_grad=False)
         try:
             yield
         finally:
-            for lora, enabled in zip(loras, before, strict=True):
+            for lora, enabled in loras:
                 lora.enabled = enabled
+            for linear, bias in biases:
+                linear.bias = bias
 
     def trainable_parameters(self) -> tuple[int, int]:
         """How many numbers are trained, and how many there are; a 4-bit weight counts its values, not its bytes."""
@@ -274,8 +284,12 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
             f"trainable%: {100 * trained / everything:.4f}"
         )
 
-    def save_pretrained(self, save_directory: str | PathLike[str], *_: Any, **__: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], is_main_process: bool = True, *_: Any, **__: Any
+    ) -> None:
         """Write the adapter in PEFT's format, or the whole model in Hugging Face's where there is no adapter."""
+        if not is_main_process:
+            return
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         if self.adapter is not None:

@@ -59,7 +59,6 @@ def load_model(
         embedding = model.model.embed_tokens.weight
         assert isinstance(embedding, nn.Parameter)
         model.lm_head.weight = embedding
-    model.name_or_path = config.name_or_path = str(files.path)
     model.eval()
     return model
 

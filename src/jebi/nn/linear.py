@@ -29,6 +29,9 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device="meta"), requires_grad=False)
         empty = torch.empty(outputs, dtype=dtype, device="meta") if bias else None
         self.bias = nn.Parameter(empty, requires_grad=False) if empty is not None else None
+        self.base_bias: Tensor | None
+        """The checkpoint's bias, where ``bias`` is a trained copy of it."""
+        self.register_buffer("base_bias", None, persistent=False)
         self.lora: Lora | None = None
         self._kept_NK: Tensor | None = None
 

@@ -80,12 +80,6 @@ def refuse(args: TrainingArguments) -> None:
         raise ConfigError(f"pass_tokens must be at least 1, not {args.pass_tokens}; None plans it.")
 
 
-def settle_on_cpu(args: TrainingArguments) -> None:
-    """Nothing is cast by accelerate, whose float16 needs a card, and nothing pinned for a card that is not there."""
-    args.mixed_precision = "no"
-    args.dataloader_pin_memory = False
-
-
 def _check_optimizer(args: TrainingArguments) -> None:
     optim = OptimizerNames(args.optim).value
     if optim in ("lomo", "adalomo"):

@@ -28,7 +28,7 @@ from jebi.data.rows import FormattingFunc, tokenize
 from jebi.errors import ConfigError, DivergedError
 from jebi.models.hf import JebiForCausalLM
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, choose
-from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, settle_on_cpu
+from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check
 from jebi.training.checkpoints import complete_checkpoint, require_writable
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.optimizer import AdamW8bit
@@ -78,7 +78,7 @@ class SFTTrainer(Trainer):
         if notice := check(args, model.dtype, model.device):
             logger.warning(notice)
         if model.device.type == "cpu":
-            settle_on_cpu(args)
+            args.dataloader_pin_memory = False  # torch warns where there is no card to pin for
         require_writable(Path(str(args.output_dir)))
         tokenizer = processing_class if processing_class is not None else tokenizer
         config = args if isinstance(args, SFTConfig) else None
