@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from jebi.adapters.lora import attach
+from jebi.adapters.lora import attach, detach
 from jebi.adapters.peft_files import adapter_tensors
 from jebi.config import TARGET_MODULES, LoraConfig
 from jebi.errors import AdapterError, ConfigError
@@ -124,3 +124,38 @@ def test_training_mode_is_handed_on(tiny_llama, load) -> None:
         model = load(tiny_llama()).train(training)
         attach(model, LoraConfig(lora_dropout=0.1))
         assert all(linear.lora.training == training for _, linear in model.linears() if linear.lora is not None)
+
+
+def test_the_adapter_switched_off_is_the_base_model_biases_included(tiny_llama, load) -> None:
+    base = load(tiny_llama("biased"))(IDS).logits
+    model = adapted(load, tiny_llama("biased"), bias="all")
+    with torch.no_grad():
+        for tensor in adapter_tensors(model).values():
+            tensor.add_(0.1)
+    tuned = model(IDS).logits
+    with model.disable_adapter():
+        assert torch.equal(model(IDS).logits, base)
+    assert torch.equal(model(IDS).logits, tuned)
+    assert not torch.equal(tuned, base)
+
+
+def test_detach_gives_the_base_model_back(tiny_llama, load) -> None:
+    base = load(tiny_llama("biased"))
+    model = adapted(load, tiny_llama("biased"), bias="lora_only")
+    with torch.no_grad():
+        for tensor in adapter_tensors(model).values():
+            tensor.add_(0.1)
+    detach(model)
+    assert torch.equal(model(IDS).logits, base(IDS).logits)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    attach(model, LoraConfig())
+
+
+def test_padding_in_front_of_a_row_predicts_nothing(tiny_llama, load) -> None:
+    model = load(tiny_llama())
+    mask = torch.ones_like(IDS)
+    mask[1, :4] = 0
+    alone = model(IDS[1:, 4:], labels=IDS[1:, 4:]).loss
+    padded = model(IDS[1:], attention_mask=mask[1:], labels=IDS[1:].masked_fill(mask[1:] == 0, -100)).loss
+    # The same tokens through the same products; only the order of the sums may differ.
+    torch.testing.assert_close(padded, alone, rtol=1e-6, atol=1e-6)

@@ -75,4 +75,4 @@ def _thaw_biases(model: JebiForCausalLM, targets: list[Linear], mode: str) -> No
     for linear in chosen:
         if linear.bias is not None:
             linear.base_bias = linear.bias.detach()
-            linear.bias = nn.Parameter(linear.bias.detach().float(), requires_grad=True)
+            linear.bias = nn.Parameter(linear.bias.detach().clone().float(), requires_grad=True)
