@@ -24,6 +24,7 @@ from jebi.fast import FastLanguageModel
 from jebi.inference.compare import Questions, compare_models
 from jebi.inference.comparison import Comparison
 from jebi.inference.page import render
+from jebi.models.device import default_device, default_dtype
 from jebi.models.hf import JebiForCausalLM
 from jebi.training.arguments import SFTConfig, refuse
 from jebi.training.checkpoints import require_writable
@@ -77,6 +78,8 @@ def arguments(config: RunConfig) -> SFTConfig:
     settings |= {"disable_tqdm": False} | config.train
     if not torch.cuda.is_available():
         settings.setdefault("use_cpu", True)
+    elif (config.model.dtype or default_dtype(default_device())) in ("float16", torch.float16):
+        settings.setdefault("fp16", True)  # scales the loss
     try:
         args = SFTConfig(**settings)
     except (TypeError, ValueError) as error:

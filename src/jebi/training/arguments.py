@@ -96,6 +96,8 @@ def _precision(args: TrainingArguments, dtype: torch.dtype, device: torch.device
     On a CPU they say nothing: a script that asks for one of them, as for a card, runs there too.
     """
     asked = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    if asked is None and dtype == torch.float16 and device.type != "cpu":
+        raise ConfigError("a model in float16 needs its loss scaled, or gradients vanish: set fp16=True.")
     if asked is None or asked == dtype:
         return None
     flag = "bf16" if args.bf16 else "fp16"
