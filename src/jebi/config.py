@@ -64,6 +64,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.r, int) or self.r < 1:
             raise ConfigError(f"r must be a whole number above 0, not {self.r}; 8, 16, 32, 64 or 128 are usual.")
+        if not isinstance(self.lora_alpha, int | float) or not 0 < self.lora_alpha < float("inf"):
+            raise ConfigError(f"lora_alpha must be a number above 0, not {self.lora_alpha!r}; r or 2 r is usual.")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must be from 0 to below 1, not {self.lora_dropout}.")
         if self.bias not in ("none", "all", "lora_only"):
@@ -89,8 +91,8 @@ class DataConfig:
     """A file of rows that are never trained on, for the held-out loss."""
     heldout_share: float = 0.0
     """Without `heldout`, the share of the training rows set aside for it."""
-    template: str = "tutorial"
-    """``tutorial`` (Korean), ``alpaca`` (English), or a text with {instruction}, {input} and {output}."""
+    template: str | None = None
+    """``tutorial`` (Korean, the default), ``alpaca`` (English), or a text with {instruction}, {input}, {output}."""
     text_field: str | None = None
     """Column that holds whole ready texts; the template is not used then."""
     learn: Literal["all", "answers"] = "all"
@@ -101,6 +103,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.train:
             raise ConfigError("data.train is missing: name a .jsonl file or a hub data set.")
+        if self.text_field and self.template:
+            raise ConfigError("data.template does nothing beside data.text_field, whose texts are ready: drop one.")
         if self.text_field and self.learn == "answers":
             raise ConfigError("data.learn 'answers' needs the answers apart: use a template, not data.text_field.")
         if not 0 <= self.heldout_share < 1:

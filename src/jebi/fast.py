@@ -1,6 +1,7 @@
 """`FastLanguageModel`: the tutorial's verbs, a thin front over the rooms."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +59,10 @@ class FastLanguageModel:
             WeightsError: its weights are incomplete or broken.
         """
         ModelConfig(model_name, max_seq_length, load_in_4bit)
-        adapter = Path(model_name) if (Path(model_name) / CONFIG_FILE).is_file() else None
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ConfigError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None, not {dtype!r}.")
+        folder = Path(model_name).expanduser()
+        adapter = folder if (folder / CONFIG_FILE).is_file() else None
         base = base_of(adapter) if adapter else model_name
         files = find(base, token)
         place = torch.device(device) if device is not None else default_device()
@@ -69,7 +73,8 @@ class FastLanguageModel:
         if generation := files.generation_config():
             model.generation_config = generation
         # The name the user gave, so that an adapter saved later can be used on another machine.
-        model.name_or_path = model.config.name_or_path = base
+        local = Path(base).expanduser()
+        model.name_or_path = model.config.name_or_path = str(local.resolve()) if local.exists() else base
         tokenizer = ready(files.tokenizer(), model)
         model.max_seq_length = max_seq_length
         if adapter:
@@ -95,7 +100,7 @@ class FastLanguageModel:
     def get_peft_model(  # noqa: PLR0913  (the script's own argument list)
         model: JebiForCausalLM,
         r: int = 16,
-        target_modules: list[str] | tuple[str, ...] = TARGET_MODULES,
+        target_modules: Sequence[str] = TARGET_MODULES,
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         bias: Literal["none", "all", "lora_only"] = "none",
@@ -120,6 +125,8 @@ class FastLanguageModel:
                 "use_gradient_checkpointing must be True, False, 'unsloth' or 'auto', "
                 f"not {use_gradient_checkpointing!r}."
             )
+        if isinstance(target_modules, str):
+            raise ConfigError(f"target_modules must be a list of names, not '{target_modules}'.")
         attach(
             model,
             LoraConfig(r, lora_alpha, lora_dropout, list(target_modules), bias, use_rslora, random_state),

@@ -4,6 +4,7 @@ Progress goes to stderr; nothing is printed here but what transformers and datas
 """
 
 import json
+import logging
 import typing
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,21 +15,24 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from jebi.adapters.peft_files import CONFIG_FILE
+from jebi.adapters.peft_files import CONFIG_FILE, base_of, names_base
 from jebi.config import DataConfig, RunConfig, check_type, reject_unknown
 from jebi.data.heldout import answer_rows
 from jebi.data.sources import load_rows, require_columns
-from jebi.data.templates import COLUMNS, Template, named
+from jebi.data.templates import COLUMNS, DEFAULT_TEMPLATE, Template, named
 from jebi.errors import AdapterError, ConfigError
 from jebi.fast import FastLanguageModel
 from jebi.inference.compare import Questions, compare_models
 from jebi.inference.comparison import Comparison
 from jebi.inference.page import render
 from jebi.models.device import default_device, default_dtype
+from jebi.models.files import EMBEDDED
 from jebi.models.hf import JebiForCausalLM
 from jebi.training.arguments import SFTConfig, refuse
 from jebi.training.checkpoints import require_writable
 from jebi.training.trainer import SFTTrainer
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "jebi_run.json"
 """Beside the adapter: the config it was trained with, from which chat and compare take the template."""
@@ -36,12 +40,14 @@ RUN_FILE = "jebi_run.json"
 
 def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = False) -> SFTTrainer:
     """Train as the config says; adapter, tokenizer, report and config are in the output folder afterwards."""
-    args = arguments(config)
+    rows, heldout = _read(config.data)
+    args = arguments(config, evaluates=heldout is not None)
     output = Path(str(args.output_dir))
     require_writable(output)
     if resume and get_last_checkpoint(str(output)) is None:
         raise ConfigError(f"--resume: '{output}' holds no checkpoint to go on from; start without it.")
-    rows, heldout = _read(config.data)
+    if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
+        raise ConfigError(f"train.resume_from_checkpoint: there is no folder '{args.resume_from_checkpoint}'.")
     model, tokenizer = _load(config)
     _adapt(model, config)
     trainer = SFTTrainer(
@@ -64,18 +70,35 @@ def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = Fa
     return trainer
 
 
-def arguments(config: RunConfig) -> SFTConfig:
+_ELSEWHERE = {
+    "packing": "data.packing",
+    "dataset_text_field": "data.text_field",
+    "max_seq_length": "model.max_seq_length",
+}
+"""Fields of `SFTConfig` that a config file sets in another section."""
+
+
+def arguments(config: RunConfig, evaluates: bool = False) -> SFTConfig:
     """The trainer's settings: the section's over those that suit a command.
+
+    Args:
+        config: the run.
+        evaluates: whether there are held-out rows, whose loss is then taken after every epoch and at the end.
 
     Raises:
         ConfigError: a setting is unknown, has the wrong type, or contradicts another.
     """
+    for name, place in _ELSEWHERE.items():
+        if name in config.train:
+            raise ConfigError(f"train.{name}: set {place} instead.")
+    if not evaluates and config.train.get("eval_strategy", "no") not in ("no", False):
+        raise ConfigError("train.eval_strategy needs held-out rows: set data.heldout or data.heldout_share.")
     hints = typing.get_type_hints(SFTConfig)
     reject_unknown(config.train, {field.name for field in fields(SFTConfig) if field.init}, "train.")
     for name, value in config.train.items():
         check_type(hints[name], value, f"train.{name}")
     settings: dict[str, Any] = {"output_dir": "outputs", "report_to": [], "logging_steps": 1, "save_strategy": "no"}
-    settings |= {"disable_tqdm": False} | config.train
+    settings |= {"disable_tqdm": False, "eval_strategy": "epoch" if evaluates else "no"} | config.train
     if not torch.cuda.is_available():
         settings.setdefault("use_cpu", True)
     elif (config.model.dtype or default_dtype(default_device())) in ("float16", torch.float16):
@@ -89,7 +112,7 @@ def arguments(config: RunConfig) -> SFTConfig:
 
 
 def compare(
-    base: str,
+    base: str | None,
     adapter: Path,
     questions: Path,
     heldout: Path | None,
@@ -98,10 +121,11 @@ def compare(
     template: str | None = None,
 ) -> Comparison:
     """Ask base and tuned model the same questions; write compare.json and compare.html into ``output``."""
-    require_writable(output)
     if not (adapter / CONFIG_FILE).is_file():
         raise AdapterError(f"adapter '{adapter}' has no {CONFIG_FILE}; name a folder that a training wrote.")
+    base, form = base_for(adapter, base), template_of(adapter, template)
     asked = _questions(questions, heldout)
+    require_writable(output)
     run = _run_of(adapter)
     model, tokenizer = FastLanguageModel.from_pretrained(base, **model_settings(adapter))
     FastLanguageModel.put_adapter(model, adapter)
@@ -109,7 +133,7 @@ def compare(
     comparison = compare_models(
         model,
         tokenizer,
-        template_of(adapter, template),
+        form,
         asked,
         max_new_tokens=max_new_tokens,
         names=(base, str(adapter)),
@@ -121,11 +145,30 @@ def compare(
     return comparison
 
 
+def base_for(adapter: Path | None, base: str | None) -> str:
+    """The model named, or the adapter's own base, or the embedded one; a notice where adapter and name disagree."""
+    if adapter is None:
+        return base or EMBEDDED
+    if base is None:
+        return base_of(adapter)
+    own = names_base(adapter)
+    if own is not None and own != base and not _same_place(base, own):
+        logger.warning(f"'{adapter}' was trained on '{own}', and is put on '{base}'.")
+    return base
+
+
+def _same_place(one: str, other: str) -> bool:
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
 def template_of(adapter: Path | None, named_or_text: str | None) -> Template:
     """The template asked for, or the one the adapter was trained with, or the tutorial's."""
     if named_or_text is not None:
         return named(named_or_text)
-    return named(_run_of(adapter).get("data", {}).get("template", "tutorial") if adapter is not None else "tutorial")
+    data = _run_of(adapter).get("data", {}) if adapter is not None else {}
+    if data.get("text_field"):
+        raise ConfigError(f"'{adapter}' was trained on ready texts: say with --template how a question is put.")
+    return named(data.get("template") or DEFAULT_TEMPLATE)
 
 
 def _load(config: RunConfig) -> tuple[JebiForCausalLM, PreTrainedTokenizerBase]:
@@ -142,7 +185,7 @@ def _read(data: DataConfig) -> tuple[Dataset, Dataset | None]:
     """Training rows and held-out rows."""
     needed = (data.text_field,) if data.text_field else COLUMNS
     if not data.text_field:
-        named(data.template)  # a wrong one is told before anything is loaded
+        named(data.template or DEFAULT_TEMPLATE)  # a wrong one is told before anything is loaded
     rows = load_rows(data.train, data.split)
     require_columns(rows, needed, data.train)
     if data.heldout:
@@ -150,6 +193,8 @@ def _read(data: DataConfig) -> tuple[Dataset, Dataset | None]:
         require_columns(heldout, needed, data.heldout)
         return rows, heldout
     if data.heldout_share:
+        if int(len(rows) * data.heldout_share) < 1:
+            raise ConfigError(f"data.heldout_share={data.heldout_share} of {len(rows)} rows is no row; raise it.")
         parts = rows.train_test_split(test_size=data.heldout_share, seed=0)
         return parts["train"], parts["test"]
     return rows, None
@@ -160,7 +205,7 @@ def _prepared(rows: Dataset, config: RunConfig, tokenizer: PreTrainedTokenizerBa
     data = config.data
     if data.text_field:
         return rows
-    template, eos = named(data.template), str(tokenizer.eos_token)
+    template, eos = named(data.template or DEFAULT_TEMPLATE), str(tokenizer.eos_token)
     if data.learn == "answers":
         return Dataset.from_list(answer_rows(rows, template, tokenizer, config.model.max_seq_length))
     texts = [template.row(row["instruction"], row["input"], row["output"], eos) for row in rows]

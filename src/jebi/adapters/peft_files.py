@@ -94,12 +94,22 @@ def read_config(folder: Path) -> LoraConfig:
         raise AdapterError(f"'{folder / CONFIG_FILE}': {error}") from error
 
 
-def base_of(folder: Path) -> str:
-    """The base model's name that an adapter folder notes."""
+def names_base(folder: Path) -> str | None:
+    """The base model's name that an adapter folder notes, if it notes one."""
     name = _document(folder).get("base_model_name_or_path")
-    if not name:
+    return str(name) if name else None
+
+
+def base_of(folder: Path) -> str:
+    """The same, needed.
+
+    Raises:
+        ConfigError: the folder notes none.
+    """
+    name = names_base(folder)
+    if name is None:
         raise ConfigError(f"adapter '{folder}' does not name its base model; load that first.")
-    return str(name)
+    return name
 
 
 def _document(folder: Path) -> dict[str, Any]:

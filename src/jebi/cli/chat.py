@@ -16,7 +16,10 @@ HELP = "Type a question. /base and /tuned switch the adapter off and on, /quit e
 
 
 def command(
-    base: Annotated[str, typer.Option(help="The model: smollm2, a folder, a .gguf file, or a hub id.")] = "smollm2",
+    base: Annotated[
+        str | None,
+        typer.Option(help="smollm2, a folder, a .gguf file, or a hub id; by default the adapter's base, or smollm2."),
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder that a training wrote.")] = None,
     template: Annotated[str | None, typer.Option(help="tutorial, alpaca or a text; the training's by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.", min=1)] = 256,
@@ -27,7 +30,7 @@ def command(
     """Ask a model questions; without an adapter a chat model is asked in its own chat form."""
     from jebi.adapters.peft_files import read_config
     from jebi.fast import FastLanguageModel
-    from jebi.run import model_settings, template_of
+    from jebi.run import base_for, model_settings, template_of
 
     # What is wrong with the call is said before a model is loaded.
     if adapter is not None:
@@ -36,7 +39,7 @@ def command(
     settings = model_settings(adapter)
     if load_in_4bit is not None:
         settings["load_in_4bit"] = load_in_4bit
-    model, tokenizer = FastLanguageModel.from_pretrained(base, **settings)
+    model, tokenizer = FastLanguageModel.from_pretrained(base_for(adapter, base), **settings)
     if adapter is not None:
         FastLanguageModel.put_adapter(model, adapter)
     FastLanguageModel.for_inference(model)

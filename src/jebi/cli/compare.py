@@ -12,9 +12,7 @@ SHOWN = 6
 def command(
     adapter: Annotated[Path, typer.Option(help="Folder that a training wrote.")],
     prompts: Annotated[Path, typer.Option(help="Harmful questions: .jsonl with 'instruction', perhaps 'input'.")],
-    base: Annotated[
-        str, typer.Option(help="The base model: smollm2, a folder, a .gguf file, or a hub id.")
-    ] = "smollm2",
+    base: Annotated[str | None, typer.Option(help="The base model; the one that the adapter names by default.")] = None,
     heldout: Annotated[Path | None, typer.Option(help="Rows never trained on: instruction, input, output.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report; the adapter's by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.", min=1)] = 64,
@@ -25,7 +23,7 @@ def command(
 
 
 def compare_and_show(
-    base: str,
+    base: str | None,
     adapter: Path,
     prompts: Path,
     heldout: Path | None,

@@ -3,8 +3,11 @@
 import sys
 from typing import Any
 
+import typer
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from jebi.training.report import memory_before
 
 
 class TrainingBar(TrainerCallback):
@@ -16,7 +19,8 @@ class TrainingBar(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start at the step a resumed run is at; ``disable_tqdm`` leaves the bar out."""
+        """The memory as training begins, and the bar, at the step a resumed run is at, unless ``disable_tqdm``."""
+        typer.echo(memory_before(args.device).text())
         if args.disable_tqdm:
             return
         self._bar = tqdm(

@@ -26,10 +26,15 @@ def train_and_report(run_config: RunConfig, resume: bool = False) -> Path:
     from jebi.cli.progress import TrainingBar
     from jebi.run import train
 
-    trainer = train(run_config, [TrainingBar()], resume)
+    try:
+        trainer = train(run_config, [TrainingBar()], resume)
+    except KeyboardInterrupt:
+        typer.echo("Stopped. The step under way is saved as a checkpoint; --resume goes on from it.", err=True)
+        raise
     assert trainer.report is not None
-    typer.echo(trainer.report.before.text())
     typer.echo(trainer.report.text())
+    if losses := [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]:
+        typer.echo(f"Held-out loss = {losses[-1]:.4f}.")
     output = Path(str(trainer.args.output_dir))
     typer.echo(f"Adapter and report.json are in '{output}'.")
     return output

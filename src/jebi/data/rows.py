@@ -3,6 +3,7 @@
 Templates make the texts; passes and packing come after.
 """
 
+import logging
 from collections.abc import Callable
 from itertools import compress
 from typing import Any, TypeAlias
@@ -12,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from jebi.errors import ConfigError, DataError
 from jebi.models.unpadding import IGNORED
+
+logger = logging.getLogger(__name__)
 
 FormattingFunc = Callable[[dict[str, Any]], str | list[str]]
 """One example, or a batch of columns, to its text or texts."""
@@ -64,6 +67,9 @@ def tokenize(
     if isinstance(dataset, Dataset):
         settings.update(num_proc=_useful_workers(workers, len(dataset)), desc="Tokenizing")
     rows = dataset.map(encode, **settings)
+    if isinstance(dataset, Dataset) and isinstance(rows, Dataset):
+        _tell(rows, len(dataset), max_length)
+    rows = rows.remove_columns("cut")
     if isinstance(rows, Dataset) and len(rows) == 0:
         raise DataError(
             f"no row is left: none has anything to learn within max_seq_length={max_length}. Raise max_seq_length."
@@ -156,7 +162,16 @@ def _columns(
         "labels": [labels[n][:max_length] for n in kept],
         "row": [[indices[n]] for n in kept],
         "lengths": [[min(len(ids[n]), max_length)] for n in kept],
+        "cut": [len(ids[n]) > max_length for n in kept],
     }
+
+
+def _tell(rows: Dataset, given: int, max_length: int) -> None:
+    """Say how many rows were cut or left out; a cut row has lost its end, EOS included."""
+    if cut := sum(rows["cut"]):
+        logger.warning(f"{cut} of {given} rows are longer than max_seq_length={max_length} and were cut.")
+    if left_out := given - len(rows):
+        logger.warning(f"{left_out} of {given} rows have nothing to learn within max_seq_length and were left out.")
 
 
 def _useful_workers(workers: int | None, rows: int) -> int | None:

@@ -39,14 +39,15 @@ def load_rows(source: str, split: str = "train") -> Dataset:
 
 
 def require_columns(rows: Dataset, columns: tuple[str, ...], source: str) -> None:
-    """`DataError` unless every column is there, and every row has something in it; an ``input`` may be left out."""
+    """`DataError` unless every column is there and every row has text in it; an ``input`` may be null."""
     for column in columns:
         if column not in rows.column_names:
             raise DataError(f"'{source}' has no column '{column}'. It has: {', '.join(rows.column_names)}.")
-        if column != "input":
-            for number, value in enumerate(rows[column], 1):
-                if value is None:
-                    raise DataError(f"'{source}' row {number} has nothing in column '{column}'; fill it in or drop it.")
+        for number, value in enumerate(rows[column], 1):
+            if value is None and column != "input":
+                raise DataError(f"'{source}' row {number} has nothing in column '{column}'; fill it in or drop it.")
+            if value is not None and not isinstance(value, str):
+                raise DataError(f"'{source}' row {number}, '{column}': {value!r:.40} is no text; put it in quotes.")
 
 
 def _read_jsonl(path: Path) -> Dataset:

@@ -35,6 +35,8 @@ Write a response that appropriately completes the request.
 NAMED = {"tutorial": TUTORIAL, "alpaca": ALPACA}
 """Templates with a name of their own."""
 
+DEFAULT_TEMPLATE = "tutorial"
+
 COLUMNS = ("instruction", "input", "output")
 """The columns a template fills in."""
 

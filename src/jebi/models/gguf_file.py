@@ -71,6 +71,12 @@ class GgufFile:
                 raise WeightsError(f"'{self.path}' lacks the header field 'llama.{key}'.")
             return value
 
+        scaling = self._field("llama.rope.scaling.type", "none")
+        if scaling != "none" or any(t.name == "rope_freqs.weight" for t in self._reader.tensors):
+            raise ModelError(
+                f"'{self.path.name}' scales its RoPE (as Llama 3.1 and later do), which is not read from GGUF yet: "
+                "load the model's safetensors checkpoint."
+            )
         heads, width = number("attention.head_count"), number("embedding_length")
         return LlamaConfig(
             vocab_size=len(self._field("tokenizer.ggml.tokens", ())) or number("vocab_size"),

@@ -69,7 +69,7 @@ class _LayerNode(torch.autograd.Function):
         keep: Keep,
         *trained: nn.Parameter,
     ) -> Tensor:
-        kept, out_TD = _forward(layer, hidden_TD, tables, rows), None
+        kept = _forward(layer, hidden_TD, tables, rows)
         act_TF = swiglu_forward(kept.gate_TF, kept.up_TF)
         out_TD, kept.xa["down"] = project(layer.mlp.down_proj, act_TF)
         ctx.layer, ctx.tables, ctx.rows, ctx.trained = layer, tables, rows, trained

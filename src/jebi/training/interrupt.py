@@ -15,13 +15,15 @@ class StopOnInterrupt(TrainerCallback):
 
     def __init__(self) -> None:
         self.interrupted = False
+        self.saved = False
+        """Whether a step's end came after Ctrl-C, with which Trainer saves."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Stop after this step if Ctrl-C came."""
         if self.interrupted:
-            control.should_save = True
+            control.should_save = self.saved = True
             control.should_training_stop = True
         return control
 

@@ -82,7 +82,10 @@ class SFTTrainer(Trainer):
         require_writable(Path(str(args.output_dir)))
         tokenizer = processing_class if processing_class is not None else tokenizer
         config = args if isinstance(args, SFTConfig) else None
-        longest = _first(max_seq_length, config and config.max_seq_length, getattr(model, "max_seq_length", None), 2048)
+        asked, trained = _first(max_seq_length, config and config.max_seq_length), model.config.max_position_embeddings
+        if asked is not None and asked > trained:
+            raise ConfigError(f"max_seq_length={asked} exceeds the model's {trained}: set it in from_pretrained.")
+        longest = _first(asked, getattr(model, "max_seq_length", None), trained)
         field = _first(dataset_text_field, config and config.dataset_text_field, "text")
         workers = _first(dataset_num_proc, config and config.dataset_num_proc)
         packed = bool(_first(packing, config and config.packing))
@@ -97,6 +100,8 @@ class SFTTrainer(Trainer):
             rows = tokenize(dataset, tokenizer, field, formatting_func, longest, workers)
             return pack(rows, longest) if packed else rows
 
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # One process trains on one card; Trainer would copy the model to all of them each step.
         self._prepare = prepare
         self._longest = int(longest)
         self._pass_tokens = config.pass_tokens if config else None
@@ -126,7 +131,8 @@ class SFTTrainer(Trainer):
         """
         if self.train_dataset is None:
             raise ConfigError("train_dataset is missing.")
-        self._bag, self._interrupt.interrupted = [], False
+        self._bag = []
+        self._interrupt.interrupted = self._interrupt.saved = False
         self._trained_tokens = self._trained_steps = 0
         self._plan = self._make_plan()
         meter = Meter(self.model.device)
@@ -137,12 +143,15 @@ class SFTTrainer(Trainer):
         if self.args.should_save:
             self.report.write(Path(str(self.args.output_dir)) / "report.json", self.state.log_history)
         if self._interrupt.interrupted:
+            if not self._interrupt.saved:
+                self._save_checkpoint(self.model, None)
             raise KeyboardInterrupt
         return output
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As Trainer's; rows given to `evaluate` itself are tokenised as the others were."""
-        if isinstance(eval_dataset, Dataset) and "lengths" not in eval_dataset.column_names:
+        raw = isinstance(eval_dataset, Dataset | IterableDataset)
+        if raw and "lengths" not in (eval_dataset.column_names or ()):
             eval_dataset = self._prepare(eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
@@ -164,7 +173,8 @@ class SFTTrainer(Trainer):
         batches, self._bag = self._bag, []
         model.train()
         _set_mode(self.optimizer, "train")
-        passes = cut(batches, self._current_plan().tokens)
+        # Tokens held once would also share one dropout mask.
+        passes = cut(batches, self._current_plan().tokens, share=not self._drops_out())
         loss = torch.zeros((), device=self.args.device)
         for index, part in enumerate(passes):
             last = index == len(passes) - 1
@@ -186,13 +196,16 @@ class SFTTrainer(Trainer):
         detached: Tensor = loss.detach()
         return detached
 
+    def _drops_out(self) -> bool:
+        return any(linear.adapter is not None and linear.adapter.dropout > 0 for _, linear in self.model.linears())
+
     def _require_finite(self, loss: Tensor, batches: list[Batch]) -> None:
         if math.isfinite(loss.item()):
             return
         rows = [row for batch in batches for row in batch["rows"]]
         raise DivergedError(
-            f"the loss is {loss.item()} at step {self.state.global_step + 1}, rows {rows}. Stopped; the last good "
-            f"checkpoint under '{self.args.output_dir}' is kept. Look at those rows, or lower learning_rate."
+            f"the loss is {loss.item()} at step {self.state.global_step + 1}, rows {rows}. Stopped; checkpoints "
+            f"saved before under '{self.args.output_dir}' stay. Look at those rows, or lower learning_rate."
         )
 
     def evaluation_loop(
@@ -282,6 +295,14 @@ class SFTTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: an upload runs on in the background, so it begins when the folder is in its place."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As Trainer's; it also writes the settings, which must not take the hub token along."""
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         read_weights(self.model, Path(resume_from_checkpoint))
