@@ -5,6 +5,7 @@ Progress goes to stderr; nothing is printed here but what transformers and datas
 
 import json
 import logging
+import math
 import typing
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -193,8 +194,8 @@ def _read(data: DataConfig) -> tuple[Dataset, Dataset | None]:
         require_columns(heldout, needed, data.heldout)
         return rows, heldout
     if data.heldout_share:
-        if int(len(rows) * data.heldout_share) < 1:
-            raise ConfigError(f"data.heldout_share={data.heldout_share} of {len(rows)} rows is no row; raise it.")
+        if len(rows) - math.ceil(len(rows) * data.heldout_share) < 1:
+            raise ConfigError(f"data.heldout_share={data.heldout_share} of {len(rows)} rows leaves none to train on.")
         parts = rows.train_test_split(test_size=data.heldout_share, seed=0)
         return parts["train"], parts["test"]
     return rows, None

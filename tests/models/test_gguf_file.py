@@ -144,7 +144,13 @@ def test_a_missing_header_field_is_named(tiny_llama, tmp_path: Path) -> None:
         find(str(path)).config()
 
 
-@pytest.mark.parametrize("extra", ["rope_freqs.weight", "blk.0.attn_q_norm.weight", "oddity"])
+def test_scaled_rope_is_refused_before_any_weight_is_read(tiny_llama, load, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(), extra="rope_freqs.weight")
+    with pytest.raises(ModelError, match=r"tiny\.gguf' scales its RoPE .* load the model's safetensors checkpoint"):
+        load(path)
+
+
+@pytest.mark.parametrize("extra", ["blk.0.attn_q_norm.weight", "oddity"])
 def test_a_tensor_without_a_place_is_named(tiny_llama, load, tmp_path: Path, extra: str) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(), extra=extra)
     with pytest.raises(

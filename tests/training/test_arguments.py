@@ -154,7 +154,7 @@ def test_evaluation_does_not_cast_the_model(field: str, tmp_path: Path) -> None:
     ("flag", "dtype", "device", "outcome"),
     [
         (None, torch.float32, "cpu", None),
-        (None, torch.float16, "cuda", None),
+        (None, torch.float16, "cpu", None),
         ("bf16", torch.bfloat16, "cpu", None),
         ("bf16", torch.bfloat16, "cuda", None),
         ("fp16", torch.float16, "cuda", None),
@@ -180,6 +180,11 @@ def test_the_precision_is_the_models(
     else:
         notice = check(args, dtype, torch.device(device))
         assert notice is None if outcome is None else outcome in str(notice)
+
+
+def test_float16_on_a_card_needs_its_loss_scaled(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"needs its loss scaled.*set fp16=True"):
+        check(arguments(tmp_path), torch.float16, torch.device("cuda"))
 
 
 def test_jebis_own_fields_are_these() -> None:

@@ -67,14 +67,13 @@ def tokenize(
     if isinstance(dataset, Dataset):
         settings.update(num_proc=_useful_workers(workers, len(dataset)), desc="Tokenizing")
     rows = dataset.map(encode, **settings)
-    if isinstance(dataset, Dataset) and isinstance(rows, Dataset):
-        _tell(rows, len(dataset), max_length)
-    rows = rows.remove_columns("cut")
     if isinstance(rows, Dataset) and len(rows) == 0:
         raise DataError(
             f"no row is left: none has anything to learn within max_seq_length={max_length}. Raise max_seq_length."
         )
-    return rows
+    if isinstance(dataset, Dataset) and isinstance(rows, Dataset):
+        _tell(rows, len(dataset), max_length)
+    return rows.remove_columns("cut")
 
 
 def _texts(
