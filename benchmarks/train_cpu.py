@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def work(contender: str, case: dict[str, Any], steps: int, checkpoint: str, adap
         trainer, marks, tokenizer = {"jebi": jebi, "trl": trl}[contender](case, steps, checkpoint, adapter, scratch)
     lengths = [len(tokenizer(text)["input_ids"]) for text in texts(steps, tokenizer.eos_token)]
     per_step = [sum(lengths[i : i + BATCH * ACCUMULATION]) for i in range(0, len(lengths), BATCH * ACCUMULATION)]
-    seconds = [after - before for before, after in zip(marks, marks[1:])]
+    seconds = [after - before for before, after in pairwise(marks)]
     rates = [tokens / s for tokens, s in zip(per_step[1:], seconds)][SKIPPED - 1 :]
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],

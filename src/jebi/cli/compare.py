@@ -1,12 +1,13 @@
 """``jebi compare``: base and tuned side by side."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 SHOWN = 6
-"""Answers shown in the terminal; all are on the page."""
+"""Answers shown in the terminal, from all over the list; all of them are on the page."""
 
 
 def command(
@@ -39,6 +40,7 @@ def compare_and_show(
 
     comparison = compare(base, adapter, prompts, heldout, out, max_new_tokens, template)
     console = Console()
-    console.print(answers_table(comparison, SHOWN))
+    step = max(1, len(comparison.answers) // SHOWN)
+    console.print(answers_table(replace(comparison, answers=comparison.answers[::step]), SHOWN))
     console.print(table(comparison))
     typer.echo(f"All answers: '{out / 'compare.html'}' (open it in a browser), '{out / 'compare.json'}'.")

@@ -26,7 +26,7 @@ def command(
     typer.echo(f"Fine-tuning {run.model.name} on {run.data.train} ...", err=True)
     adapter = train_and_report(run)
     typer.echo("Asking the base model and the tuned one the same questions ...", err=True)
-    compare_and_show(run.model.name, adapter, data / "harmful.jsonl", data / "heldout.jsonl", adapter, 64)
+    compare_and_show(run.model.name, adapter, data / "harmful.jsonl", data / "heldout.jsonl", adapter, 48)
 
 
 def find_examples() -> Path:
