@@ -125,6 +125,8 @@ def test_the_last_setting_wins_and_a_new_section_may_begin_with_one(tmp_path: Pa
         ("lora.target_modules=q_proj", r"lora.target_modules must be list, not 'q_proj'"),
         ("lora.target_modules=[]", r"target_modules is empty; name at least one of q_proj"),
         ("lora.lora_dropout=1", r"lora_dropout must be from 0 to below 1, not 1.0"),
+        ("lora.lora_alpha=0", r"lora_alpha must be a number above 0, not 0.0"),
+        ("lora.lora_alpha=.nan", r"lora_alpha must be a number above 0, not nan"),
         ("lora.r=0", r"r must be a whole number above 0, not 0"),
         ("data.heldout_share=1", r"data.heldout_share must be from 0 to below 1"),
         ("data.learn=some", r"data.learn must be one of all, answers, not 'some'"),
@@ -197,6 +199,11 @@ def test_the_trainers_settings_are_typed_by_their_hints(hint: Any, value: Any, r
     else:
         with pytest.raises(ConfigError, match=r"train\.x must be "):
             check_type(hint, value, "train.x")
+
+
+def test_a_template_beside_ready_texts_is_refused(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.template does nothing beside data.text_field"):
+        read_run(path, ["data.template=alpaca", "data.text_field=text"])
 
 
 def test_answers_alone_are_learnt_only_where_they_are_known_apart(path: Path) -> None:

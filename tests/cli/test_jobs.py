@@ -64,18 +64,19 @@ def test_settings_of_the_call_reach_the_run(jebi: Run, config: Path, tmp_path: P
 
 
 def test_a_share_of_the_rows_may_be_held_out(jebi: Run, config: Path, tmp_path: Path) -> None:
-    done = jebi("train", str(config), "--set", "data.heldout_share=0.3", "--set", "train.eval_strategy=epoch")
+    done = jebi("train", str(config), "--set", "data.heldout_share=0.4")
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert any("eval_loss" in entry for entry in report["log"])
-    assert json.loads((tmp_path / "out" / "jebi_run.json").read_text())["data"]["heldout_share"] == 0.3
+    assert json.loads((tmp_path / "out" / "jebi_run.json").read_text())["data"]["heldout_share"] == 0.4
+    assert "Held-out loss = " in done.out
 
 
 def test_with_answers_alone_learnt_the_held_out_loss_is_that_of_the_comparison(
     jebi: Run, config: Path, rows: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Training's evaluation and the comparison measure the same tokens: the answers and their EOS."""
-    settings = ("data.learn=answers", f"data.heldout={rows}", "train.eval_strategy=steps", "train.eval_steps=2")
+    settings = ("data.learn=answers", f"data.heldout={rows}")
     done = jebi("train", str(config), *(word for setting in settings for word in ("--set", setting)))
     assert done.code == 0, done.err
     log = json.loads((tmp_path / "out" / "report.json").read_text())["log"]
@@ -148,3 +149,25 @@ def test_chat_ends_with_its_input_and_uses_the_trainings_template(jebi: Run, tin
     done = jebi("chat", "--base", str(tiny_model), "--max-new-tokens", "2", "--template", "alpaca", stdin="hello")
     assert done.code == 0, done.err
     assert done.err.count("tokens/s]") == 1
+
+
+def test_the_base_model_is_the_adapters_own_unless_named(jebi: Run, trained: Path, tiny_model: Path) -> None:
+    done = jebi("chat", "--adapter", str(trained), "--max-new-tokens", "2", stdin="hello\n")
+    assert done.code == 0, done.err
+    assert done.err.count("tokens/s]") == 1
+    noted = json.loads((trained / "adapter_config.json").read_text())
+    assert noted["base_model_name_or_path"] == str(tiny_model)
+    noted["base_model_name_or_path"] = "another/model"
+    (trained / "adapter_config.json").write_text(json.dumps(noted))
+    words = ("chat", "--adapter", str(trained), "--base", str(tiny_model), "--max-new-tokens", "2")
+    assert jebi(*words, stdin="hello\n").code == 0
+
+
+def test_an_adapter_of_ready_texts_needs_a_template_to_be_asked(jebi: Run, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "one and two"}\n{"text": "three"}\n')
+    words = ("data.train=texts.jsonl", "data.text_field=text", "data.template=null")
+    done = jebi("train", str(config), *(word for setting in words for word in ("--set", setting)))
+    assert done.code == 0, done.err
+    asked = jebi("chat", "--adapter", str(tmp_path / "out"), stdin="hello\n")
+    assert asked.code == 2
+    assert "was trained on ready texts: say with --template how a question is put" in asked.err

@@ -83,6 +83,23 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         (*TRAIN, "--set", "data.train=columns.jsonl"),
         "'columns.jsonl' has no column 'instruction'. It has: question.",
     ),
+    "setting of another section": (
+        (*TRAIN, "--set", "train.packing=true"),
+        "train.packing: set data.packing instead",
+    ),
+    "nothing to evaluate": (
+        (*TRAIN, "--set", "train.eval_strategy=epoch"),
+        "train.eval_strategy needs held-out rows: set data.heldout or data.heldout_share",
+    ),
+    "nothing held out": (
+        (*TRAIN, "--set", "data.heldout_share=0.3"),
+        "data.heldout_share=0.3 of 3 rows is no row; raise it",
+    ),
+    "no text": ((*TRAIN, "--set", "data.train=numbers.jsonl"), "row 1, 'output': 3 is no text; put it in quotes"),
+    "no checkpoint": (
+        (*TRAIN, "--set", "train.resume_from_checkpoint=none"),
+        "train.resume_from_checkpoint: there is no folder 'none'",
+    ),
     "bad template": ((*TRAIN, "--set", "data.template=plain"), "template must be 'tutorial', 'alpaca'"),
     "no model": ((*TRAIN, "--set", "model.name=./nothing"), "'./nothing' is no folder"),
     "no module": ((*TRAIN, "--set", "lora.target_modules=[qq]"), "the model has no 'qq'. It has: q_proj"),
@@ -102,6 +119,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
 def test_a_mistake_is_one_line_on_stderr(name: str, jebi: Run, config: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text('{"instruction": "a"}\n{"instruction": \n')
     (tmp_path / "columns.jsonl").write_text('{"question": "a"}\n')
+    (tmp_path / "numbers.jsonl").write_text('{"instruction": "a", "input": "", "output": 3}\n')
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     words, said = MISTAKES[name]

@@ -57,6 +57,19 @@ def test_rows_of_one_token_are_left_out_and_the_others_keep_their_numbers(tokeni
     assert [row["row"] for row in rows] == [[1], [3]]
 
 
+def test_rows_that_are_cut_or_left_out_are_told(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows_of(texts("abc", "abcdef", "abcdefgh", "a"), tokenizer, max_length=4)
+    assert caplog.messages == [
+        "2 of 4 rows are longer than max_seq_length=4 and were cut.",
+        "1 of 4 rows have nothing to learn within max_seq_length and were left out.",
+    ]
+    caplog.clear()
+    rows_of(texts("abc", "abcd"), tokenizer, max_length=4)
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("length", [1, 2])
 def test_no_row_left_is_an_error_with_a_way_out(tokenizer: PreTrainedTokenizerFast, length: int) -> None:
     with pytest.raises(DataError, match=rf"max_seq_length={length}"):

@@ -150,6 +150,11 @@ def test_evaluation_does_not_cast_the_model(field: str, tmp_path: Path) -> None:
         check(args, torch.float32, CPU)
 
 
+def test_a_float16_model_on_a_card_needs_its_loss_scaled(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="set fp16=True"):
+        check(arguments(tmp_path), torch.float16, torch.device("cuda"))
+
+
 @pytest.mark.parametrize(
     ("flag", "dtype", "device", "outcome"),
     [

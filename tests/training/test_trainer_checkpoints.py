@@ -109,6 +109,18 @@ def test_the_last_checkpoint_is_found_and_its_file_is_peft_s(
     assert again.report.steps == 1
 
 
+def test_no_token_is_saved(make_trainer: Fixture, tmp_path: Path) -> None:
+    """Trainer pickles its settings beside the adapter, which is to be given away."""
+    secret = "hf_abcdefghijklmnop"
+    trainer = make_trainer(max_steps=1, hub_token=secret, **SAVING)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.args.hub_token == secret
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {"training_args.bin", "adapter_model.safetensors"} <= {path.name for path in files}
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
 def test_another_models_checkpoint_is_refused(make_trainer: Fixture, make_model: Fixture, tmp_path: Path) -> None:
     make_trainer(max_steps=1, **SAVING).train()
     other = make_trainer(model=make_model(r=8), output_dir=str(tmp_path / "other"), max_steps=2)
@@ -276,6 +288,17 @@ def test_ctrl_c_finishes_the_step_saves_it_and_stops(
     resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == losses(straight)
     assert_equal(snapshot(resumed.model), snapshot(straight.model))
+
+
+def test_ctrl_c_after_the_last_step_is_saved_too(make_trainer: Fixture, tmp_path: Path) -> None:
+    class AtEnd(TrainerCallback):
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(max_steps=2, trainer={"callbacks": [AtEnd()]}).train()
+    assert folders(tmp_path / "out") == ["checkpoint-2"]
+    assert is_whole(tmp_path / "out" / "checkpoint-2")
 
 
 def test_a_trainer_that_was_interrupted_may_train_again(make_trainer: Fixture) -> None:
