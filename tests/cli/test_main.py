@@ -92,8 +92,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         "train.eval_strategy needs held-out rows: set data.heldout or data.heldout_share",
     ),
     "nothing held out": (
-        (*TRAIN, "--set", "data.heldout_share=0.3"),
-        "data.heldout_share=0.3 of 3 rows is no row; raise it",
+        (*TRAIN, "--set", "data.heldout_share=0.9"),
+        "data.heldout_share=0.9 of 3 rows leaves none to train on",
     ),
     "no text": ((*TRAIN, "--set", "data.train=numbers.jsonl"), "row 1, 'output': 3 is no text; put it in quotes"),
     "no checkpoint": (
