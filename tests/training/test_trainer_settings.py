@@ -1,4 +1,4 @@
-"""``SFTTrainer``'s arguments: what a script for Trainer or the tutorial passes works here or is refused by name."""
+"""``SFTTrainer``'s arguments: what a script for Trainer or for the tutorial passes works, or is refused by name."""
 
 import json
 from collections.abc import Callable
