@@ -134,3 +134,13 @@ def test_the_cut_depends_on_rows_and_not_on_how_they_were_batched() -> None:
 def test_packed_sequences_are_cut_at_the_rows_inside_them() -> None:
     passes = cut([collate([example(0, [4, 3], [0, 1]), example(50, [5], [2])])], 5)
     assert sorted(part.input_ids.shape[1] for part in passes) == [3, 4, 5]
+
+
+def test_whole_rows_are_bounded_too_since_attention_keeps_them() -> None:
+    common = list(range(100, 190))
+    rows = [
+        {"input_ids": [*common, n], "labels": [*common, n], "lengths": [len(common) + 1], "row": [n]} for n in range(8)
+    ]
+    passes = cut([collate(rows)], 110)
+    assert all(part.tokens <= 2 * 110 for part in passes)
+    assert len(passes) == 4, "two rows of 91 tokens fit twice the limit of 110"

@@ -26,6 +26,10 @@ without the other it takes every EOS that pads elsewhere for padding.
 """
 
 
+WHOLE_PER_HELD = 2
+"""Most tokens of whole rows per held token of the limit: attention keeps its part of every row whole."""
+
+
 @dataclass(frozen=True)
 class Pass:
     """Rows that go through the model together."""
@@ -98,7 +102,8 @@ class _Filling:
     size: int = 0
 
     def fits(self, row: "np.ndarray[Any, Any]", tokens: int, share: bool) -> bool:
-        return self.size + len(row) - (self._common(row) if share else 0) <= tokens
+        held = self.size + len(row) - (self._common(row) if share else 0)
+        return held <= tokens and sum(map(len, self.whole)) + len(row) <= WHOLE_PER_HELD * tokens
 
     def add(self, row: "np.ndarray[Any, Any]", share: bool) -> None:
         common = self._common(row) if share else 0
