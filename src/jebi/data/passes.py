@@ -100,10 +100,11 @@ class _Filling:
     """For each row, the held tokens it is made of."""
     last: "np.ndarray[Any, Any]" = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
     size: int = 0
+    whole_size: int = 0
 
     def fits(self, row: "np.ndarray[Any, Any]", tokens: int, share: bool) -> bool:
         held = self.size + len(row) - (self._common(row) if share else 0)
-        return held <= tokens and sum(map(len, self.whole)) + len(row) <= WHOLE_PER_HELD * tokens
+        return held <= tokens and self.whole_size + len(row) <= WHOLE_PER_HELD * tokens
 
     def add(self, row: "np.ndarray[Any, Any]", share: bool) -> None:
         common = self._common(row) if share else 0
@@ -111,6 +112,7 @@ class _Filling:
         self.whole.append(np.concatenate((self.whole[-1][:common], new)) if common else new)
         self.held.append(row[common:])
         self.size += len(new)
+        self.whole_size += len(row)
         self.last = row
 
     def _common(self, row: "np.ndarray[Any, Any]") -> int:
