@@ -30,7 +30,7 @@ from jebi.models.device import default_device, default_dtype
 from jebi.models.files import EMBEDDED
 from jebi.models.hf import JebiForCausalLM
 from jebi.training.arguments import SFTConfig, refuse
-from jebi.training.checkpoints import require_writable
+from jebi.training.checkpoints import require_writable, write_whole
 from jebi.training.trainer import SFTTrainer
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = Fa
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume or args.resume_from_checkpoint)
     trainer.save_model()
-    _write(output / RUN_FILE, json.dumps(_without_secrets(config), indent=2, ensure_ascii=False) + "\n")
+    write_whole(output / RUN_FILE, json.dumps(_without_secrets(config), indent=2, ensure_ascii=False) + "\n")
     return trainer
 
 
@@ -141,8 +141,8 @@ def compare(
         loss_curve=_loss_curve(adapter),
         settings=_shown(run, max_new_tokens),
     )
-    _write(output / "compare.json", comparison.to_json())
-    _write(output / "compare.html", render(comparison))
+    write_whole(output / "compare.json", comparison.to_json())
+    write_whole(output / "compare.html", render(comparison))
     return comparison
 
 
@@ -262,9 +262,3 @@ def _loss_curve(adapter: Path) -> list[tuple[int, float]]:
         return []
     log = json.loads(path.read_text(encoding="utf-8")).get("log", [])
     return [(int(entry["step"]), float(entry["loss"])) for entry in log if "loss" in entry]
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

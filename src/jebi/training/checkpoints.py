@@ -24,6 +24,13 @@ def require_writable(folder: Path) -> None:
         raise ConfigError(f"output_dir '{folder}' cannot be written to: {error.strerror}. Name another.") from error
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file under a temporary name and rename it, so that it is whole or absent."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def complete_checkpoint(staging: Path, final: Path, state: TrainerState, args: TrainingArguments) -> Path:
     """Move the checkpoint that Trainer wrote under ``staging`` to its place under ``final``, then rotate old ones."""
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

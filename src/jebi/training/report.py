@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import torch
 
+from jebi.training.checkpoints import write_whole
+
 _GB = 2**30
 
 
@@ -96,9 +98,7 @@ class Report:
         derived = ("minutes", "training_gb", "peak_percent", "training_percent", "tokens_per_second")
         document = dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
         document["log"] = log_history
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(document, indent=2) + "\n")
 
 
 class Meter:
