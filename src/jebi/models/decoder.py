@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
-from jebi.kernels.rope import rope_tables
 from jebi.models.families import DecoderShape
 from jebi.nn.attention import attend_cached, attend_rows
 from jebi.nn.layer import DecoderLayer, Norm
 from jebi.nn.layer_node import Keep, run_layer, serves
+from jebi.nn.rotary import Rotary
 from jebi.nn.rows import Rows
 
 Checkpointing = Literal["none", "recompute", "offload"]
@@ -30,27 +30,25 @@ _KEEP: dict[Checkpointing, Keep] = {"none": "all", "recompute": "input", "offloa
 class Decoder(nn.Module):
     """Embedding, layers and final norm, named as in Hugging Face checkpoints."""
 
-    def __init__(self, shape: DecoderShape, dtype: torch.dtype, inv_freq: Tensor, rope_scaling: float):
+    def __init__(self, shape: DecoderShape, dtype: torch.dtype, rotary: dict[str, Rotary]):
         super().__init__()
         self.shape = shape
         embedding = torch.empty(shape.vocabulary, shape.layer.width, dtype=dtype, device="meta")
         self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(embedding, freeze=True)
         self.layers = nn.ModuleList(DecoderLayer(shape.layer, dtype) for _ in range(shape.layers))
         self.norm = Norm(shape.layer.width, shape.layer.eps, dtype)
-        self.inv_freq = inv_freq
-        self.rope_scaling = rope_scaling
+        self.rotary = rotary
         self.checkpointing: Checkpointing = "none"
         self.plain = False
         """Run the plain form of every layer, for tests and comparisons."""
 
-    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Rotary cosines and sines of the positions."""
-        self.inv_freq = self.inv_freq.to(positions.device)
-        return rope_tables(positions, self.inv_freq, self.rope_scaling, dtype)
+    def shares_beginnings(self, longest: int) -> bool:
+        """Whether rows of up to ``longest`` tokens have equal hidden states where they begin alike."""
+        return all(rotary.holds(longest) for rotary in self.rotary.values())
 
     def forward_rows(self, hidden_TD: Tensor, rows: Rows) -> Tensor:
         """Embedded rows laid end to end -> final hidden states (T, D)."""
-        tables = self.tables(rows.positions_U, hidden_TD.dtype)
+        tables = self.rotary["full_attention"].of_rows(rows, hidden_TD.dtype)
         training = torch.is_grad_enabled() and self.training
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
@@ -72,7 +70,7 @@ class Decoder(nn.Module):
             mask_BL: 1 for real tokens among the cached and the new ones, 0 for padding; None when all are real.
             cache: transformers' cache object.
         """
-        tables = self.tables(positions_BS, hidden_BSD.dtype)
+        tables = self.rotary["full_attention"].of_positions(positions_BS, hidden_BSD.dtype)
         mask_BSL = _mask(mask_BL, hidden_BSD.shape[1], cache.get_seq_length(), hidden_BSD.device)
         for index, layer in enumerate(self.layers):
 

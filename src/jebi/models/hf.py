@@ -27,6 +27,7 @@ from jebi.models.families import DecoderShape
 from jebi.models.unpadding import IGNORED, Layout, lay_out, shift_labels
 from jebi.models.writing import write_checkpoint
 from jebi.nn.linear import Linear
+from jebi.nn.rotary import Rotary
 from jebi.nn.rows import Rows
 
 
@@ -97,17 +98,10 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012  (transformers reads a list here)
 
-    def __init__(
-        self,
-        config: PretrainedConfig,
-        shape: DecoderShape,
-        dtype: torch.dtype,
-        inv_freq: Tensor,
-        rope_scaling: float,
-    ):
+    def __init__(self, config: PretrainedConfig, shape: DecoderShape, dtype: torch.dtype, rotary: dict[str, Rotary]):
         super().__init__(config)
         config.dtype = dtype
-        self.model = Backbone(shape, dtype, inv_freq, rope_scaling)
+        self.model = Backbone(shape, dtype, rotary)
         self.lm_head = Linear(shape.layer.width, shape.vocabulary, False, dtype)
         self.adapter: Adapter | None = None
         self.auto_checkpointing = False
