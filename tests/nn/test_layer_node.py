@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from jebi.kernels.rope import rope_tables
-from jebi.nn.attention import attend_rows
+from jebi.nn.attention import AttentionForm, attend_rows
 from jebi.nn.layer import DecoderLayer, LayerShape
 from jebi.nn.layer_node import Keep, run_layer, serves
 from jebi.nn.lora import Lora
@@ -59,7 +59,8 @@ SETUPS = {
 
 def build(setup: Setup, dtype: torch.dtype) -> DecoderLayer:
     """A layer of random weights whose activations stay of order 1; equal numbers for equal setups and dtypes."""
-    layer = DecoderLayer(LayerShape(WIDTH, 4, 2, HEAD, FFN, 1e-5, setup.biases, setup.biases), dtype)
+    biases = dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), setup.biases)
+    layer = DecoderLayer(LayerShape(WIDTH, 4, 2, HEAD, FFN, 1e-5, AttentionForm(HEAD**-0.5), **biases), dtype)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in list(layer.named_parameters()):
         drawn = torch.randn(parameter.shape, generator=generator)
@@ -134,7 +135,7 @@ def run(
     hidden = hidden.clone().requires_grad_(trained_input)
     tables = rope_tables(rows.positions_U, INV_FREQ, 1.0, hidden.dtype)
     if keep is None:
-        out = layer(hidden, *tables, lambda q, k, v: attend_rows(q, k, v, rows))
+        out = layer(hidden, tables, lambda q, k, v: attend_rows(q, k, v, rows, layer.shape.attention))
     else:
         out = run_layer(layer, hidden, tables, rows, keep)
     if out.requires_grad:
