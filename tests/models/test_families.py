@@ -77,7 +77,7 @@ def test_impossible_sizes_are_named(tmp_path: Path, changes: dict[str, int], mes
 def test_layer_types_must_be_known_and_as_many_as_layers() -> None:
     config = Qwen3Config(num_hidden_layers=2)
     config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.raises(ModelError, match="layer type 'linear_attention'.* supported: full_attention, sliding"):
+    with pytest.raises(ModelError, match=r"layer type 'linear_attention'.* supported: full_attention, sliding"):
         read_config(config)
     config.layer_types = ["full_attention"]
     with pytest.raises(ModelError, match="num_hidden_layers=2, and layer_types for 1"):
