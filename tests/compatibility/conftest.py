@@ -47,6 +47,12 @@ class Checkpoint:
 LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 FACTORS = {"short_factor": [1.0, 1.1], "long_factor": [1.5, 4.0], "original_max_position_embeddings": 8}
 
+FACTORS_WHOLE = {
+    "short_factor": [1.0 + n / 10 for n in range(8)],
+    "long_factor": [1.0 + n for n in range(8)],
+    "original_max_position_embeddings": 20,
+}
+
 CHECKPOINTS = {
     "llama": Checkpoint("llama", {"tie_word_embeddings": True}),
     "llama, biases, llama3 RoPE": Checkpoint(
@@ -89,6 +95,9 @@ CHECKPOINTS = {
         {"original_max_position_embeddings": 8, **scaled("longrope", partial_rotary_factor=0.25, **FACTORS)},
         # transformers takes one set of factors for a whole batch, jebi one for each row: all are long here.
         (11, 9, 10),
+    ),
+    "phi3, longrope that generation outgrows": Checkpoint(
+        "phi3", {"original_max_position_embeddings": 20, **scaled("longrope", **FACTORS_WHOLE)}, (13, 13, 13)
     ),
 }
 

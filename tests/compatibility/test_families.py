@@ -23,6 +23,7 @@ BAR = 1e-4
 NAMES = (
     "llama", "llama, biases, llama3 RoPE", "mistral", "mistral, window", "ministral", "qwen2", "qwen2, window, YaRN",
     "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "phi3, part of a head turned, longrope",
+    "phi3, longrope that generation outgrows",
 )  # fmt: skip
 every = pytest.mark.parametrize("name", NAMES)
 Twins = tuple[JebiForCausalLM, Any]

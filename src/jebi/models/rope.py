@@ -129,7 +129,7 @@ def _read(config: PretrainedConfig, layers: str | None, device: torch.device) ->
         # Read after the function above has filled it in.
         reach = int((config.rope_parameters if layers is None else config.rope_parameters[layers])[_ORIGINAL])
         long = _inv_freq_at(config, layers, device, reach + 1)
-        return Rotary(inv_freq, scaling, reach, partial(_whatever_length, long))
+        return Rotary(inv_freq, scaling, reach, partial(_whatever_length, long), restarts=True)
     return Rotary(inv_freq, scaling)
 
 
