@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from jebi import FastLanguageModel
-from jebi.adapters.peft_files import CONFIG_FILE, adapter_tensors
+from jebi.adapters.peft_config import CONFIG_FILE
+from jebi.adapters.peft_files import adapter_tensors
 from jebi.errors import AdapterError, ConfigError, ModelError
 from jebi.quant.nf4 import NF4Weight
 
@@ -59,7 +60,8 @@ def test_settings_are_checked_before_anything_is_loaded() -> None:
         ({"bias": "some"}, "bias must be 'none', 'all' or 'lora_only'"),
         ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": ["W_pack"]}, "the model has no 'W_pack'"),
-        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config is not supported yet; leave it None"),
+        ({"loftq_config": {"loftq_bits": 8}}, "loftq_bits must be 4, not 8"),
+        ({"use_dorra": True}, "setting 'use_dorra' is unknown. Did you mean 'use_dora'"),
         ({"use_gradient_checkpointing": "often"}, "must be True, False, 'unsloth' or 'auto', not 'often'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -32,9 +32,6 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device="meta"), requires_grad=False)
         empty = torch.empty(outputs, dtype=dtype, device="meta") if bias else None
         self.bias = nn.Parameter(empty, requires_grad=False) if empty is not None else None
-        self.base_bias: Tensor | None
-        """The checkpoint's bias, where ``bias`` is a trained copy of it."""
-        self.register_buffer("base_bias", None, persistent=False)
         self.lora: Lora | None = None
         self._kept_NK: Tensor | None = None
 
@@ -100,10 +97,12 @@ class Linear(nn.Module):
 
     def _dora(self, x_TK: Tensor, lora: Lora) -> Tensor:
         """DoRA's output without the bias. As in PEFT, what its gain leaves of the base sees ``x`` without dropout."""
-        gain_N = lora.kept[2] if lora.kept is not None else dora.gain(lora, self.dense()).to(x_TK.dtype)
+        gain_N = lora.kept[2] if lora.kept is not None else None
+        if gain_N is None:
+            gain_N = dora.gain(lora, self.dense()).to(x_TK.dtype)
         dropped_TK = lora.drop(x_TK)
         base_TN = self._product(dropped_TK)
-        y_TN: Tensor = gain_N * (base_TN + lora.product(dropped_TK))
+        y_TN = gain_N * (base_TN + lora.product(dropped_TK))
         return y_TN if dropped_TK is x_TK else y_TN + self._product(x_TK) - base_TN
 
     def extra_repr(self) -> str:

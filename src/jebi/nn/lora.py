@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class Lora(nn.Module):
-    """``x -> scale * (dropout(x) A^T) B^T`` beside a frozen linear map; the product of the frozen half is added to it."""
+    """``x -> scale * (dropout(x) A^T) B^T`` beside a linear map, the product of a frozen half added."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, scale: float, dropout: float, device: torch.device):
         super().__init__()
@@ -45,6 +45,13 @@ class Lora(nn.Module):
         drawn_rK = torch.empty(self.A_rK.shape).uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
             self.A_rK.copy_(drawn_rK)
+            self.B_Nr.zero_()
+
+    def reset_gaussian(self, generator: torch.Generator) -> None:
+        """Draw A as normal with a deviation of 1 / r, as PEFT's ``gaussian``, and zero B."""
+        rank = self.A_rK.shape[0]
+        with torch.no_grad():
+            self.A_rK.copy_(torch.empty(self.A_rK.shape).normal_(0, 1 / rank, generator=generator))
             self.B_Nr.zero_()
 
     def freeze_start(self, A_rK: Tensor, B_Nr: Tensor) -> None:

@@ -1,0 +1,37 @@
+"""PiSSA: an adapter that starts at the principal components of the weight (arXiv:2404.02948).
+
+There those components are taken out of the base. Here the base stays as it is stored, 4-bit too, and the adapter
+carries them frozen and negative (`Lora.freeze_start`), which is the same map. As a file that is a plain LoRA of twice
+the rank, which PEFT reads on the ordinary base, and which PEFT itself writes for
+``path_initial_model_for_weight_conversion``.
+"""
+
+from jebi.adapters.low_rank import best_factors, near_factors
+from jebi.errors import ConfigError
+from jebi.nn.linear import Linear
+
+
+def start(path: str, linear: Linear, method: str, seed: int) -> None:
+    """Start the adapter of the projection at ``path``; the map stays what it was.
+
+    Args:
+        path: its name, for the error.
+        linear: the projection.
+        method: ``pissa``, or ``pissa_niter_N`` for N rounds of a randomised decomposition.
+        seed: of those rounds.
+
+    Raises:
+        ConfigError: the rank exceeds the weight's.
+    """
+    lora = linear.lora
+    assert lora is not None
+    rank = lora.A_rK.shape[0]
+    if rank > min(linear.in_features, linear.out_features):
+        raise ConfigError(
+            f"init_lora_weights='{method}': r={rank} exceeds the rank of '{path}', which is "
+            f"{min(linear.in_features, linear.out_features)} at most."
+        )
+    _, _, rounds = method.partition("_niter_")
+    weight_NK = linear.dense()
+    A_rK, B_Nr = near_factors(weight_NK, rank, int(rounds), seed) if rounds else best_factors(weight_NK, rank)
+    lora.freeze_start(A_rK * lora.scale**-0.5, B_Nr * lora.scale**-0.5)
