@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from jebi.adapters import pissa
 from jebi.adapters.lora import attach, detach
 from jebi.adapters.peft_config import CONFIG_FILE, base_of, read_config, takes_from_base
 from jebi.adapters.peft_files import read_weights
@@ -94,7 +95,10 @@ class FastLanguageModel:
             AdapterError: the folder holds no LoRA adapter, or one made for another model.
         """
         folder = Path(adapter)
-        attach(model, read_config(folder), fresh=takes_from_base(folder))
+        needs_start = takes_from_base(folder)
+        if needs_start:
+            pissa.require_dense(model, folder)
+        attach(model, read_config(folder), fresh=needs_start)
         try:
             read_weights(model, folder)
         except AdapterError:

@@ -21,7 +21,7 @@ def best_factors(matrix_NK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     left_rr, values_r, right_rL = torch.linalg.svd(leading_Mr.t() @ matrix_ML, full_matrices=False)
     roots_r = values_r.sqrt()
     left_Mr, right_rL = (leading_Mr @ left_rr) * roots_r, roots_r[:, None] * right_rL
-    return (right_rL, left_Mr) if wide else (left_Mr.t().contiguous(), right_rL.t().contiguous())
+    return (right_rL, left_Mr) if wide else (left_Mr.t(), right_rL.t())
 
 
 def near_factors(matrix_NK: Tensor, rank: int, rounds: int, seed: int) -> tuple[Tensor, Tensor]:

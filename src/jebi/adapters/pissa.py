@@ -6,8 +6,13 @@ the rank, which PEFT reads on the ordinary base, and which PEFT itself writes fo
 ``path_initial_model_for_weight_conversion``.
 """
 
+from pathlib import Path
+
+from torch import nn
+
 from jebi.adapters.low_rank import best_factors, near_factors
-from jebi.errors import ConfigError
+from jebi.errors import AdapterError, ConfigError
+from jebi.models.hf import JebiForCausalLM
 from jebi.nn.linear import Linear
 
 
@@ -35,3 +40,17 @@ def start(path: str, linear: Linear, method: str, seed: int) -> None:
     weight_NK = linear.dense()
     A_rK, B_Nr = near_factors(weight_NK, rank, int(rounds), seed) if rounds else best_factors(weight_NK, rank)
     lora.freeze_start(A_rK * lora.scale**-0.5, B_Nr * lora.scale**-0.5)
+
+
+def require_dense(model: JebiForCausalLM, folder: Path) -> None:
+    """For PEFT's own files, whose adapter counts on weights that it was taken out of before they lost any bits.
+
+    Raises:
+        AdapterError: the model's weights are quantised.
+    """
+    if not all(isinstance(linear.weight, nn.Parameter) for _, linear in model.linears()):
+        raise AdapterError(
+            f"adapter '{folder}' takes its start out of the weights (init_lora_weights='pissa'), which 4-bit ones "
+            "would not survive: load the base with load_in_4bit=False, or let PEFT convert the adapter "
+            "(path_initial_model_for_weight_conversion)."
+        )
