@@ -79,7 +79,7 @@ def test_pefts_own_files(tiny_llama, load, tmp_path) -> None:
     close(ours(IDS).logits, expected)
     with pytest.raises(AdapterError, match=r"takes its start out of the weights .* load_in_4bit=False"):
         FastLanguageModel.put_adapter(load(tiny_llama(), load_in_4bit=True), tmp_path / "trained")
-    with pytest.warns(UserWarning):  # that the start is loaded as a second adapter
+    with pytest.warns(UserWarning, match="PiSSA changes the base weights"):
         theirs.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     plain = FastLanguageModel.put_adapter(load(tiny_llama()), tmp_path / "plain")
     assert read_config(tmp_path / "plain").r == 8
@@ -109,6 +109,6 @@ def test_the_halves_are_told_apart_again(tiny_llama, load, tmp_path) -> None:
 
 def test_a_rank_beyond_the_weights(tiny_llama, load) -> None:
     model = load(tiny_llama())
-    with pytest.raises(ConfigError, match="r=33 exceeds the rank of 'model.layers.0.self_attn.k_proj', which is 32"):
+    with pytest.raises(ConfigError, match=r"r=33 exceeds the rank of 'model.layers.0.self_attn.k_proj', which is 32"):
         attach(model, LoraConfig(r=33, init_lora_weights="pissa"))
     assert model.adapter is None

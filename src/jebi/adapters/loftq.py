@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jebi.adapters.low_rank import best_factors
+from jebi.adapters.low_rank import best_factors, require_rank
 from jebi.adapters.peft_config import read_config
 from jebi.errors import AdapterError, ConfigError
 from jebi.models.hf import JebiForCausalLM
@@ -36,8 +36,10 @@ def start(model: JebiForCausalLM, targets: Mapping[str, Linear], rounds: int) ->
     """Start the adapters of ``targets``, one projection after the other.
 
     Raises:
-        ConfigError: the base is not 4-bit, or its checkpoint does not hold the original weights.
+        ConfigError: the base is not 4-bit, its checkpoint does not hold the original weights, or a rank is too high.
     """
+    for path, linear in targets.items():
+        require_rank(path, linear, "loftq")
     for path, original_NK in originals(model, targets):
         linear, lora = targets[path], targets[path].lora
         assert lora is not None

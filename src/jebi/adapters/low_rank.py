@@ -6,6 +6,22 @@ Shapes: N rows, K columns, M the smaller of them, r rank.
 import torch
 from torch import Tensor
 
+from jebi.errors import ConfigError
+from jebi.nn.linear import Linear
+
+
+def require_rank(path: str, linear: Linear, method: str) -> int:
+    """The rank of the adapter of the projection at ``path``, which is to start at parts of that rank.
+
+    Raises:
+        ConfigError: the projection's weight has no such rank.
+    """
+    assert linear.lora is not None
+    rank, most = linear.lora.A_rK.shape[0], min(linear.in_features, linear.out_features)
+    if rank > most:
+        raise ConfigError(f"init_lora_weights='{method}': r={rank} exceeds the rank of '{path}', which is {most}.")
+    return rank
+
 
 def best_factors(matrix_NK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A (r, K) and B (N, r), float32, whose product ``B A`` is nearest to the matrix; each holds half of the scale.

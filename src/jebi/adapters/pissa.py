@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import nn
 
-from jebi.adapters.low_rank import best_factors, near_factors
-from jebi.errors import AdapterError, ConfigError
+from jebi.adapters.low_rank import best_factors, near_factors, require_rank
+from jebi.errors import AdapterError
 from jebi.models.hf import JebiForCausalLM
 from jebi.nn.linear import Linear
 
@@ -28,14 +28,8 @@ def start(path: str, linear: Linear, method: str, seed: int) -> None:
     Raises:
         ConfigError: the rank exceeds the weight's.
     """
-    lora = linear.lora
+    rank, lora = require_rank(path, linear, method), linear.lora
     assert lora is not None
-    rank = lora.A_rK.shape[0]
-    if rank > min(linear.in_features, linear.out_features):
-        raise ConfigError(
-            f"init_lora_weights='{method}': r={rank} exceeds the rank of '{path}', which is "
-            f"{min(linear.in_features, linear.out_features)} at most."
-        )
     _, _, rounds = method.partition("_niter_")
     weight_NK = linear.dense()
     A_rK, B_Nr = near_factors(weight_NK, rank, int(rounds), seed) if rounds else best_factors(weight_NK, rank)
