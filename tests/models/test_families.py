@@ -1,14 +1,15 @@
 """``models.families``: configs read, or refused before any weight is."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
 from jebi.errors import ModelError
-from jebi.models.families import read_config
+from jebi.models.families import FAMILIES, read_config
 from jebi.models.files import find
 from jebi.models.loading import load_model
 from jebi.models.rope import read_rotary
@@ -28,10 +29,21 @@ def load(folder: Path) -> None:
     load_model(files, files.config(), torch.float32, CPU, False)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "qwen2", "mistral"])
-def test_other_families_are_refused_before_any_weight_is_read(tmp_path: Path, model_type: str) -> None:
-    with pytest.raises(ModelError, match=f"model type '{model_type}' is not supported. Supported: llama."):
-        load(with_config(tmp_path, model_type=model_type))
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("gpt2", ""),
+        ("mixtral", " (a mixture of experts)"),
+        ("qwen3_moe", " (a mixture of experts)"),
+        ("gemma3", " (with a vision tower)"),
+        ("llava", " (with a vision tower)"),
+    ],
+)
+def test_other_families_are_refused_before_any_weight_is_read(tmp_path: Path, model_type: str, why: str) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    message = f"model type '{model_type}'{why} is not supported. Supported: {', '.join(sorted(FAMILIES))}."
+    with pytest.raises(ModelError, match=re.escape(message)):
+        load(tmp_path)
 
 
 def test_a_type_that_transformers_does_not_know(tmp_path: Path) -> None:
@@ -40,8 +52,41 @@ def test_a_type_that_transformers_does_not_know(tmp_path: Path) -> None:
 
 
 def test_other_activations_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="hidden_act 'gelu' is not supported in a llama model; supported: silu"):
-        load(with_config(tmp_path, hidden_act="gelu"))
+    with pytest.raises(ModelError, match="activation 'relu' of the model's config is not supported; supported: silu, "):
+        load(with_config(tmp_path, hidden_act="relu"))
+
+
+def test_embedding_models_are_refused(tmp_path: Path) -> None:
+    Gemma3TextConfig(use_bidirectional_attention=True).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="use_bidirectional_attention=true"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads=4, which is no multiple of num_key_value_heads=3"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0; a number above 0"),
+    ],
+)
+def test_impossible_sizes_are_named(tmp_path: Path, changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load(with_config(tmp_path, **changes))
+
+
+def test_layer_types_must_be_known_and_as_many_as_layers() -> None:
+    config = Qwen3Config(num_hidden_layers=2)
+    config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ModelError, match=r"layer type 'linear_attention'.* supported: full_attention, sliding"):
+        read_config(config)
+    config.layer_types = ["full_attention"]
+    with pytest.raises(ModelError, match="num_hidden_layers=2, and layer_types for 1"):
+        read_config(config)
+
+
+def test_dropout_of_attention_is_said_not_to_happen(caplog: pytest.LogCaptureFixture) -> None:
+    read_config(LlamaConfig(attention_dropout=0.1))
+    assert "attention_dropout=0.1" in caplog.text
 
 
 def test_sizes_are_those_of_the_config() -> None:
@@ -60,8 +105,8 @@ def test_sizes_are_those_of_the_config() -> None:
     )
     layer = shape.layer
     assert (layer.width, layer.ffn, layer.heads, layer.kv_heads, layer.head_dim) == (96, 200, 6, 2, 20)
-    assert (layer.attention_bias, layer.mlp_bias) == (True, False)
-    assert (shape.layers, shape.vocabulary, shape.tied) == (3, 77, True)
+    assert (layer.qkv_bias, layer.o_bias, layer.mlp_bias) == (True, True, False)
+    assert (len(shape.layers), shape.vocabulary, shape.tied) == (3, 77, True)
 
 
 def test_heads_share_the_width_when_no_size_is_stated() -> None:

@@ -27,9 +27,7 @@ def glu_forward(gate_TF: Tensor, up_TF: Tensor, activation: Activation) -> Tenso
     return _activated(gate_TF, activation).mul_(up_TF)
 
 
-def glu_backward(
-    da_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: Activation
-) -> tuple[Tensor, Tensor]:
+def glu_backward(da_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up. Writes over ``da_TF``, which must not be used afterwards."""
     dup_TF = _activated(gate_TF, activation).mul_(da_TF)
     da_TF.mul_(up_TF)

@@ -87,9 +87,7 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self._layers()):
             form = layer.shape.attention
 
-            def attend(
-                q: Tensor, k: Tensor, v: Tensor, index: int = index, form: AttentionForm = form
-            ) -> Tensor:
+            def attend(q: Tensor, k: Tensor, v: Tensor, index: int = index, form: AttentionForm = form) -> Tensor:
                 k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), index)
                 return attend_cached(q, k, v, masks[form.window], form)
 

@@ -54,16 +54,19 @@ def read_config(config: PretrainedConfig) -> DecoderShape:
     """The decoder's shape; `ModelError` for a family or a feature that jebi does not have."""
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise ModelError(
-            f"model type '{config.model_type}'{_why(config)} is not supported. Supported: {', '.join(sorted(FAMILIES))}."
-        )
+        supported = ", ".join(sorted(FAMILIES))
+        raise ModelError(f"model type '{config.model_type}'{_why(config)} is not supported. Supported: {supported}.")
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
         if not isinstance(getattr(config, name, None), int) or getattr(config, name) < 1:
-            raise ModelError(f"the model's config has {name}={getattr(config, name, None)!r}; a number above 0 is needed.")
+            raise ModelError(
+                f"the model's config has {name}={getattr(config, name, None)!r}; a number above 0 is needed."
+            )
     if getattr(config, "use_bidirectional_attention", False):
         raise ModelError("use_bidirectional_attention=true (an embedding model) is not supported: jebi's is causal.")
     if getattr(config, "attention_dropout", 0):
-        logger.warning(f"attention_dropout={config.attention_dropout} of the model's config is not applied in training.")
+        logger.warning(
+            f"attention_dropout={config.attention_dropout} of the model's config is not applied in training."
+        )
     shape = family.read(config)
     if shape.layer.heads % shape.layer.kv_heads:
         raise ModelError(
@@ -248,10 +251,13 @@ def _mixed(config: PretrainedConfig, layer: LayerShape) -> DecoderShape:
     kinds = {"full_attention": layer, "sliding_attention": local}
     for kind in config.layer_types:
         if kind not in kinds:
-            raise ModelError(f"layer type '{kind}' of the model's config is not supported; supported: {', '.join(kinds)}.")
+            raise ModelError(
+                f"layer type '{kind}' of the model's config is not supported; supported: {', '.join(kinds)}."
+            )
     if len(config.layer_types) != config.num_hidden_layers:
         raise ModelError(
-            f"the model's config has num_hidden_layers={config.num_hidden_layers} and {len(config.layer_types)} layer_types."
+            f"the model's config has num_hidden_layers={config.num_hidden_layers}, "
+            f"and layer_types for {len(config.layer_types)}."
         )
     layers = tuple(kinds[kind] for kind in config.layer_types)
     return DecoderShape(layers, config.vocab_size, bool(config.tie_word_embeddings))

@@ -180,6 +180,15 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         # Typed for a protocol with settable `device` and `dtype`, which no PreTrainedModel has.
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
+    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but rows that outgrow their RoPE's first frequencies begin again with the others."""
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        if any(rotary.outgrown(past, input_ids.shape[1]) for rotary in self.model.rotary.values()):
+            kwargs |= {"past_key_values": growing_cache(), "next_sequence_length": None}
+        # Typed for the same protocol as below.
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+
     def _loss(self, hidden_BSD: Tensor, shifted_BS: Tensor, kwargs: dict[str, Any]) -> Tensor:
         learnt_BS = shifted_BS != IGNORED
         counts_BS = kwargs.get("counts")
@@ -245,6 +254,10 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         """Drop the copies that were kept for decoding."""
         for _, linear in self.linears():
             linear.drop_kept()
+
+    def shares_beginnings(self, longest: int) -> bool:
+        """Whether beginnings that rows of up to ``longest`` tokens have in common may be computed once."""
+        return self.model.shares_beginnings(longest)
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """Every linear map with its full name in the checkpoint."""

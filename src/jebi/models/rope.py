@@ -129,7 +129,7 @@ def _read(config: PretrainedConfig, layers: str | None, device: torch.device) ->
         # Read after the function above has filled it in.
         reach = int((config.rope_parameters if layers is None else config.rope_parameters[layers])[_ORIGINAL])
         long = _inv_freq_at(config, layers, device, reach + 1)
-        return Rotary(inv_freq, scaling, reach, partial(_whatever_length, long))
+        return Rotary(inv_freq, scaling, reach, partial(_whatever_length, long), restarts=True)
     return Rotary(inv_freq, scaling)
 
 
@@ -158,6 +158,8 @@ def _carry_on(parameters: dict[str, Any], trained: int, max_seq_length: int) -> 
         factor = float(parameters.get("factor") or trained / original)
         raised = max(factor, max_seq_length / original)
         parameters |= {"factor": raised, _ORIGINAL: original}
+        if raised == factor:
+            return f"its YaRN reaches that far, by a factor of {factor:g}"
         return f"YaRN's factor raised from {factor:g} to {raised:g}"
     if kind == "llama3":
         parameters |= {"factor": excess * factor, _ORIGINAL: int(parameters.get(_ORIGINAL) or trained)}
@@ -186,10 +188,12 @@ def _shortfall(chosen: dict[str, Any], trained: int, max_seq_length: int) -> str
 
 def _checked(rope_scaling: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
     """The scaling asked for, complete; `ConfigError` for anything in it that cannot be."""
+    if not isinstance(rope_scaling, dict):
+        raise ConfigError(f"rope_scaling must be a dictionary, such as {_example('yarn')}, not {rope_scaling!r}.")
     chosen = dict(rope_scaling)
     old = chosen.pop("type", None)
     name = chosen.setdefault("rope_type", old)
-    if name not in _KINDS:
+    if not isinstance(name, str) or name not in _KINDS:
         raise ConfigError(f"rope_scaling: rope_type {name!r} is not known; use one of {', '.join(_KINDS)}.")
     kind = _KINDS[name]
     known = {"rope_type", "rope_theta", *kind.needs, *kind.takes} | ({_ORIGINAL} if kind.from_length else set())

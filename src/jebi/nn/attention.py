@@ -108,8 +108,9 @@ def _written_out(
     scores_BGRSL = scores_BGNL.unflatten(2, (-1, new))
     if mask_BSL is not None:
         scores_BGRSL = scores_BGRSL.masked_fill(~mask_BSL[:, None, None], float("-inf"))
-    out_BGNd = scores_BGRSL.softmax(-1).to(v_BGLd.dtype).flatten(2, 3) @ v_BGLd
-    return out_BGNd.unflatten(2, (-1, new)).permute(0, 3, 1, 2, 4).reshape(batch, new, heads, size)
+    out_BGNd: Tensor = scores_BGRSL.softmax(-1).to(v_BGLd.dtype).flatten(2, 3) @ v_BGLd
+    out_BSHd: Tensor = out_BGNd.unflatten(2, (-1, new)).permute(0, 3, 1, 2, 4).reshape(batch, new, heads, size)
+    return out_BSHd
 
 
 def _one_row(q_SHd: Tensor, k_SGd: Tensor, v_SGd: Tensor, form: AttentionForm) -> Tensor:
@@ -126,7 +127,9 @@ def _one_row(q_SHd: Tensor, k_SGd: Tensor, v_SGd: Tensor, form: AttentionForm) -
         seen_QK = seen(end - start, end - first, start - first, form.window, q_SHd.device)
         block = (q_SHd[start:end], k_SGd[first:end], v_SGd[first:end], seen_QK, form)
         # A block's scores are made again in the backward: kept, they would grow with the square of the row.
-        parts.append(checkpoint(_product, *block, use_reentrant=False) if form.softcap is not None else _product(*block))
+        parts.append(
+            checkpoint(_product, *block, use_reentrant=False) if form.softcap is not None else _product(*block)
+        )
     return torch.cat(parts)
 
 
@@ -135,9 +138,7 @@ def _product(q_QHd: Tensor, k_KGd: Tensor, v_KGd: Tensor, seen_QK: Tensor | None
     if form.softcap is not None:
         assert seen_QK is not None
         return _written_out(q_QHd[None], k, v, seen_QK[None], form)[0]
-    out = F.scaled_dot_product_attention(
-        q, k, v, seen_QK, is_causal=seen_QK is None, scale=form.scale, enable_gqa=True
-    )
+    out = F.scaled_dot_product_attention(q, k, v, seen_QK, is_causal=seen_QK is None, scale=form.scale, enable_gqa=True)
     return out[0].transpose(0, 1)
 
 

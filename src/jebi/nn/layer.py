@@ -195,4 +195,4 @@ def _incoming(block: nn.Module, last: Linear) -> list[Linear]:
 
 
 def _through(norm: Norm | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
+    return x if norm is None else norm(x)

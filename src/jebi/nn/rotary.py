@@ -36,12 +36,20 @@ class Rotary:
     beyond: Callable[[int], Tensor] | None = None
     """Inverse frequencies (R / 2,) of a longer row by its number of tokens; given where ``reach`` is."""
 
+    restarts: bool = False
+    """Whether a row that grows beyond ``reach`` while it is decoded has to begin again: keys that were turned by the
+    other frequencies are of no use to it (longrope)."""
+
     def __post_init__(self) -> None:
         assert (self.reach is None) == (self.beyond is None), "a reach needs what comes beyond it"
 
     def holds(self, longest: int) -> bool:
         """Whether rows of up to ``longest`` tokens all turn by the same frequencies."""
         return self.reach is None or longest <= self.reach
+
+    def outgrown(self, past: int, length: int) -> bool:
+        """Whether a row of ``past`` cached tokens has to begin again to become one of ``length``."""
+        return self.restarts and self.reach is not None and 0 < past <= self.reach < length
 
     def of_rows(self, rows: Rows, dtype: torch.dtype) -> Tables:
         """Tables (U, R) of flat rows. A row is as long as it has tokens: its positions are 0, 1, 2, ...
