@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jebi import FastLanguageModel
-from jebi.adapters.peft_files import CONFIG_FILE, adapter_tensors
+from jebi.adapters.peft_config import CONFIG_FILE
+from jebi.adapters.peft_files import adapter_tensors
 from jebi.errors import AdapterError, ConfigError, ModelError
 from jebi.quant.nf4 import NF4Weight
 
@@ -90,7 +91,8 @@ def test_a_model_saved_with_another_rope_means_the_same_to_transformers(tiny_lla
         ({"bias": "some"}, "bias must be 'none', 'all' or 'lora_only'"),
         ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": ["W_pack"]}, "the model has no 'W_pack'"),
-        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config is not supported yet; leave it None"),
+        ({"loftq_config": {"loftq_bits": 8}}, "loftq_bits must be 4, not 8"),
+        ({"use_dorra": True}, "setting 'use_dorra' is unknown. Did you mean 'use_dora'"),
         ({"use_gradient_checkpointing": "often"}, "must be True, False, 'unsloth' or 'auto', not 'often'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from jebi.adapters.peft_files import CONFIG_FILE, base_of, names_base
+from jebi.adapters.peft_config import CONFIG_FILE, base_of, names_base
 from jebi.config import DataConfig, RunConfig, check_type, reject_unknown
 from jebi.data.heldout import answer_rows
 from jebi.data.sources import load_rows, require_columns

@@ -28,7 +28,7 @@ def command(
     ] = None,
 ) -> None:
     """Ask a model questions; without an adapter a chat model is asked in its own chat form."""
-    from jebi.adapters.peft_files import read_config
+    from jebi.adapters.peft_config import read_config
     from jebi.fast import FastLanguageModel
     from jebi.run import base_for, model_settings, template_of
 

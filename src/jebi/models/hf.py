@@ -24,11 +24,13 @@ from jebi.kernels.linear_cross_entropy import LossForm, linear_cross_entropy, so
 from jebi.models.cache import growing_cache
 from jebi.models.decoder import Decoder
 from jebi.models.families import DecoderShape
+from jebi.models.files import ModelFiles
 from jebi.models.unpadding import IGNORED, Layout, lay_out, shift_labels
 from jebi.models.writing import write_checkpoint
 from jebi.nn.linear import Linear
 from jebi.nn.rotary import Rotary
 from jebi.nn.rows import Rows
+from jebi.nn.trained_copy import originals_in_place
 
 
 class Adapter(Protocol):
@@ -89,6 +91,8 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
     lm_head: Linear
     max_seq_length: int
     """Longest row it was loaded for; set by `FastLanguageModel`."""
+    source: ModelFiles | None
+    """The checkpoint it was filled from."""
     auto_checkpointing: bool
     """Whether a training may choose what layers keep."""
 
@@ -106,6 +110,7 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = Backbone(shape, dtype, rotary)
         self.lm_head = Linear(shape.layer.width, shape.vocabulary, False, dtype)
         self.adapter: Adapter | None = None
+        self.source = None
         self.auto_checkpointing = False
         self.loss_type = "ForCausalLM"
         self.post_init()
@@ -262,21 +267,16 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within it the model is the base model, trained biases put aside as well."""
+        """Within it the model is the base model: adapters off, the originals of whatever is trained in place."""
         loras = [(linear.lora, linear.lora.enabled) for _, linear in self.linears() if linear.lora is not None]
-        biases = [(linear, linear.bias) for _, linear in self.linears() if linear.base_bias is not None]
         for lora, _ in loras:
             lora.enabled = False
-        for linear, _ in biases:
-            assert linear.base_bias is not None
-            linear.bias = nn.Parameter(linear.base_bias, requires_grad=False)
         try:
-            yield
+            with originals_in_place(self):
+                yield
         finally:
             for lora, enabled in loras:
                 lora.enabled = enabled
-            for linear, bias in biases:
-                linear.bias = bias
 
     def trainable_parameters(self) -> tuple[int, int]:
         """How many numbers are trained, and how many there are; a 4-bit weight counts its values, not its bytes."""

@@ -59,6 +59,7 @@ def load_model(
         embedding = model.model.embed_tokens.weight
         assert isinstance(embedding, nn.Parameter)
         model.lm_head.weight = embedding
+    model.source = files
     model.eval()
     return model
 

@@ -160,7 +160,7 @@ def _feed_forward_backward(layer: DecoderLayer, kept: _Kept, dout_TD: Tensor, gr
     act_TF = glu_forward(kept.gate_TF, kept.up_TF, layer.shape.activation)
     xa_down = kept.xa.get(down)
     if xa_down is None and down.adapter is not None:
-        xa_down = act_TF @ down.adapter.A_rK.to(act_TF.dtype).t()
+        xa_down = down.adapter.compress(act_TF)
     dact_TF = project_backward(down, dblock_TD, act_TF, xa_down, grads, None)
     del act_TF
     _, *dgate_up = glu_backward_(dact_TF, kept.gate_TF, kept.up_TF, layer.shape.activation)

@@ -21,6 +21,12 @@ class SFTConfig(TrainingArguments):
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
     packing: bool = field(default=False, metadata={"help": "Fill sequences with several rows, kept apart."})
     pass_tokens: int | None = field(default=None, metadata={"help": "Most tokens of a pass; None plans it."})
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "Learning rate of the matrices B as a multiple of A's (LoRA+); 16 is usual."}
+    )
+    embedding_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of a wholly trained embedding and head; None takes the rest's."}
+    )
 
 
 _LOSS_ALONE = "evaluation gives the loss alone, since predictions would be all the logits"

@@ -31,6 +31,7 @@ from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, choose
 from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check
 from jebi.training.checkpoints import complete_checkpoint, require_writable
 from jebi.training.interrupt import StopOnInterrupt
+from jebi.training.loraplus import check_rates, split_rates
 from jebi.training.optimizer import AdamW8bit
 from jebi.training.report import Meter, Report, free_bytes
 
@@ -91,6 +92,8 @@ class SFTTrainer(Trainer):
         field = _first(dataset_text_field, config and config.dataset_text_field, "text")
         workers = _first(dataset_num_proc, config and config.dataset_num_proc)
         packed = bool(_first(packing, config and config.packing))
+        rates = (config.loraplus_lr_ratio, config.embedding_learning_rate) if config else (None, None)
+        check_rates(*rates, has_optimizer=optimizers[0] is not None)
 
         def prepare(dataset: Any) -> Any:
             if dataset is None:
@@ -107,6 +110,7 @@ class SFTTrainer(Trainer):
         self._prepare = prepare
         self._longest = row_limit
         self._pass_tokens = config.pass_tokens if config else None
+        self._rates = rates
         self._bag: list[Batch] = []
         self._trained_tokens = self._trained_steps = 0
         self._interrupt = StopOnInterrupt()
@@ -261,6 +265,14 @@ class SFTTrainer(Trainer):
         plan = choose(backbone.shape, element, free_bytes(device), self._longest, asked, limit)
         backbone.checkpointing = plan.checkpointing
         return plan if self._pass_tokens is None else PassPlan(plan.checkpointing, self._pass_tokens)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As Trainer's; LoRA+ and trained embeddings have learning rates of their own."""
+        fresh = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*([] if model is None else [model]))
+        if fresh:
+            split_rates(optimizer, self.model, *self._rates)
+        return optimizer
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
