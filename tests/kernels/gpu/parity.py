@@ -4,7 +4,7 @@
     python tests/kernels/gpu/parity.py cuda
 
 A process of its own, since Triton decides when a kernel is decorated whether it is interpreted. Prints one line a case,
-and fails at the first that is off. The bar is that of the other tests: at most twice plain torch's own error at the same
+and fails at the first that is off. The bar is the other tests': at most twice plain torch's own error at the same
 dtype, one rounding granted.
 """
 
