@@ -15,10 +15,11 @@ from transformers import PretrainedConfig
 
 from jebi.config import Storage
 from jebi.errors import WeightsError
-from jebi.models.families import read_config, rope_frequencies
+from jebi.models.families import read_config
 from jebi.models.files import ModelFiles, StoredTensor
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.prequantised import joined, read_scheme
+from jebi.models.rope import read_rotary
 from jebi.nn.linear import Linear, PackedWeight
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
@@ -58,8 +59,7 @@ def load_model(
     shape = read_config(config)
     scheme = read_scheme(config)
     vars(config).pop("quantization_config", None)
-    inv_freq, rope_scaling = rope_frequencies(config, device)
-    model = JebiForCausalLM(config, shape, dtype, inv_freq, rope_scaling)
+    model = JebiForCausalLM(config, shape, dtype, read_rotary(config, device))
     awaited = dict(model.named_parameters(remove_duplicate=False))
     if shape.tied:
         awaited.pop("lm_head.weight")
