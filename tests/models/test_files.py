@@ -70,9 +70,7 @@ def test_a_config_that_contradicts_its_weights(folder: Path, load, setting: str)
     with pytest.raises(WeightsError) as caught:
         load(folder)
     message = str(caught.value)
-    found = re.match(
-        r"'(.*)': tensor '(.*)' has shape \[(.*)\]; the config calls for \[(.*)\]: it says (.*)\.", message
-    )
+    found = re.match(r"'(.*)': tensor '(.*)' has shape \[(.*)\]; the config calls for \[(.*)\] \((.*)\)\.", message)
     assert found, message
     file, tensor, stored, expected, says = found.groups()
     assert file == str(folder / "model.safetensors")
@@ -85,7 +83,7 @@ def test_a_config_that_contradicts_its_weights(folder: Path, load, setting: str)
 def test_a_config_with_another_number_of_layers(folder: Path, load, layers: int, what: str) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": layers}))
-    with pytest.raises(WeightsError, match=f"{what}.*: it says .*num_hidden_layers {layers}, "):
+    with pytest.raises(WeightsError, match=f"{what}.* .*num_hidden_layers {layers}, "):
         load(folder)
 
 

@@ -80,7 +80,7 @@ def load_model(
     if awaited:
         raise WeightsError(
             f"'{files.path}' lacks {len(awaited)} of the {total} tensors its config calls for, "
-            f"first '{min(awaited)}'. The file is incomplete or its config is another model's: {_sizes(config)}."
+            f"first '{min(awaited)}'. The file is incomplete or its config is another model's ({_sizes(config)})."
         )
     if shape.tied:
         embedding = model.model.embed_tokens.weight
@@ -93,19 +93,20 @@ def load_model(
 def _check(stored: StoredTensor, expected: nn.Parameter | None, config: PretrainedConfig) -> None:
     if expected is None:
         raise WeightsError(
-            f"'{stored.file}' holds tensor '{stored.name}', for which the model has no place: {_sizes(config)}."
+            f"'{stored.file}' holds tensor '{stored.name}', for which the model has no place "
+            f"(its config: {_sizes(config)})."
         )
     if stored.shape != tuple(expected.shape):
         raise WeightsError(
             f"'{stored.file}': tensor '{stored.name}' has shape {list(stored.shape)}; "
-            f"the config calls for {list(expected.shape)}: {_sizes(config)}."
+            f"the config calls for {list(expected.shape)} ({_sizes(config)})."
         )
 
 
 def _sizes(config: PretrainedConfig) -> str:
     """The config's numbers that decide which tensors there are and their shapes, for messages."""
     found = [f"{name} {value}" for name in _SIZES if (value := getattr(config, name, None)) is not None]
-    return f"it says {', '.join(found)}"
+    return ", ".join(found)
 
 
 def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device, form: _Form) -> nn.Parameter | PackedWeight:
