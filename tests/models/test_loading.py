@@ -80,9 +80,20 @@ def test_dtypes(tiny_llama, load) -> None:
     assert not any(p.is_meta for p in (*model.parameters(), *model.buffers()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_dtype_of_a_checkpoint(tiny_llama, load, tmp_path: Path, dtype: torch.dtype) -> None:
+    AutoModelForCausalLM.from_pretrained(tiny_llama("biased"), dtype=dtype).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    for held in (torch.float32, torch.bfloat16):
+        model = load(tmp_path, held)
+        assert all(torch.equal(model.get_parameter(name), tensor.to(held)) for name, tensor in stored.items())
+
+
 def test_counts_of_a_4_bit_model_are_of_values_not_bytes(tiny_llama, load) -> None:
     expected = sum(tensor.numel() for tensor in load_file(tiny_llama() / "model.safetensors").values())
     assert load(tiny_llama(), load_in_4bit=True).trainable_parameters() == (0, expected)
+    assert load(tiny_llama(), load_in_8bit=True).trainable_parameters() == (0, expected)
     assert load(tiny_llama()).trainable_parameters() == (0, expected)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config
 
 from jebi.errors import ModelError, WeightsError
-from jebi.models.files import StoredTensor
-from jebi.models.prequantised import SUPPORTED
+from jebi.models.files import StoredTensor, find
+from jebi.models.prequantised import SUPPORTED, joined, read_scheme
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
 
@@ -29,12 +29,14 @@ def bitsandbytes_folder(tiny_llama, tmp_path_factory: pytest.TempPathFactory) ->
     """``bitsandbytes_folder(dtype, **settings)``: the tiny checkpoint as transformers quantises and saves it."""
     made: dict[str, Path] = {}
 
-    def folder_of(dtype: torch.dtype = torch.float32, shards: str = "5GB", **settings: object) -> Path:
-        key = f"{dtype} {shards} {settings}"
+    def folder_of(
+        dtype: torch.dtype = torch.float32, shards: str = "5GB", variant: str = "even", **settings: object
+    ) -> Path:
+        key = f"{dtype} {shards} {variant} {settings}"
         if key not in made:
             chosen = BitsAndBytesConfig(**(settings or NF4))
             model = AutoModelForCausalLM.from_pretrained(
-                tiny_llama("even"), dtype=dtype, quantization_config=chosen, device_map="cpu"
+                tiny_llama(variant), dtype=dtype, quantization_config=chosen, device_map="cpu"
             )
             made[key] = tmp_path_factory.mktemp("bitsandbytes")
             model.save_pretrained(made[key], max_shard_size=shards)
@@ -129,6 +131,17 @@ def test_projections_that_were_left_dense_stay_dense(bitsandbytes_folder, load, 
     assert torch.equal(stored_tensors(tmp_path)[f"{UP}.weight"], stored_tensors(folder)[f"{UP}.weight"])
 
 
+@torch.no_grad()
+def test_a_head_in_4_bits_is_made_dense(bitsandbytes_folder, load) -> None:
+    folder = bitsandbytes_folder(variant="even untied", **NF4, llm_int8_skip_modules=["none"])
+    assert f"lm_head.{STATE}" in stored_tensors(folder)
+    model = load(folder, load_in_4bit=True)
+    assert isinstance(model.lm_head.weight, torch.nn.Parameter)
+    expected = theirs(folder)(IDS).logits
+    # Equal weights, so what is left is the order of float32's sums.
+    assert (model(IDS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_llm_int8(bitsandbytes_folder, load) -> None:
     folder = bitsandbytes_folder(torch.float16, load_in_8bit=True)
     stored = stored_tensors(folder)
@@ -194,7 +207,8 @@ def one(weight: Tensor) -> dict[str, Tensor]:
 
 def by_rows(weight: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     scale = (weight.abs().amax(1, keepdim=True) / 448).to(dtype)
-    return {"weight": (weight / scale).to(FP8), "weight_scale": scale, "input_scale": torch.ones(1)}
+    extra = {"input_scale": torch.ones(1), "output_scale": torch.ones(1)}
+    return {"weight": (weight / scale).to(FP8), "weight_scale": scale} | extra
 
 
 def compressed(form: str = "float-quantized", **weights: object) -> dict[str, object]:
@@ -316,9 +330,6 @@ def test_a_part_without_its_weight_is_a_tensor_without_a_place(bitsandbytes_fold
 
 
 def test_reading_is_left_to_the_loader(bitsandbytes_folder) -> None:
-    from jebi.models.files import find
-    from jebi.models.prequantised import joined, read_scheme
-
     files = find(str(bitsandbytes_folder()))
     scheme = read_scheme(files.config())
     assert scheme is not None

@@ -41,6 +41,8 @@ class Scheme:
     """Names, in a module, of the tensors beside its ``weight``."""
     join: Callable[[_Parts], Tensor | NF4Weight]
     """Make one weight of them."""
+    ignored: tuple[str, ...] = ()
+    """Last parts of the names of tensors that no weight needs."""
     as_stored: bool = False
     """Whether `join` gives a form that jebi holds; a dense weight of such a checkpoint was left dense on purpose."""
 
@@ -82,19 +84,17 @@ def read_scheme(config: PretrainedConfig) -> Scheme | None:
 def joined(tensors: Iterable[StoredTensor], scheme: Scheme) -> Iterator[StoredTensor]:
     """The checkpoint's tensors with those of each quantised weight made one, which has the weight's own shape."""
     held = {stored.name: stored for stored in tensors}
+    parts_of_weights = {
+        f"{module}.{part}"
+        for module in (name.removesuffix(".weight") for name in held if name.endswith(".weight"))
+        for part in scheme.parts
+    }
     for name, stored in held.items():
-        module, dot, _ = name.removesuffix("weight").rpartition(".")
-        if any(name.endswith(f".{part}") and _weight_of(name, part) in held for part in scheme.parts):
+        if name in parts_of_weights or name.rpartition(".")[2] in scheme.ignored:
             continue
+        module = name.removesuffix(".weight")
         parts = {part: held[f"{module}.{part}"] for part in scheme.parts if f"{module}.{part}" in held}
-        if dot and name.endswith(".weight") and parts:
-            yield _join(stored, parts, scheme)
-        else:
-            yield stored
-
-
-def _weight_of(name: str, part: str) -> str:
-    return name.removesuffix(part) + "weight"
+        yield _join(stored, parts, scheme) if parts and module != name else stored
 
 
 def _join(stored: StoredTensor, parts: Mapping[str, StoredTensor], scheme: Scheme) -> StoredTensor:
@@ -129,7 +129,7 @@ def _scaled(scale: str, block: Sequence[int] | None) -> Scheme:
     def join(parts: _Parts) -> Tensor:
         return scaled(parts["weight"], _needed(parts, scale), block)
 
-    return Scheme((scale, *_ACTIVATIONS), join)
+    return Scheme((scale,), join, ignored=_ACTIVATIONS)
 
 
 def _needed(parts: _Parts, name: str) -> Tensor:
