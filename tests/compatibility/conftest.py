@@ -147,7 +147,8 @@ def note() -> Iterator[Callable[[str, str, float | str], None]]:
         path = RESULTS / f"{name.replace(' ', '-').replace(',', '')}.json"
         # One worker runs all tests of a file, so nobody writes at the same time.
         before = json.loads(path.read_text()) if path.is_file() else {}
-        path.write_text(json.dumps({"name": name} | before | cells, indent=2))
+        head = {"name": name, "model_type": CHECKPOINTS[name].model_type}
+        path.write_text(json.dumps(before | head | cells, indent=2))
 
 
 @pytest.fixture(scope="session")
@@ -189,3 +190,9 @@ def rows() -> Callable[[str, str], dict[str, Tensor]]:
 def model_types() -> set[str]:
     """Model types that have a checkpoint here."""
     return {tiny.model_type for tiny in CHECKPOINTS.values()}
+
+
+@pytest.fixture(scope="session")
+def checkpoint_names() -> list[str]:
+    """Names of all checkpoints here."""
+    return list(CHECKPOINTS)

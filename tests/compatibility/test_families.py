@@ -161,5 +161,6 @@ def test_peft_reads_the_adapter(name: str, twins, rows, note, difference, checkp
     assert value < BAR
 
 
-def test_every_family_is_here(model_types) -> None:
+def test_every_checkpoint_is_here(checkpoint_names: list[str], model_types: set[str]) -> None:
+    assert sorted(NAMES) == sorted(checkpoint_names)
     assert model_types == set(FAMILIES)

@@ -1,7 +1,6 @@
 """``models.rope``: every kind of RoPE against transformers' own, and configs changed for longer rows."""
 
 import copy
-import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from jebi.errors import ConfigError, ModelError
-from jebi.fast import FastLanguageModel
 from jebi.models.files import find
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.loading import load_model
@@ -197,26 +195,6 @@ def test_a_batch_decodes_past_the_length_at_which_frequencies_change(tiny_llama,
         assert answer.tolist() == expected[0, -12:].tolist()
 
 
-def test_a_longer_row_stretches_rope_as_transformers_does(tiny_llama, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="jebi"):
-        model, _ = FastLanguageModel.from_pretrained(
-            str(tiny_llama("worded")), max_seq_length=320, dtype=torch.float32, load_in_4bit=False, device="cpu"
-        )
-    assert caplog.messages == ["max_seq_length 320 exceeds the model's 128: RoPE scaled linearly by 2.5"]
-    assert model.config.max_position_embeddings == model.max_seq_length == 320
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tiny_llama("worded"),
-        dtype=torch.float32,
-        max_position_embeddings=320,
-        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5},
-    )
-    ids = torch.randint(49152, (1, 300), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        ours, expected = model(ids).logits, theirs(ids).logits
-    # Of the largest logit, float32's roundings over two layers; without the stretch it is off by more than a tenth.
-    assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_within_the_models_length_changes_nothing(kind: str) -> None:
     config = llama(KINDS[kind])
@@ -364,19 +342,3 @@ def test_an_impossible_scaling_is_refused_by_name(asked: dict[str, Any], message
     with pytest.raises(ConfigError, match=f"rope_scaling: {message}"):
         scale_context(config, 512, asked)
     assert config.to_dict() == before
-
-
-def test_a_saved_model_means_the_same_to_transformers(tiny_llama, tmp_path: Path) -> None:
-    model, _ = FastLanguageModel.from_pretrained(
-        str(tiny_llama("worded")),
-        320,
-        torch.float32,
-        load_in_4bit=False,
-        device="cpu",
-        rope_scaling={"rope_type": "yarn", "factor": 4.0},
-    )
-    model.save_pretrained(tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert theirs.config.max_position_embeddings == 320
-    with torch.no_grad():
-        assert_logits(model(ids(320)).logits, theirs(ids(320)).logits)
