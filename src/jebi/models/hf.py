@@ -25,7 +25,7 @@ from jebi.models.cache import growing_cache
 from jebi.models.decoder import Decoder
 from jebi.models.families import DecoderShape
 from jebi.models.files import ModelFiles
-from jebi.models.unpadding import IGNORED, Layout, lay_out, shift_labels
+from jebi.models.unpadding import IGNORED, Layout, Learnt, lay_out, learnt_of, shift_labels
 from jebi.models.writing import write_checkpoint
 from jebi.nn.linear import Linear
 from jebi.nn.rotary import Rotary
@@ -134,7 +134,8 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
 
         With labels only the loss is returned, since making the logits would cost more memory than the training;
         ``return_logits=True`` asks for both. ``shift_labels`` (already shifted), ``num_items_in_batch``,
-        ``label_smoothing``, ``rows`` and ``counts`` (how often each token counts in the loss) are taken as keywords.
+        ``label_smoothing``, ``rows``, ``counts`` (how often each token counts in the loss) and ``learnt`` (all of that
+        at once) are taken as keywords.
 
         Raises:
             ModelError: hidden states or attention weights were asked for, which jebi never holds.
@@ -153,15 +154,8 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
                 kwargs.get("rows"),
             )
             hidden_BSD = outputs.last_hidden_state
-            loss = None
-            shifted_BS = kwargs.get("shift_labels")
-            if labels is not None and shifted_BS is None:
-                shifted_BS = shift_labels(labels, position_ids)
-            if shifted_BS is not None and attention_mask is not None:
-                # Padding in front of a row predicts nothing, not even the row's first token.
-                shifted_BS = shifted_BS.masked_fill(attention_mask == 0, IGNORED)
-            if shifted_BS is not None:
-                loss = self._loss(hidden_BSD, shifted_BS, kwargs)
+            learnt = self._learnt(labels, attention_mask, position_ids, kwargs)
+            loss = self._loss(hidden_BSD, learnt, kwargs) if learnt is not None else None
             logits = None
             if loss is None or kwargs.get("return_logits"):
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -189,20 +183,36 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         # Typed for the same protocol as below.
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
 
-    def _loss(self, hidden_BSD: Tensor, shifted_BS: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        learnt_BS = shifted_BS != IGNORED
-        counts_BS = kwargs.get("counts")
+    def _learnt(
+        self, labels: Tensor | None, mask_BS: Tensor | None, positions_BS: Tensor | None, kwargs: dict[str, Any]
+    ) -> Learnt | None:
+        """What is to be learnt, however the caller says it; None where nothing is said."""
+        if (given := kwargs.get("learnt")) is not None:
+            assert isinstance(given, Learnt)
+            return given
+        shifted_BS = kwargs.get("shift_labels")
+        if shifted_BS is None:
+            if labels is None:
+                return None
+            shifted_BS = shift_labels(labels, positions_BS)
+        if mask_BS is not None:
+            # Padding in front of a row predicts nothing, not even the row's first token.
+            shifted_BS = shifted_BS.masked_fill(mask_BS == 0, IGNORED)
+        return learnt_of(shifted_BS, kwargs.get("counts"))
+
+    def _loss(self, hidden_BSD: Tensor, learnt: Learnt, kwargs: dict[str, Any]) -> Tensor:
         head = self.lm_head.weight
         total = linear_cross_entropy(
-            hidden_BSD[learnt_BS],
+            hidden_BSD.flatten(0, 1).index_select(0, learnt.index_N),
             head if isinstance(head, nn.Parameter) else self.lm_head.dense(),
-            shifted_BS[learnt_BS],
+            learnt.labels_N,
             LossForm(kwargs.get("label_smoothing", 0.0), self.model.shape.logit_softcap),
-            None if counts_BS is None else counts_BS[learnt_BS],
+            learnt.counts_N,
         )
         items = kwargs.get("num_items_in_batch")
         if items is None:
-            items = (learnt_BS.sum() if counts_BS is None else counts_BS[learnt_BS].sum()).clamp(min=1)
+            counts_N = learnt.counts_N
+            items = max(1, len(learnt.labels_N)) if counts_N is None else counts_N.sum().clamp(min=1)
         return total / items
 
     def get_input_embeddings(self) -> nn.Module:
