@@ -29,7 +29,7 @@ train: {learning_rate: 2e-4, max_steps: 3}
 """
 
 FIELDS = {
-    ModelConfig: ["name", "max_seq_length", "load_in_4bit", "dtype", "token", "rope_scaling"],
+    ModelConfig: ["name", "max_seq_length", "load_in_4bit", "load_in_8bit", "dtype", "token", "rope_scaling"],
     LoraConfig: [
         "r",
         "lora_alpha",
@@ -135,7 +135,7 @@ def test_the_last_setting_wins_and_a_new_section_may_begin_with_one(tmp_path: Pa
         ("lora.r=many", r"lora.r must be int, not 'many'"),
         ("lora.lora_alpha=yes", r"lora.lora_alpha must be float, not True"),
         ("lora.bias=some", r"lora.bias must be one of none, all, lora_only, not 'some'"),
-        ("model.load_in_4bit=4", r"model.load_in_4bit must be bool, not 4"),
+        ("model.load_in_4bit=4", r"model.load_in_4bit must be bool or null, not 4"),
         ("model.dtype=16", r"model.dtype must be str or null, not 16"),
         ("model.dtype=int8", r"dtype must be float32, bfloat16, float16 or null, not 'int8'"),
         ("model.max_seq_length=0", r"max_seq_length must be at least 1, not 0"),

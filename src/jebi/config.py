@@ -22,6 +22,9 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 ALL_LINEAR = "all-linear"
 """PEFT's word for every projection but the head."""
 
+Storage = Literal["dense", "nf4", "int8"]
+"""How the layers' projections are held: in the compute dtype, in 4 bits, or in 8."""
+
 
 @dataclass
 class ModelConfig:
@@ -31,8 +34,10 @@ class ModelConfig:
     """``smollm2`` (comes with the demo), a folder, a .gguf file, or a hub id."""
     max_seq_length: int = 2048
     """Longest row in tokens; beyond the model's own length RoPE is scaled."""
-    load_in_4bit: bool = True
-    """Store the layers' projections as NF4 with double quantisation."""
+    load_in_4bit: bool | None = None
+    """Store the layers' projections as NF4 with double quantisation; null does, unless `load_in_8bit` is set."""
+    load_in_8bit: bool = False
+    """Store them in 8 bits, in blocks of 64."""
     dtype: str | None = None
     """float32, bfloat16, float16, or null to detect."""
     token: str | None = None
@@ -45,6 +50,15 @@ class ModelConfig:
             raise ConfigError(f"max_seq_length must be at least 1, not {self.max_seq_length}; 2048 is usual.")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be float32, bfloat16, float16 or null, not '{self.dtype}'.")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ConfigError("load_in_4bit and load_in_8bit exclude each other: drop one.")
+
+    @property
+    def storage(self) -> Storage:
+        """How the layers' projections are held."""
+        if self.load_in_8bit:
+            return "int8"
+        return "dense" if self.load_in_4bit is False else "nf4"
 
 
 @dataclass

@@ -42,7 +42,8 @@ class FastLanguageModel:
         model_name: str = "smollm2",
         max_seq_length: int = 2048,
         dtype: torch.dtype | None = None,
-        load_in_4bit: bool = True,
+        load_in_4bit: bool | None = None,
+        load_in_8bit: bool = False,
         token: str | None = None,
         device: torch.device | str | None = None,
         rope_scaling: dict[str, Any] | None = None,
@@ -54,7 +55,8 @@ class FastLanguageModel:
                 model is loaded and the adapter put on it).
             max_seq_length: longest row; beyond the model's own length RoPE is scaled.
             dtype: torch.float32, bfloat16 or float16; None takes what the device computes fastest.
-            load_in_4bit: store the projections as NF4.
+            load_in_4bit: store the projections as NF4; None does, unless ``load_in_8bit`` is True.
+            load_in_8bit: store them in 8 bits instead.
             token: hub token for gated models.
             device: "cuda", "cpu" or such; None takes the card where there is one.
             rope_scaling: how RoPE is scaled, in transformers' keys, such as ``{"rope_type": "yarn", "factor": 4.0}``;
@@ -64,7 +66,7 @@ class FastLanguageModel:
             ModelError: the model is not there, or of a kind that jebi does not have.
             WeightsError: its weights are incomplete or broken.
         """
-        ModelConfig(model_name, max_seq_length, load_in_4bit, rope_scaling=rope_scaling)
+        storage = ModelConfig(model_name, max_seq_length, load_in_4bit, load_in_8bit, rope_scaling=rope_scaling).storage
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None, not {dtype!r}.")
         folder = Path(model_name).expanduser()
@@ -75,7 +77,7 @@ class FastLanguageModel:
         config = files.config()
         if notice := scale_context(config, max_seq_length, rope_scaling):
             logger.warning(notice)
-        model = load_model(files, config, dtype or default_dtype(place), place, load_in_4bit)
+        model = load_model(files, config, dtype or default_dtype(place), place, storage)
         if generation := files.generation_config():
             model.generation_config = generation
         # The name the user gave, so that an adapter saved later can be used on another machine.

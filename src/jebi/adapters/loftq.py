@@ -61,16 +61,18 @@ def originals(model: JebiForCausalLM, targets: Mapping[str, Linear]) -> Iterator
     if not all(isinstance(linear.weight, NF4Weight) for linear in targets.values()):
         raise ConfigError("LoftQ corrects what 4 bits lose: load the model with load_in_4bit=True, or leave LoftQ.")
     if model.source is None:
-        raise ConfigError("LoftQ reads the original weights again: load the model with FastLanguageModel.")
+        raise ConfigError(
+            "LoftQ reads the original weights again, and this model's checkpoint came quantised: load the original."
+        )
     left = dict(targets)
     for stored in model.source.tensors():
         path, _, leaf = stored.name.rpartition(".")
         if leaf != "weight" or path not in left:
             continue
-        linear = left.pop(path)
-        if stored.shape != (linear.out_features, linear.in_features):
-            raise ConfigError(f"LoftQ needs the original weights, and '{stored.file}' holds '{path}' quantised.")
-        yield path, stored.read().to(model.device, torch.float32)
+        del left[path]
+        original_NK = stored.read()
+        assert isinstance(original_NK, Tensor), "a checkpoint that came quantised is no source"
+        yield path, original_NK.to(model.device, torch.float32)
     assert not left, "a model holds every weight of its checkpoint"
 
 

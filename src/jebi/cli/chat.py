@@ -38,7 +38,7 @@ def command(
     form = template_of(adapter, template) if adapter is not None or template is not None else None
     settings = model_settings(adapter)
     if load_in_4bit is not None:
-        settings["load_in_4bit"] = load_in_4bit
+        settings |= {"load_in_4bit": load_in_4bit, "load_in_8bit": False}
     model, tokenizer = FastLanguageModel.from_pretrained(base_for(adapter, base), **settings)
     if adapter is not None:
         FastLanguageModel.put_adapter(model, adapter)

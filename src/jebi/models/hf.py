@@ -92,7 +92,7 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
     max_seq_length: int
     """Longest row it was loaded for; set by `FastLanguageModel`."""
     source: ModelFiles | None
-    """The checkpoint it was filled from."""
+    """The checkpoint it was filled from, where that holds the weights as they were before any quantisation."""
     auto_checkpointing: bool
     """Whether a training may choose what layers keep."""
 

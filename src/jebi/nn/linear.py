@@ -1,4 +1,4 @@
-"""A linear map, stored dense or as NF4, with at most one adapter.
+"""A linear map, stored dense or quantised, with at most one adapter.
 
 Weights are named as in Hugging Face checkpoints (``weight``, ``bias``). They are frozen in the compute dtype, or
 trained: float32 master weights then, cast where they are used. Two ways through the map: `Linear.forward`, which
@@ -15,13 +15,17 @@ from torch import Tensor, nn
 
 from jebi.nn import dora
 from jebi.nn.lora import Lora
+from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
+
+PackedWeight = NF4Weight | Int8Weight
+"""A weight that is not stored dense: a module with ``dense(dtype)``."""
 
 
 class Linear(nn.Module):
     """``x W^T + b``; an adapter, when there is one, is added to it."""
 
-    weight: nn.Parameter | NF4Weight
+    weight: nn.Parameter | PackedWeight
     bias: nn.Parameter | None
 
     def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype):
@@ -37,11 +41,11 @@ class Linear(nn.Module):
 
     def dense(self) -> Tensor:
         """The weight (N, K) in the compute dtype: itself, the kept copy, or dequantised into a new tensor."""
-        if isinstance(self.weight, NF4Weight):
-            return self._kept_NK if self._kept_NK is not None else self.weight.dense(self.dtype)
-        return self.weight.to(self.dtype)
+        if isinstance(self.weight, nn.Parameter):
+            return self.weight.to(self.dtype)
+        return self._kept_NK if self._kept_NK is not None else self.weight.dense(self.dtype)
 
-    def store(self, weight: nn.Parameter | NF4Weight) -> None:
+    def store(self, weight: nn.Parameter | PackedWeight) -> None:
         """Take the checkpoint's weight, in whichever form it is to be held."""
         del self.weight
         self.weight = weight
@@ -50,7 +54,7 @@ class Linear(nn.Module):
 
     def keep_for_decoding(self, dense: bool) -> None:
         """Keep what decoding reads once a token: the adapter's matrices cast; if ``dense``, the weight dequantised."""
-        if dense and isinstance(self.weight, NF4Weight):
+        if dense and not isinstance(self.weight, nn.Parameter):
             self._kept_NK = self.weight.dense(self.dtype)
         for lora in self._adapters():
             lora.keep_cast(self.dtype, dora.gain(lora, self.dense()) if lora.magnitude_N is not None else None)
