@@ -115,6 +115,11 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         self.loss_type = "ForCausalLM"
         self.post_init()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; trained weights are float32 whatever that is."""
+        return self.lm_head.dtype
+
     def init_weights(self) -> None:
         """Nothing: the weights come from a checkpoint."""
 
@@ -295,9 +300,17 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def save_pretrained(
-        self, save_directory: str | PathLike[str], is_main_process: bool = True, *_: Any, **__: Any
+        self,
+        save_directory: str | PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *_: Any,
+        **__: Any,
     ) -> None:
-        """Write the adapter in PEFT's format, or the whole model in Hugging Face's where there is no adapter."""
+        """Write the adapter in PEFT's format, or the whole model in Hugging Face's where there is no adapter.
+
+        The whole model is written in its compute dtype; ``state_dict``, where given, as it is.
+        """
         if not is_main_process:
             return
         folder = Path(save_directory)
@@ -305,4 +318,4 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         if self.adapter is not None:
             self.adapter.save(self, folder)
         else:
-            write_checkpoint(self, folder)
+            write_checkpoint(self, folder, state_dict)

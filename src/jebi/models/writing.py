@@ -25,13 +25,17 @@ _INDEX = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
-def write_checkpoint(model: "JebiForCausalLM", folder: Path) -> None:
+def write_checkpoint(model: "JebiForCausalLM", folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write config, generation config and weights into ``folder``.
+
+    The weights are the model's in its compute dtype, or those given, as they are.
 
     Raises:
         ModelError: the model's weights are held in 8 bits.
     """
-    tensors = {name: value.detach().contiguous() for name, value in model.named_parameters()}
+    if weights is None:
+        weights = {name: value.to(model.dtype) for name, value in model.named_parameters()}
+    tensors = {name: value.detach().contiguous() for name, value in weights.items()}
     packed: dict[str, NF4Weight] = {}
     for name, linear in model.linears():
         if isinstance(linear.weight, Int8Weight):

@@ -41,9 +41,13 @@ class Linear(nn.Module):
 
     def dense(self) -> Tensor:
         """The weight (N, K) in the compute dtype: itself, the kept copy, or dequantised into a new tensor."""
-        if isinstance(self.weight, nn.Parameter):
-            return self.weight.to(self.dtype)
-        return self._kept_NK if self._kept_NK is not None else self.weight.dense(self.dtype)
+        if self._kept_NK is not None:
+            return self._kept_NK
+        return self._cast() if isinstance(self.weight, nn.Parameter) else self.weight.dense(self.dtype)
+
+    def _cast(self) -> Tensor:
+        assert isinstance(self.weight, nn.Parameter)
+        return self.weight.to(self.dtype)
 
     def store(self, weight: nn.Parameter | PackedWeight) -> None:
         """Take the checkpoint's weight, in whichever form it is to be held."""
@@ -54,8 +58,8 @@ class Linear(nn.Module):
 
     def keep_for_decoding(self, dense: bool) -> None:
         """Keep what decoding reads once a token: the adapter's matrices cast; if ``dense``, the weight dequantised."""
-        if dense and not isinstance(self.weight, nn.Parameter):
-            self._kept_NK = self.weight.dense(self.dtype)
+        if dense and not (isinstance(self.weight, nn.Parameter) and self.weight.dtype == self.dtype):
+            self._kept_NK = self.dense().detach()
         for lora in self._adapters():
             lora.keep_cast(self.dtype, dora.gain(lora, self.dense()) if lora.magnitude_N is not None else None)
 
@@ -97,7 +101,7 @@ class Linear(nn.Module):
         if x_TK.requires_grad and torch.is_grad_enabled() and not trained:
             y_TN: Tensor = _FrozenProduct.apply(x_TK, self)
             return y_TN
-        return x_TK @ self.dense().t()
+        return x_TK @ (self._cast() if trained else self.dense()).t()
 
     def _dora(self, x_TK: Tensor, lora: Lora) -> Tensor:
         """DoRA's output without the bias. As in PEFT, what its gain leaves of the base sees ``x`` without dropout."""
