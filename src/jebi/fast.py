@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from jebi.adapters import pissa
 from jebi.adapters.lora import attach, detach
 from jebi.adapters.peft_config import CONFIG_FILE, base_of, read_config, takes_from_base
-from jebi.adapters.peft_files import read_weights
+from jebi.adapters.peft_files import read_weights, stored_vocabulary
 from jebi.config import TARGET_MODULES, LoraConfig, ModelConfig, reject_unknown
 from jebi.errors import AdapterError, ConfigError
 from jebi.inference.generation import prepare
@@ -97,6 +97,8 @@ class FastLanguageModel:
     def put_adapter(model: JebiForCausalLM, adapter: str | Path) -> JebiForCausalLM:
         """Put a trained adapter, in PEFT's format, on a loaded base model; it can be trained further.
 
+        A vocabulary that was resized for it is resized here too.
+
         Raises:
             AdapterError: the folder holds no LoRA adapter, or one made for another model.
         """
@@ -104,11 +106,15 @@ class FastLanguageModel:
         needs_start = takes_from_base(folder)
         if needs_start:
             pissa.require_dense(model, folder)
-        attach(model, read_config(folder), fresh=needs_start)
+        settings, before = read_config(folder), model.model.shape.vocabulary
+        if model.adapter is None:
+            model.resize_token_embeddings(stored_vocabulary(folder))
+        attach(model, settings, fresh=needs_start)
         try:
             read_weights(model, folder)
         except AdapterError:
             detach(model)
+            model.resize_token_embeddings(before)
             raise
         return model
 

@@ -26,6 +26,7 @@ from jebi.models.decoder import Decoder
 from jebi.models.families import DecoderShape
 from jebi.models.files import ModelFiles
 from jebi.models.unpadding import IGNORED, Layout, lay_out, shift_labels
+from jebi.models.vocabulary import resize
 from jebi.models.writing import write_checkpoint
 from jebi.nn.linear import Linear
 from jebi.nn.rotary import Rotary
@@ -111,6 +112,7 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = Linear(shape.layer.width, shape.vocabulary, False, dtype)
         self.adapter: Adapter | None = None
         self.source = None
+        self._loaded_vocabulary = shape.vocabulary
         self.auto_checkpointing = False
         self.loss_type = "ForCausalLM"
         self.post_init()
@@ -217,6 +219,26 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         """The head module."""
         return self.lm_head
+
+    def resize_token_embeddings(  # type: ignore[override]  # jebi's embedding is its own module
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Give the vocabulary ``new_num_tokens`` rows, rounded up as asked, and return the embedding.
+
+        New rows are the mean of the old ones, whatever ``mean_resizing`` says: nothing is drawn.
+
+        Raises:
+            ModelError: the size is impossible, or the model has an adapter already.
+        """
+        size = self.model.shape.vocabulary if new_num_tokens is None else new_num_tokens
+        step = pad_to_multiple_of or 1
+        resize(self, -(-size // step) * step)
+        return self.model.embed_tokens
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether the vocabulary is no longer the checkpoint's."""
+        return self.model.shape.vocabulary != self._loaded_vocabulary
 
     def gradient_checkpointing_enable(
         self,
