@@ -140,6 +140,22 @@ def test_several_rounds_bring_their_base_along(tiny_llama, load, tmp_path: Path,
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, "copy"}
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@torch.no_grad()
+def test_peft_takes_the_changed_base(tiny_llama, load, tmp_path: Path) -> None:
+    ours = started(load, tiny_llama("even"), loftq(3, modules_to_save=["lm_head"], bias="all"))
+    for tensor in adapter_tensors(ours).values():
+        tensor.add_(0.05)
+    ours.save_pretrained(tmp_path / "adapter")
+    ours.save_base(tmp_path / "base")
+    base, report = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map="cpu", output_loading_info=True)
+    assert not any(report.values()), report
+    # In evaluation bitsandbytes would multiply in bfloat16 on a CPU that can; there is no dropout.
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").train()(IDS).logits
+    # Of the largest logit: float32's roundings over two layers.
+    assert (ours(IDS).logits - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
 @torch.no_grad()
 def test_switched_off_the_part_taken_out_of_the_base_is_put_back(tiny_llama, load) -> None:
     """The base alone lacks what the adapter was to hold; with it, it is as near to the original as 4 bits come."""

@@ -140,8 +140,8 @@ def warn_of_shift(folder: Path) -> None:
     """Say what other programs need to know of an adapter that does not stand on the ordinary 4-bit base."""
     logger.warning(
         f"'{folder}': several rounds of LoftQ changed the 4-bit base. jebi makes it again from {SHIFT_FILE} and the "
-        "original checkpoint; PEFT would put this adapter on the unchanged base, which it does not fit. "
-        "loftq_iter=1 leaves the base as it is."
+        "original checkpoint; PEFT would put this adapter on the unchanged base, which it does not fit: write the "
+        "changed one for it with model.save_base(folder). loftq_iter=1 leaves the base as it is."
     )
 
 

@@ -27,7 +27,7 @@ from jebi.models.families import DecoderShape
 from jebi.models.files import ModelFiles
 from jebi.models.unpadding import IGNORED, Layout, lay_out, shift_labels
 from jebi.models.vocabulary import resize
-from jebi.models.writing import write_checkpoint
+from jebi.models.writing import write_base, write_checkpoint
 from jebi.nn.linear import Linear
 from jebi.nn.rotary import Rotary
 from jebi.nn.rows import Rows
@@ -341,3 +341,7 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
             self.adapter.save(self, folder)
         else:
             write_checkpoint(self, folder, state_dict)
+
+    def save_base(self, folder: str | PathLike[str]) -> None:
+        """Write the model without its adapter, as `writing.write_base` does."""
+        write_base(self, Path(folder))

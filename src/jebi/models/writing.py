@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jebi.errors import ModelError
+from jebi.nn.trained_copy import originals_in_place
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight, to_bitsandbytes
 
@@ -55,6 +56,18 @@ def write_checkpoint(model: "JebiForCausalLM", folder: Path, weights: dict[str, 
     config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
+
+
+def write_base(model: "JebiForCausalLM", folder: Path) -> None:
+    """Write the model without its adapter, 4-bit weights in bitsandbytes' format.
+
+    That is what an adapter stands on where the checkpoint is not: after several rounds of LoftQ, or with a vocabulary
+    that was resized.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with originals_in_place(model):
+        held = {name: value.to(model.dtype) for name, value in model.named_parameters() if ".lora." not in name}
+    write_checkpoint(model, folder, held)
 
 
 def write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
