@@ -29,7 +29,16 @@ train: {learning_rate: 2e-4, max_steps: 3}
 """
 
 FIELDS = {
-    ModelConfig: ["name", "max_seq_length", "load_in_4bit", "load_in_8bit", "dtype", "token", "rope_scaling"],
+    ModelConfig: [
+        "name",
+        "max_seq_length",
+        "load_in_4bit",
+        "load_in_8bit",
+        "full_finetuning",
+        "dtype",
+        "token",
+        "rope_scaling",
+    ],
     LoraConfig: [
         "r",
         "lora_alpha",

@@ -22,8 +22,8 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 ALL_LINEAR = "all-linear"
 """PEFT's word for every projection but the head."""
 
-Storage = Literal["dense", "nf4", "int8"]
-"""How the layers' projections are held: in the compute dtype, in 4 bits, or in 8."""
+Storage = Literal["dense", "nf4", "int8", "masters"]
+"""How the layers' projections are held: in the compute dtype, in 4 bits, in 8, or trained, as float32."""
 
 
 @dataclass
@@ -38,6 +38,8 @@ class ModelConfig:
     """Store the layers' projections as NF4 with double quantisation; null does, unless `load_in_8bit` is set."""
     load_in_8bit: bool = False
     """Store them in 8 bits, in blocks of 64."""
+    full_finetuning: bool = False
+    """Train every weight instead of an adapter; they are float32 and cast to `dtype` where they are used."""
     dtype: str | None = None
     """float32, bfloat16, float16, or null to detect."""
     token: str | None = None
@@ -52,10 +54,17 @@ class ModelConfig:
             raise ConfigError(f"dtype must be float32, bfloat16, float16 or null, not '{self.dtype}'.")
         if self.load_in_4bit and self.load_in_8bit:
             raise ConfigError("load_in_4bit and load_in_8bit exclude each other: drop one.")
+        if self.full_finetuning and (self.load_in_4bit or self.load_in_8bit):
+            name = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+            raise ConfigError(
+                f"full_finetuning trains the weights themselves, which have no bits to spare: drop {name}."
+            )
 
     @property
     def storage(self) -> Storage:
         """How the layers' projections are held."""
+        if self.full_finetuning:
+            return "masters"
         if self.load_in_8bit:
             return "int8"
         return "dense" if self.load_in_4bit is False else "nf4"

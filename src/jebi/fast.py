@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from jebi.adapters import pissa
 from jebi.adapters.lora import attach, detach
 from jebi.adapters.peft_config import CONFIG_FILE, base_of, read_config, takes_from_base
-from jebi.adapters.peft_files import read_weights
+from jebi.adapters.peft_files import read_weights, stored_vocabulary
 from jebi.config import TARGET_MODULES, LoraConfig, ModelConfig, reject_unknown
 from jebi.errors import AdapterError, ConfigError
 from jebi.inference.generation import prepare
@@ -38,7 +38,7 @@ class FastLanguageModel:
     """Load, adapt, and make ready for answering; nothing to instantiate."""
 
     @staticmethod
-    def from_pretrained(
+    def from_pretrained(  # noqa: PLR0913  (the script's own argument list)
         model_name: str = "smollm2",
         max_seq_length: int = 2048,
         dtype: torch.dtype | None = None,
@@ -47,6 +47,7 @@ class FastLanguageModel:
         token: str | None = None,
         device: torch.device | str | None = None,
         rope_scaling: dict[str, Any] | None = None,
+        full_finetuning: bool = False,
     ) -> tuple[JebiForCausalLM, PreTrainedTokenizerBase]:
         """Load a model and its tokenizer.
 
@@ -61,12 +62,15 @@ class FastLanguageModel:
             device: "cuda", "cpu" or such; None takes the card where there is one.
             rope_scaling: how RoPE is scaled, in transformers' keys, such as ``{"rope_type": "yarn", "factor": 4.0}``;
                 None keeps the model's own, carried on where ``max_seq_length`` exceeds its length.
+            full_finetuning: train every weight instead of an adapter; they are float32 and cast to ``dtype``.
 
         Raises:
             ModelError: the model is not there, or of a kind that jebi does not have.
             WeightsError: its weights are incomplete or broken.
         """
-        storage = ModelConfig(model_name, max_seq_length, load_in_4bit, load_in_8bit, rope_scaling=rope_scaling).storage
+        storage = ModelConfig(
+            model_name, max_seq_length, load_in_4bit, load_in_8bit, full_finetuning, rope_scaling=rope_scaling
+        ).storage
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None, not {dtype!r}.")
         folder = Path(model_name).expanduser()
@@ -93,6 +97,8 @@ class FastLanguageModel:
     def put_adapter(model: JebiForCausalLM, adapter: str | Path) -> JebiForCausalLM:
         """Put a trained adapter, in PEFT's format, on a loaded base model; it can be trained further.
 
+        A vocabulary that was resized for it is resized here too.
+
         Raises:
             AdapterError: the folder holds no LoRA adapter, or one made for another model.
         """
@@ -100,11 +106,15 @@ class FastLanguageModel:
         needs_start = takes_from_base(folder)
         if needs_start:
             pissa.require_dense(model, folder)
-        attach(model, read_config(folder), fresh=needs_start)
+        settings, before = read_config(folder), model.model.shape.vocabulary
+        if model.adapter is None:
+            model.resize_token_embeddings(stored_vocabulary(folder))
+        attach(model, settings, fresh=needs_start)
         try:
             read_weights(model, folder)
         except AdapterError:
             detach(model)
+            model.resize_token_embeddings(before)
             raise
         return model
 

@@ -50,7 +50,8 @@ def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = Fa
     if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
         raise ConfigError(f"train.resume_from_checkpoint: there is no folder '{args.resume_from_checkpoint}'.")
     model, tokenizer = _load(config)
-    _adapt(model, config)
+    if not config.model.full_finetuning:
+        _adapt(model, config)
     trainer = SFTTrainer(
         model=model,
         tokenizer=tokenizer,
@@ -183,6 +184,7 @@ def _load(config: RunConfig) -> tuple[JebiForCausalLM, PreTrainedTokenizerBase]:
         model.load_in_8bit,
         model.token,
         rope_scaling=model.rope_scaling,
+        full_finetuning=model.full_finetuning,
     )
 
 

@@ -335,3 +335,27 @@ def test_a_checkpoint_on_sigterm_is_whole_too(make_trainer: Fixture, tmp_path: P
     assert folders(tmp_path / "out") == ["checkpoint-2"]
     assert is_whole(tmp_path / "out" / "checkpoint-2")
     assert not (tmp_path / "out" / "checkpoint-2" / "checkpoint-is-incomplete.txt").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"loftq_config": {"loftq_iter": 2}, "load_in_4bit": True},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+    ids=lambda lora: next(iter(lora)),
+)
+def test_every_kind_of_adapter_resumes(
+    lora: dict[str, Any], make_trainer: Fixture, make_model: Fixture, snapshot: Fixture, tmp_path: Path
+) -> None:
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_8bit", "learning_rate": 1e-3}
+    once, again = make_model(**lora), make_model(**lora)
+    make_trainer(once, **settings, output_dir=str(tmp_path / "once")).train()
+    trainer = make_trainer(again, **settings, output_dir=str(tmp_path / "again"))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "once" / "checkpoint-2"))
+    for name, value in snapshot(once).items():
+        assert torch.equal(value, snapshot(again)[name]), name
+    assert torch.equal(once(torch.tensor([[5, 6, 7]])).logits, again(torch.tensor([[5, 6, 7]])).logits)

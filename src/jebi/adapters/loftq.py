@@ -61,17 +61,18 @@ def originals(model: JebiForCausalLM, targets: Mapping[str, Linear]) -> Iterator
     if not all(isinstance(linear.weight, NF4Weight) for linear in targets.values()):
         raise ConfigError("LoftQ corrects what 4 bits lose: load the model with load_in_4bit=True, or leave LoftQ.")
     if model.source is None:
-        raise ConfigError("LoftQ reads the original weights again: load the model with FastLanguageModel.")
+        raise ConfigError(
+            "LoftQ reads the original weights again, and this model's checkpoint came quantised: load the original."
+        )
     left = dict(targets)
     for stored in model.source.tensors():
         path, _, leaf = stored.name.rpartition(".")
         if leaf != "weight" or path not in left:
             continue
-        linear = left.pop(path)
-        original = stored.read()
-        if stored.shape != (linear.out_features, linear.in_features) or isinstance(original, NF4Weight):
-            raise ConfigError(f"LoftQ needs the original weights, and '{stored.file}' holds '{path}' quantised.")
-        yield path, original.to(model.device, torch.float32)
+        del left[path]
+        original_NK = stored.read()
+        assert isinstance(original_NK, Tensor), "a checkpoint that came quantised is no source"
+        yield path, original_NK.to(model.device, torch.float32)
     assert not left, "a model holds every weight of its checkpoint"
 
 
@@ -139,8 +140,8 @@ def warn_of_shift(folder: Path) -> None:
     """Say what other programs need to know of an adapter that does not stand on the ordinary 4-bit base."""
     logger.warning(
         f"'{folder}': several rounds of LoftQ changed the 4-bit base. jebi makes it again from {SHIFT_FILE} and the "
-        "original checkpoint; PEFT would put this adapter on the unchanged base, which it does not fit. "
-        "loftq_iter=1 leaves the base as it is."
+        "original checkpoint; PEFT would put this adapter on the unchanged base, which it does not fit: write the "
+        "changed one for it with model.save_base(folder). loftq_iter=1 leaves the base as it is."
     )
 
 

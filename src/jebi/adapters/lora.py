@@ -45,6 +45,10 @@ def attach(model: JebiForCausalLM, config: LoraConfig, fresh: bool = True) -> No
     """
     if model.adapter is not None:
         raise AdapterError("the model already has an adapter; load the base model again to start another.")
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "the model was loaded with full_finetuning=True and is trained as it is: drop one of the two."
+        )
     config, targets = resolve(model, config)
     wholly = _trained_wholly(model, config.modules_to_save or [])
     model.adapter = LoraAdapter(config)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,6 +21,9 @@ from jebi.nn.trained_copy import copies
 
 _PREFIX = "base_model.model."
 
+_DOUBLED = (".modules_to_save.weight", ".original_module.weight")
+"""Endings of what PEFT writes once more, under its wrappers' names, of trained tables of a resized vocabulary."""
+
 
 def write_adapter(model: JebiForCausalLM, config: LoraConfig, folder: Path) -> None:
     """Write the model's adapter into ``folder``, each file under a temporary name first."""
@@ -31,6 +34,10 @@ def write_adapter(model: JebiForCausalLM, config: LoraConfig, folder: Path) -> N
         for name, value in adapter_tensors(model).items()
     }
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
+    if model.is_resized:
+        # Copies, since tied tables share memory, which a file cannot.
+        tables = {name: value.detach().to("cpu", copy=True) for name, value in _tables(model).items()}
+        tensors = tables | tensors
     weights, settings, shift = folder / WEIGHTS_FILE, folder / CONFIG_FILE, folder / loftq.SHIFT_FILE
     shifted = loftq.shift_tensors(model)
     document = to_peft(config, model.config.name_or_path)
@@ -51,6 +58,19 @@ def write_adapter(model: JebiForCausalLM, config: LoraConfig, folder: Path) -> N
         shift.unlink(missing_ok=True)  # an older adapter's, which this one does not stand on
 
 
+def stored_vocabulary(folder: Path) -> int | None:
+    """Rows of the embedding or head that an adapter's file holds; None where it holds neither, or is not there."""
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
+            held = set(weights.keys())
+            for name in (f"{_PREFIX}model.embed_tokens.weight", f"{_PREFIX}lm_head.weight"):
+                if name in held:
+                    return int(weights.get_slice(name).get_shape()[0])
+    except (SafetensorError, OSError):
+        return None
+    return None
+
+
 def read_weights(model: JebiForCausalLM, folder: Path) -> None:
     """Copy an adapter's tensors into the adapter that ``model`` has already, and make the base it stands on.
 
@@ -59,10 +79,10 @@ def read_weights(model: JebiForCausalLM, folder: Path) -> None:
     """
     path = folder / WEIGHTS_FILE
     try:
-        stored = load_file(path)
+        stored = {name: value for name, value in load_file(path).items() if not name.endswith(_DOUBLED)}
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"'{path}' is missing or broken: {error}") from error
-    awaited = adapter_tensors(model)
+    awaited = {name: table for name, table in _tables(model).items() if name in stored} | adapter_tensors(model)
     # PEFT's own files of PiSSA hold the trained half alone; the frozen one was made from the base.
     halves = {} if takes_from_base(folder) else _frozen_halves(model)
     if stored.keys() != awaited.keys():
@@ -117,6 +137,12 @@ def _frozen_halves(model: JebiForCausalLM) -> dict[str, Tensor]:
             tensors[f"{_PREFIX}{path}.lora_A.weight"] = linear.lora.frozen_A_rK
             tensors[f"{_PREFIX}{path}.lora_B.weight"] = linear.lora.frozen_B_Nr
     return tensors
+
+
+def _tables(model: JebiForCausalLM) -> dict[str, Tensor]:
+    """Embedding and head, which a file carries, untrained too, when the vocabulary is no longer the base's."""
+    named = {"model.embed_tokens": model.model.embed_tokens, "lm_head": model.lm_head}
+    return {f"{_PREFIX}{path}.weight": module.get_parameter("weight") for path, module in named.items()}
 
 
 def _stacked(name: str) -> int:

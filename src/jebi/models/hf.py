@@ -26,7 +26,8 @@ from jebi.models.decoder import Decoder
 from jebi.models.families import DecoderShape
 from jebi.models.files import ModelFiles
 from jebi.models.unpadding import IGNORED, Layout, Learnt, lay_out, learnt_of, shift_labels
-from jebi.models.writing import write_checkpoint
+from jebi.models.vocabulary import resize
+from jebi.models.writing import write_base, write_checkpoint
 from jebi.nn.linear import Linear
 from jebi.nn.rotary import Rotary
 from jebi.nn.rows import Rows
@@ -92,7 +93,7 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
     max_seq_length: int
     """Longest row it was loaded for; set by `FastLanguageModel`."""
     source: ModelFiles | None
-    """The checkpoint it was filled from."""
+    """The checkpoint it was filled from, where that holds the weights as they were before any quantisation."""
     auto_checkpointing: bool
     """Whether a training may choose what layers keep."""
 
@@ -111,9 +112,15 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = Linear(shape.layer.width, shape.vocabulary, False, dtype)
         self.adapter: Adapter | None = None
         self.source = None
+        self._loaded_vocabulary = shape.vocabulary
         self.auto_checkpointing = False
         self.loss_type = "ForCausalLM"
         self.post_init()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; trained weights are float32 whatever that is."""
+        return self.lm_head.dtype
 
     def init_weights(self) -> None:
         """Nothing: the weights come from a checkpoint."""
@@ -223,6 +230,26 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         """The head module."""
         return self.lm_head
 
+    def resize_token_embeddings(  # type: ignore[override]  # jebi's embedding is its own module
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Give the vocabulary ``new_num_tokens`` rows, rounded up as asked, and return the embedding.
+
+        New rows are the mean of the old ones, whatever ``mean_resizing`` says: nothing is drawn.
+
+        Raises:
+            ModelError: the size is impossible, or the model has an adapter already.
+        """
+        size = self.model.shape.vocabulary if new_num_tokens is None else new_num_tokens
+        step = pad_to_multiple_of or 1
+        resize(self, -(-size // step) * step)
+        return self.model.embed_tokens
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether the vocabulary is no longer the checkpoint's."""
+        return self.model.shape.vocabulary != self._loaded_vocabulary
+
     def gradient_checkpointing_enable(
         self,
         gradient_checkpointing_kwargs: dict[str, Any] | None = None,
@@ -305,9 +332,17 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def save_pretrained(
-        self, save_directory: str | PathLike[str], is_main_process: bool = True, *_: Any, **__: Any
+        self,
+        save_directory: str | PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *_: Any,
+        **__: Any,
     ) -> None:
-        """Write the adapter in PEFT's format, or the whole model in Hugging Face's where there is no adapter."""
+        """Write the adapter in PEFT's format, or the whole model in Hugging Face's where there is no adapter.
+
+        The whole model is written in its compute dtype; ``state_dict``, where given, as it is.
+        """
         if not is_main_process:
             return
         folder = Path(save_directory)
@@ -315,4 +350,8 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         if self.adapter is not None:
             self.adapter.save(self, folder)
         else:
-            write_checkpoint(self, folder)
+            write_checkpoint(self, folder, state_dict)
+
+    def save_base(self, folder: str | PathLike[str]) -> None:
+        """Write the model without its adapter, as `writing.write_base` does."""
+        write_base(self, Path(folder))

@@ -6,6 +6,7 @@ the file. Where tensors come from is `models.files`'; what the model is, `models
 
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from jebi.config import Storage
 from jebi.errors import WeightsError
 from jebi.kernels.dequantize import PackedWeight
 from jebi.models.families import read_config
-from jebi.models.files import ModelFiles, StoredTensor
+from jebi.models.files import Folder, ModelFiles, StoredTensor
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.prequantised import joined, read_scheme
 from jebi.models.rope import read_rotary
@@ -51,7 +52,8 @@ def load_model(
         dtype: compute dtype, and storage of everything that is not quantised.
         device: where the model is to live.
         storage: how the layers' projections are held: "nf4", "int8", or "dense" in ``dtype``. Embedding, norms and
-            head are dense. A checkpoint that is NF4 already is held as it is, where "nf4" is asked for.
+            head are dense. A checkpoint that is NF4 already is held as it is, where "nf4" is asked for. With "masters"
+            everything is float32 and trained, and cast to ``dtype`` where it is used.
 
     Raises:
         ModelError: the family or the checkpoint's quantisation is not supported; raised before any weight is read.
@@ -77,7 +79,7 @@ def load_model(
         if leaf == "weight" and isinstance(owner, Linear) and owner_name != "lm_head":
             owner.store(_read(stored, dtype, device, form))
         else:
-            setattr(owner, leaf, _read(stored, dtype, device, "dense"))
+            setattr(owner, leaf, _read(stored, dtype, device, "masters" if storage == "masters" else "dense"))
     if awaited:
         raise WeightsError(
             f"'{files.path}' lacks {len(awaited)} of the {total} tensors its config calls for, "
@@ -87,9 +89,28 @@ def load_model(
         embedding = model.model.embed_tokens.weight
         assert isinstance(embedding, nn.Parameter)
         model.lm_head.weight = embedding
-    model.source = files
+    model.source = files if scheme is None else None
     model.eval()
     return model
+
+
+@torch.no_grad()
+def read_masters(model: JebiForCausalLM, folder: Path) -> None:
+    """Copy a checkpoint that a training of all weights wrote into the model that it goes on with.
+
+    Raises:
+        WeightsError: it is incomplete, broken, or another model's.
+    """
+    targets = dict(model.named_parameters())
+    for stored in Folder(folder).tensors():
+        target = targets.pop(stored.name, None)
+        _check(stored, target, model.config)
+        assert target is not None
+        value = _read(stored, torch.float32, target.device, "dense")
+        assert isinstance(value, nn.Parameter)
+        target.copy_(value)
+    if targets:
+        raise WeightsError(f"'{folder}' lacks tensor '{min(targets)}'; the checkpoint is incomplete.")
 
 
 def _check(stored: StoredTensor, expected: nn.Parameter | None, config: PretrainedConfig) -> None:
@@ -113,6 +134,7 @@ def _sizes(config: PretrainedConfig) -> str:
 
 def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device, form: _Form) -> nn.Parameter | PackedWeight:
     """Read one tensor and bring it into the form it is held in."""
+    dtype = torch.float32 if form == "masters" else dtype
     try:
         value = stored.read().to(device)
         if isinstance(value, NF4Weight):
@@ -128,7 +150,7 @@ def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device, form: 
             return Int8Weight.quantize(value)
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(f"'{stored.file}': tensor '{stored.name}' cannot be used: {error}") from error
-    return nn.Parameter(value, requires_grad=False)
+    return nn.Parameter(value, requires_grad=form == "masters")
 
 
 def _progress(tensors: Iterable[StoredTensor], total: int) -> Iterable[StoredTensor]:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jebi.errors import ModelError
+from jebi.nn.trained_copy import originals_in_place
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight, to_bitsandbytes
 
@@ -25,13 +26,17 @@ _INDEX = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
-def write_checkpoint(model: "JebiForCausalLM", folder: Path) -> None:
+def write_checkpoint(model: "JebiForCausalLM", folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write config, generation config and weights into ``folder``.
+
+    The weights are the model's in its compute dtype, or those given, as they are.
 
     Raises:
         ModelError: the model's weights are held in 8 bits.
     """
-    tensors = {name: value.detach().contiguous() for name, value in model.named_parameters()}
+    if weights is None:
+        weights = {name: value.to(model.dtype) for name, value in model.named_parameters()}
+    tensors = {name: value.detach().contiguous() for name, value in weights.items()}
     packed: dict[str, NF4Weight] = {}
     for name, linear in model.linears():
         if isinstance(linear.weight, Int8Weight):
@@ -51,6 +56,18 @@ def write_checkpoint(model: "JebiForCausalLM", folder: Path) -> None:
     config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
+
+
+def write_base(model: "JebiForCausalLM", folder: Path) -> None:
+    """Write the model without its adapter, 4-bit weights in bitsandbytes' format.
+
+    That is what an adapter stands on where the checkpoint is not: after several rounds of LoftQ, or with a vocabulary
+    that was resized.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with originals_in_place(model):
+        held = {name: value.to(model.dtype) for name, value in model.named_parameters() if ".lora." not in name}
+    write_checkpoint(model, folder, held)
 
 
 def write_weights(tensors: dict[str, Tensor], folder: Path) -> None:

@@ -35,13 +35,18 @@ class Linear(nn.Module):
         empty = torch.empty(outputs, dtype=dtype, device="meta") if bias else None
         self.bias = nn.Parameter(empty, requires_grad=False) if empty is not None else None
         self.lora: Lora | None = None
-        self._kept_NK: Tensor | None = None
+        self._kept: tuple[nn.Parameter | PackedWeight, Tensor] | None = None
 
     def dense(self) -> Tensor:
         """The weight (N, K) in the compute dtype: itself, the kept copy, or dequantised into a new tensor."""
-        if isinstance(self.weight, nn.Parameter):
-            return self.weight.to(self.dtype)
-        return self._kept_NK if self._kept_NK is not None else dequantize.dense(self.weight, self.dtype)
+        # A trained weight's copy is not its original's, which may be in its place for a while.
+        if self._kept is not None and self._kept[0] is self.weight:
+            return self._kept[1]
+        return self._cast() if isinstance(self.weight, nn.Parameter) else dequantize.dense(self.weight, self.dtype)
+
+    def _cast(self) -> Tensor:
+        assert isinstance(self.weight, nn.Parameter)
+        return self.weight.to(self.dtype)
 
     def device(self) -> torch.device:
         """Where the weight is."""
@@ -57,14 +62,14 @@ class Linear(nn.Module):
 
     def keep_for_decoding(self, dense: bool) -> None:
         """Keep what decoding reads once a token: the adapter's matrices cast; if ``dense``, the weight dequantised."""
-        if dense and not isinstance(self.weight, nn.Parameter):
-            self._kept_NK = dequantize.dense(self.weight, self.dtype)
+        if dense and not (isinstance(self.weight, nn.Parameter) and self.weight.dtype == self.dtype):
+            self._kept = self.weight, self.dense().detach()
         for lora in self._adapters():
             lora.keep_cast(self.dtype, dora.gain(lora, self.dense()) if lora.magnitude_N is not None else None)
 
     def drop_kept(self) -> None:
         """Drop the copies that `keep_for_decoding` made."""
-        self._kept_NK = None
+        self._kept = None
         for lora in self._adapters():
             lora.keep_cast(None)
 
@@ -100,7 +105,7 @@ class Linear(nn.Module):
         if x_TK.requires_grad and torch.is_grad_enabled() and not trained:
             y_TN: Tensor = _FrozenProduct.apply(x_TK, self)
             return y_TN
-        return x_TK @ self.dense().t()
+        return x_TK @ (self._cast() if trained else self.dense()).t()
 
     def _dora(self, x_TK: Tensor, lora: Lora) -> Tensor:
         """DoRA's output without the bias. As in PEFT, what its gain leaves of the base sees ``x`` without dropout."""

@@ -13,6 +13,8 @@ CPU_PASS_TOKENS = 2048
 """On a CPU longer passes gain nothing: a pass of this many tokens already runs its products at full rate."""
 GPU_PASS_TOKENS = 32_768
 """On a card passes beyond this gain nothing either, and their buffers only grow."""
+TRAINED_BYTES = 12
+"""What a trained number takes in training beside itself: its gradient and two moments in float32."""
 _SHARE = 0.8
 """Of the free memory; the rest is for the allocator's slack."""
 

@@ -5,45 +5,59 @@ are split after the optimizer was made, so that weight decay and everything else
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from jebi.errors import ConfigError
+from jebi.training.arguments import SFTConfig
 
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 
 
-def check_rates(ratio: float | None, embedding_rate: float | None, has_optimizer: bool) -> None:
-    """Refuse settings that are impossible or would do nothing.
+@dataclass(frozen=True)
+class Rates:
+    """What differs from the ordinary learning rate, where it does."""
+
+    ratio: float | None = None
+    """Rate of the matrices B and of vectors, as a multiple of the ordinary one."""
+    embedding: float | None = None
+    """Rate of a wholly trained embedding and head."""
+
+
+def own_rates(config: SFTConfig | None, has_optimizer: bool) -> Rates:
+    """The rates that the settings ask for.
 
     Raises:
         ConfigError: a rate is not above 0, or the caller brought an optimizer with groups of its own.
     """
-    for name, value in (("loraplus_lr_ratio", ratio), ("embedding_learning_rate", embedding_rate)):
-        if value is None:
-            continue
-        if not value > 0:
+    if config is None:
+        return Rates()
+    for name in ("loraplus_lr_ratio", "embedding_learning_rate"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
             raise ConfigError(f"{name} must be above 0, not {value}.")
-        if has_optimizer:
+        if value is not None and has_optimizer:
             raise ConfigError(f"{name} does nothing beside an optimizer of your own: set the rates of its groups.")
+    return Rates(config.loraplus_lr_ratio, config.embedding_learning_rate)
 
 
-def split_rates(optimizer: Optimizer, model: nn.Module, ratio: float | None, embedding_rate: float | None) -> None:
+def split_rates(optimizer: Optimizer, model: nn.Module, rates: Rates) -> None:
     """Move parameters with another learning rate into groups of their own.
 
     Args:
         optimizer: freshly made; its groups have the ordinary rate.
         model: whose parameters it has.
-        ratio: rate of the matrices B and of vectors, as a multiple of the ordinary one.
-        embedding_rate: rate of a wholly trained embedding and head.
+        rates: what differs from the ordinary rate.
 
     Raises:
         ConfigError: there is nothing such a rate would be for.
     """
-    if embedding_rate is not None:
-        found = _split(optimizer, _named(model, lambda name, p: name.endswith(_EMBEDDINGS)), lambda _: embedding_rate)
-        if not found:
+    ratio, embedding = rates.ratio, rates.embedding
+    if embedding is not None:
+        tables = _named(model, lambda name, p: name.endswith(_EMBEDDINGS))
+        if not _split(optimizer, tables, lambda _: embedding):
             raise ConfigError("embedding_learning_rate needs modules_to_save=['embed_tokens', 'lm_head'].")
     if ratio is not None:
         quick = _named(model, lambda name, p: name.endswith(".lora.B_Nr") or p.ndim == 1)

@@ -27,11 +27,12 @@ from jebi.data.passes import Batch, Pass, collate, cut, longest
 from jebi.data.rows import FormattingFunc, tokenize
 from jebi.errors import ConfigError, DivergedError
 from jebi.models.hf import JebiForCausalLM
-from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, choose
+from jebi.models.loading import read_masters
+from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, TRAINED_BYTES, PassPlan, choose
 from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check
 from jebi.training.checkpoints import complete_checkpoint, require_writable
 from jebi.training.interrupt import StopOnInterrupt
-from jebi.training.loraplus import check_rates, split_rates
+from jebi.training.loraplus import own_rates, split_rates
 from jebi.training.optimizer import AdamW8bit
 from jebi.training.report import Meter, Report, free_bytes
 
@@ -92,8 +93,6 @@ class SFTTrainer(Trainer):
         field = _first(dataset_text_field, config and config.dataset_text_field, "text")
         workers = _first(dataset_num_proc, config and config.dataset_num_proc)
         packed = bool(_first(packing, config and config.packing))
-        rates = (config.loraplus_lr_ratio, config.embedding_learning_rate) if config else (None, None)
-        check_rates(*rates, has_optimizer=optimizers[0] is not None)
 
         def prepare(dataset: Any) -> Any:
             if dataset is None:
@@ -110,7 +109,7 @@ class SFTTrainer(Trainer):
         self._prepare = prepare
         self._longest = row_limit
         self._pass_tokens = config.pass_tokens if config else None
-        self._rates = rates
+        self._rates = own_rates(config, optimizers[0] is not None)
         self._bag: list[Batch] = []
         self._trained_tokens = self._trained_steps = 0
         self._interrupt = StopOnInterrupt()
@@ -262,7 +261,9 @@ class SFTTrainer(Trainer):
             assert not isinstance(settings, str), "TrainingArguments turns text into a dictionary"
             asked = "offload" if settings.get("offload") else "recompute"
         element = self.model.dtype.itemsize
-        plan = choose(backbone.shape, element, free_bytes(device), self._longest, asked, limit)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        free = free_bytes(device) - TRAINED_BYTES * trained
+        plan = choose(backbone.shape, element, free, self._longest, asked, limit)
         backbone.checkpointing = plan.checkpointing
         return plan if self._pass_tokens is None else PassPlan(plan.checkpointing, self._pass_tokens)
 
@@ -271,7 +272,7 @@ class SFTTrainer(Trainer):
         fresh = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(*([] if model is None else [model]))
         if fresh:
-            split_rates(optimizer, self.model, *self._rates)
+            split_rates(optimizer, self.model, self._rates)
         return optimizer
 
     @staticmethod
@@ -314,17 +315,25 @@ class SFTTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As Trainer's; it also writes the settings, which must not take the hub token along."""
         token, self.args.hub_token = self.args.hub_token, None
+        if self.model.adapter is None and self._staging is not None:
+            state_dict = dict(self.model.named_parameters())  # a checkpoint goes on with every bit
         try:
             super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        read_weights(self.model, Path(resume_from_checkpoint))
+        self._read(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        read_weights(self.model, Path(self.state.best_model_checkpoint))
+        self._read(Path(self.state.best_model_checkpoint))
+
+    def _read(self, checkpoint: Path) -> None:
+        if self.model.adapter is None:
+            read_masters(self.model, checkpoint)
+        else:
+            read_weights(self.model, checkpoint)
 
 
 def _set_mode(optimizer: Any, mode: str) -> None:
