@@ -6,6 +6,7 @@ Every field of `TrainingArguments` either works or is refused here by name; none
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -78,6 +79,16 @@ def refuse(args: TrainingArguments) -> None:
         raise ConfigError("every_n_layers is not supported: jebi recomputes every layer or none. Remove it.")
     if isinstance(args, SFTConfig) and args.pass_tokens is not None and args.pass_tokens < 1:
         raise ConfigError(f"pass_tokens must be at least 1, not {args.pass_tokens}; None plans it.")
+
+
+def suit_processes(args: TrainingArguments, model: nn.Module) -> None:
+    """Settle what is left open about several processes: 4-bit weights are not sent anew every step, and every adapter
+    takes part in every pass.
+    """
+    if args.ddp_broadcast_buffers is None and next(model.buffers(), None) is not None:
+        args.ddp_broadcast_buffers = False
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False
 
 
 def _check_optimizer(args: TrainingArguments) -> None:

@@ -28,8 +28,8 @@ from jebi.data.rows import FormattingFunc, tokenize
 from jebi.errors import ConfigError, DivergedError
 from jebi.models.hf import JebiForCausalLM
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, choose
-from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check
-from jebi.training.checkpoints import complete_checkpoint, require_writable
+from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, suit_processes
+from jebi.training.checkpoints import complete_checkpoint, note_best, require_writable
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.optimizer import AdamW8bit
 from jebi.training.report import Meter, Report, free_bytes
@@ -102,6 +102,7 @@ class SFTTrainer(Trainer):
 
         if args.n_gpu > 1:
             args._n_gpu = 1  # One process trains on one card; Trainer would copy the model to all of them each step.
+        suit_processes(args, model)
         self._prepare = prepare
         self._longest = int(longest)
         self._pass_tokens = config.pass_tokens if config else None
@@ -139,7 +140,8 @@ class SFTTrainer(Trainer):
         with self._interrupt.listening():
             output = super().train(*args, **kwargs)
         chosen = {"pass_tokens": self._plan.tokens, "checkpointing": self._plan.checkpointing}
-        self.report = meter.report(self._trained_steps, self._trained_tokens, chosen)
+        (tokens,) = self._over_ranks(self._trained_tokens)
+        self.report = meter.report(self._trained_steps, int(tokens), chosen)
         if self.args.should_save:
             self.report.write(Path(str(self.args.output_dir)) / "report.json", self.state.log_history)
         if self._interrupt.interrupted:
@@ -149,11 +151,18 @@ class SFTTrainer(Trainer):
         return output
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """As Trainer's; rows given to `evaluate` itself are tokenised as the others were."""
+        """As Trainer's; rows given to `evaluate` itself are tokenised as the others were.
+
+        Ranks may get unequal numbers of rows: made equal by repeating some, those would count twice.
+        """
         raw = isinstance(eval_dataset, Dataset | IterableDataset)
         if raw and "lengths" not in (eval_dataset.column_names or ()):
             eval_dataset = self._prepare(eval_dataset)
-        return super().get_eval_dataloader(eval_dataset)
+        evened, self.accelerator.even_batches = self.accelerator.even_batches, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.accelerator.even_batches = evened
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -231,10 +240,15 @@ class SFTTrainer(Trainer):
         total, learnt = summed_loss(
             self.model, counted(), self._current_plan().tokens, self.args.label_smoothing_factor
         )
-        sums = torch.tensor([total, learnt], dtype=torch.float64, device=self.args.device)
-        total_loss, total_learnt = self.accelerator.reduce(sums, "sum").tolist()
-        metrics = {f"{metric_key_prefix}_loss": total_loss / max(total_learnt, 1)}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=seen)  # type: ignore[arg-type]
+        all_loss, all_learnt, all_rows = self._over_ranks(total, learnt, seen)
+        metrics = {f"{metric_key_prefix}_loss": all_loss / max(all_learnt, 1)}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(all_rows))  # type: ignore[arg-type]
+
+    def _over_ranks(self, *numbers: float) -> list[float]:
+        """Each number summed over all processes; every one of them has to ask."""
+        sums = torch.tensor(numbers, dtype=torch.float64, device=self.args.device)
+        summed: list[float] = self.accelerator.reduce(sums, "sum").tolist()
+        return summed
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Not available: predictions are logits, which jebi never makes for whole data sets."""
@@ -283,15 +297,18 @@ class SFTTrainer(Trainer):
         self._staging = final / ".partial"
         if self.args.should_save:
             shutil.rmtree(self._staging, ignore_errors=True)  # what a killed run left
+        self.accelerator.wait_for_everyone()  # every process writes its random state there
         try:
             super()._save_checkpoint(model, trial)
         finally:
             staging, self._staging = self._staging, None
         self.accelerator.wait_for_everyone()
+        note_best(final, self.state)
         if self.args.should_save:
             checkpoint = complete_checkpoint(staging, final, self.state, self.args)
             if self.args.push_to_hub:
                 super()._push_from_checkpoint(str(checkpoint))
+        self.accelerator.wait_for_everyone()  # the best one may be read next
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: an upload runs on in the background, so it begins when the folder is in its place."""
