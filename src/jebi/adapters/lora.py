@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from jebi.adapters.peft_files import write_adapter
 from jebi.config import LoraConfig
 from jebi.errors import AdapterError, ConfigError
-from jebi.models.hf import JebiForCausalLM
+from jebi.models.shell import JebiPreTrainedModel
 from jebi.nn.linear import Linear
 from jebi.nn.lora import Lora
 
@@ -25,11 +25,11 @@ class LoraAdapter:
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         """Write the adapter of ``model`` in PEFT's format."""
-        assert isinstance(model, JebiForCausalLM)
+        assert isinstance(model, JebiPreTrainedModel)
         write_adapter(model, self.config, folder)
 
 
-def attach(model: JebiForCausalLM, config: LoraConfig) -> None:
+def attach(model: JebiPreTrainedModel, config: LoraConfig) -> None:
     """Give every targeted projection a fresh adapter; the model then computes what it did before.
 
     Raises:
@@ -48,7 +48,7 @@ def attach(model: JebiForCausalLM, config: LoraConfig) -> None:
     model.adapter = LoraAdapter(config)
 
 
-def detach(model: JebiForCausalLM) -> None:
+def detach(model: JebiPreTrainedModel) -> None:
     """Take the adapter off again; the model is the base model."""
     for _, linear in model.linears():
         linear.lora = None
@@ -58,7 +58,7 @@ def detach(model: JebiForCausalLM) -> None:
     model.adapter = None
 
 
-def _targets(model: JebiForCausalLM, names: list[str]) -> list[Linear]:
+def _targets(model: JebiPreTrainedModel, names: list[str]) -> list[Linear]:
     present: dict[str, list[Linear]] = {}
     for path, linear in model.linears():
         if path != "lm_head":
@@ -69,7 +69,7 @@ def _targets(model: JebiForCausalLM, names: list[str]) -> list[Linear]:
     return [linear for name, linears in present.items() if name in names for linear in linears]
 
 
-def _thaw_biases(model: JebiForCausalLM, targets: list[Linear], mode: str) -> None:
+def _thaw_biases(model: JebiPreTrainedModel, targets: list[Linear], mode: str) -> None:
     """Make the chosen biases trainable, as float32 master copies like the adapter's matrices."""
     chosen = [] if mode == "none" else targets if mode == "lora_only" else [m for _, m in model.linears()]
     for linear in chosen:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from jebi.config import LoraConfig
 from jebi.errors import AdapterError, ConfigError
-from jebi.models.hf import JebiForCausalLM
+from jebi.models.reward import JebiForSequenceClassification
+from jebi.models.shell import JebiPreTrainedModel
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -44,17 +45,20 @@ _UNSUPPORTED = {
 }
 """Settings of an adapter_config.json that change what it computes and that jebi does not have."""
 
+_SCORE_HEADS = ["classifier", "score"]
+"""What PEFT trains whole in a SEQ_CLS adapter, whichever of the two a model has."""
+
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` that leave the base model as it is; others take something out of its weights."""
 
 
-def write_adapter(model: JebiForCausalLM, config: LoraConfig, folder: Path) -> None:
+def write_adapter(model: JebiPreTrainedModel, config: LoraConfig, folder: Path) -> None:
     """Write the model's adapter into ``folder``, each file under a temporary name first."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in adapter_tensors(model).items()}
     weights, settings = folder / WEIGHTS_FILE, folder / CONFIG_FILE
     save_file(tensors, _partial(weights), metadata={"format": "pt"})
-    document = _peft_config(config, model.config.name_or_path)
+    document = _peft_config(config, model.config.name_or_path) | _task(model)
     _partial(settings).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _partial(weights).replace(weights)
     _partial(settings).replace(settings)
@@ -69,6 +73,8 @@ def read_config(folder: Path) -> LoraConfig:
     document = _document(folder)
     if document.get("peft_type") != "LORA":
         raise AdapterError(f"adapter '{folder}' is of type {document.get('peft_type')}; jebi reads LORA.")
+    if document.get("task_type") == "SEQ_CLS" and set(document.get("modules_to_save") or ()) <= set(_SCORE_HEADS):
+        document["modules_to_save"] = None  # the score head, which is among the tensors awaited
     for key, meaning in _UNSUPPORTED.items():
         if document.get(key):
             raise AdapterError(f"adapter '{folder}' uses {meaning} ({key}), which jebi does not have.")
@@ -126,7 +132,7 @@ def _document(folder: Path) -> dict[str, Any]:
     return document
 
 
-def read_weights(model: JebiForCausalLM, folder: Path) -> None:
+def read_weights(model: JebiPreTrainedModel, folder: Path) -> None:
     """Copy an adapter's tensors into the adapter that ``model`` has already.
 
     Raises:
@@ -156,7 +162,7 @@ def read_weights(model: JebiForCausalLM, folder: Path) -> None:
             target.copy_(stored[name])
 
 
-def adapter_tensors(model: JebiForCausalLM) -> dict[str, Tensor]:
+def adapter_tensors(model: JebiPreTrainedModel) -> dict[str, Tensor]:
     """Everything trained, under PEFT's names."""
     tensors: dict[str, Tensor] = {}
     for path, linear in model.linears():
@@ -167,6 +173,8 @@ def adapter_tensors(model: JebiForCausalLM) -> dict[str, Tensor]:
             # PEFT wraps an adapted module, so its bias moves one level down.
             wrapped = ".base_layer" if linear.lora is not None else ""
             tensors[f"{_PREFIX}{path}{wrapped}.bias"] = linear.bias
+    if isinstance(model, JebiForSequenceClassification):
+        tensors[f"{_PREFIX}score.weight"] = model.score.weight
     return tensors
 
 
@@ -174,7 +182,6 @@ def _peft_config(config: LoraConfig, base: str | None) -> dict[str, Any]:
     alpha = int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": config.r,
         "lora_alpha": alpha,
@@ -186,8 +193,14 @@ def _peft_config(config: LoraConfig, base: str | None) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
     }
+
+
+def _task(model: JebiPreTrainedModel) -> dict[str, Any]:
+    """What PEFT calls the head, and which of its parts are trained whole."""
+    if isinstance(model, JebiForSequenceClassification):
+        return {"task_type": "SEQ_CLS", "modules_to_save": _SCORE_HEADS}
+    return {"task_type": "CAUSAL_LM", "modules_to_save": None}
 
 
 def _partial(path: Path) -> Path:

@@ -22,11 +22,13 @@ def reference_of(model: JebiForCausalLM, with_adapter: bool = True) -> JebiForCa
     """
     tensors = [value for module in model.modules() for value in _tensors_of(module) if not value.requires_grad]
     # What the memo holds already is taken as its own copy.
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    twin: JebiForCausalLM = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     vars(twin).pop("forward", None)  # a trainer's own wrapping would lead back to the trained model
     if not with_adapter:
         detach(twin)
-    return twin.requires_grad_(False).eval()
+    twin.requires_grad_(False)
+    twin.eval()
+    return twin
 
 
 def _tensors_of(module: object) -> list[Tensor]:

@@ -1,21 +1,17 @@
 """The shell that transformers knows: a `PreTrainedModel` around the decoder and its head.
 
 It takes what `transformers.Trainer`, TRL and `generate` pass, lays padded batches out as flat rows and back, and
-computes the loss over labelled tokens without ever making all logits. Adapter files are written by whatever the
-`adapters` room put into ``adapter``.
+computes the loss over labelled tokens without ever making all logits. What a model does whatever its head is
+`models.shell`'s.
 
 Shapes: B batch, S tokens of a padded row, T real tokens, D width, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from os import PathLike
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -24,18 +20,10 @@ from jebi.kernels.linear_cross_entropy import linear_cross_entropy
 from jebi.models.cache import growing_cache
 from jebi.models.decoder import Decoder
 from jebi.models.families import DecoderShape
+from jebi.models.shell import JebiPreTrainedModel
 from jebi.models.unpadding import IGNORED, Layout, lay_out, shift_labels
-from jebi.models.writing import write_checkpoint
 from jebi.nn.linear import Linear
 from jebi.nn.rows import Rows
-
-
-class Adapter(Protocol):
-    """What the model needs of the adapter it carries."""
-
-    def save(self, model: PreTrainedModel, folder: Path) -> None:
-        """Write the adapter's files into ``folder``."""
-        ...
 
 
 class Backbone(Decoder):
@@ -79,7 +67,7 @@ class Backbone(Decoder):
         return BaseModelOutputWithPast(last_hidden_state=out_BSD, past_key_values=cache)
 
 
-class JebiForCausalLM(PreTrainedModel, GenerationMixin):
+class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
     """jebi's decoder with its language-model head."""
 
     model: Backbone
@@ -89,13 +77,7 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
     auto_checkpointing: bool
     """Whether a training may choose what layers keep."""
 
-    config_class = PretrainedConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
-    _supports_sdpa = True
-    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012  (transformers reads a list here)
 
     def __init__(
         self,
@@ -109,13 +91,9 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         config.dtype = dtype
         self.model = Backbone(shape, dtype, inv_freq, rope_scaling)
         self.lm_head = Linear(shape.layer.width, shape.vocabulary, False, dtype)
-        self.adapter: Adapter | None = None
         self.auto_checkpointing = False
         self.loss_type = "ForCausalLM"
         self.post_init()
-
-    def init_weights(self) -> None:
-        """Nothing: the weights come from a checkpoint."""
 
     def forward(
         self,
@@ -194,105 +172,6 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
             items = (learnt_BS.sum() if counts_BS is None else counts_BS[learnt_BS].sum()).clamp(min=1)
         return total / items
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding module."""
-        return self.model.embed_tokens
-
     def get_output_embeddings(self) -> nn.Module:
         """The head module."""
         return self.lm_head
-
-    def gradient_checkpointing_enable(
-        self,
-        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-        **_: Any,
-    ) -> None:
-        """Recompute activations in the backward, with ``offload`` from layer inputs in host memory.
-
-        A mode that recomputes already stays. `activation_checkpointing_enable` comes here too.
-        """
-        if every_n_layers != 1:
-            raise ModelError("every_n_layers is not available: jebi recomputes all layers or none. Leave it 1.")
-        if self.model.checkpointing == "none":
-            self.model.checkpointing = "offload" if offload else "recompute"
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations."""
-        self.model.checkpointing = "none"
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether activations are recomputed."""
-        return self.model.checkpointing != "none"
-
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        """The same under transformers' newer name."""
-        return self.is_gradient_checkpointing
-
-    def train(self, mode: bool = True) -> "JebiForCausalLM":
-        """As any module's; training drops the copies that were kept for decoding, which it would make stale."""
-        if mode:
-            self.drop_kept()
-        super().train(mode)
-        return self
-
-    def drop_kept(self) -> None:
-        """Drop the copies that were kept for decoding."""
-        for _, linear in self.linears():
-            linear.drop_kept()
-
-    def linears(self) -> Iterator[tuple[str, Linear]]:
-        """Every linear map with its full name in the checkpoint."""
-        for name, module in self.named_modules():
-            if isinstance(module, Linear):
-                yield name, module
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within it the model is the base model, trained biases put aside as well."""
-        loras = [(linear.lora, linear.lora.enabled) for _, linear in self.linears() if linear.lora is not None]
-        biases = [(linear, linear.bias) for _, linear in self.linears() if linear.base_bias is not None]
-        for lora, _ in loras:
-            lora.enabled = False
-        for linear, _ in biases:
-            assert linear.base_bias is not None
-            linear.bias = nn.Parameter(linear.base_bias, requires_grad=False)
-        try:
-            yield
-        finally:
-            for lora, enabled in loras:
-                lora.enabled = enabled
-            for linear, bias in biases:
-                linear.bias = bias
-
-    def trainable_parameters(self) -> tuple[int, int]:
-        """How many numbers are trained, and how many there are; a 4-bit weight counts its values, not its bytes."""
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        quantised = sum(
-            m.in_features * m.out_features for _, m in self.linears() if not isinstance(m.weight, nn.Parameter)
-        )
-        return trained, sum(p.numel() for p in self.parameters()) + quantised
-
-    def print_trainable_parameters(self) -> None:
-        """Print how much of the model is trained, in PEFT's words."""
-        trained, everything = self.trainable_parameters()
-        print(
-            f"trainable params: {trained:,d} || all params: {everything:,d} || "
-            f"trainable%: {100 * trained / everything:.4f}"
-        )
-
-    def save_pretrained(
-        self, save_directory: str | PathLike[str], is_main_process: bool = True, *_: Any, **__: Any
-    ) -> None:
-        """Write the adapter in PEFT's format, or the whole model in Hugging Face's where there is no adapter."""
-        if not is_main_process:
-            return
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.adapter is not None:
-            self.adapter.save(self, folder)
-        else:
-            write_checkpoint(self, folder)

@@ -15,12 +15,12 @@ from jebi.errors import ModelError
 from jebi.quant.nf4 import NF4Weight
 
 if TYPE_CHECKING:
-    from jebi.models.hf import JebiForCausalLM
+    from jebi.models.shell import JebiPreTrainedModel
 
 _SHARD_SIZE = "5GB"
 
 
-def write_checkpoint(model: "JebiForCausalLM", folder: Path) -> None:
+def write_checkpoint(model: "JebiPreTrainedModel", folder: Path) -> None:
     """Write config, generation config and weights into ``folder``.
 
     Raises:
