@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # One thread a test worker: two workers that spin for the same core slow each other tenfold.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench compatibility clean
 
 setup: $(STAMP)
 
@@ -51,6 +51,12 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/train_cpu.py --out docs/benchmarks
+
+compatibility: $(STAMP)
+	@echo "compatibility: every family against transformers, PEFT and bitsandbytes"
+	@rm -rf $(DATA)/compatibility
+	@$(TEST_ENV) $(BIN)/python -m pytest -q tests/compatibility/test_families.py
+	@$(BIN)/python tests/compatibility/write_table.py
 
 clean:
 	@rm -rf $(VENV) $(DATA) outputs

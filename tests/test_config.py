@@ -29,7 +29,7 @@ train: {learning_rate: 2e-4, max_steps: 3}
 """
 
 FIELDS = {
-    ModelConfig: ["name", "max_seq_length", "load_in_4bit", "dtype", "token"],
+    ModelConfig: ["name", "max_seq_length", "load_in_4bit", "dtype", "token", "rope_scaling"],
     LoraConfig: ["r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "random_state"],
     DataConfig: ["train", "split", "heldout", "heldout_share", "template", "text_field", "learn", "packing"],
     RunConfig: ["model", "lora", "data", "train"],

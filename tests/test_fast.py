@@ -1,10 +1,12 @@
 """``jebi.fast``: the tutorial's verbs load, adapt and switch a model, and refuse what they cannot honour."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from jebi import FastLanguageModel
 from jebi.adapters.peft_files import CONFIG_FILE, adapter_tensors
@@ -12,6 +14,7 @@ from jebi.errors import AdapterError, ConfigError, ModelError
 from jebi.quant.nf4 import NF4Weight
 
 IDS = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+LONG = torch.randint(3, 300, (1, 300), generator=torch.Generator().manual_seed(1))
 
 
 def load(folder: Path, **settings):
@@ -49,6 +52,34 @@ def test_settings_are_checked_before_anything_is_loaded() -> None:
         FastLanguageModel.from_pretrained("/nowhere", max_seq_length=0)
     with pytest.raises(ModelError, match="'/nowhere' is no folder"):
         FastLanguageModel.from_pretrained("/nowhere")
+
+
+@torch.no_grad()
+def test_rows_longer_than_the_models_stretch_rope_and_say_so(tiny_llama, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="jebi"):
+        model, _ = load(tiny_llama("worded"), max_seq_length=320, load_in_4bit=False)
+    assert caplog.messages == ["max_seq_length 320 exceeds the model's 128: RoPE scaled linearly by 2.5"]
+    assert model.config.max_position_embeddings == model.max_seq_length == 320
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tiny_llama("worded"),
+        dtype=torch.float32,
+        max_position_embeddings=320,
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5},
+    )
+    ours, expected = model(LONG).logits, theirs(LONG).logits
+    # Of the largest logit, float32's roundings over two layers; without the stretch it is off by more than a tenth.
+    assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_a_model_saved_with_another_rope_means_the_same_to_transformers(tiny_llama, tmp_path: Path) -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0}
+    model, _ = load(tiny_llama("worded"), max_seq_length=320, load_in_4bit=False, rope_scaling=scaling)
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert theirs.config.max_position_embeddings == 320
+    ours, expected = model(LONG).logits, theirs(LONG).logits
+    assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()  # as above
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ class ModelConfig:
     """float32, bfloat16, float16, or null to detect."""
     token: str | None = None
     """Hub token for gated models."""
+    rope_scaling: dict[str, Any] | None = None
+    """How RoPE is scaled, such as {rope_type: yarn, factor: 4.0}; null carries the model's own scaling on."""
 
     def __post_init__(self) -> None:
         if self.max_seq_length < 1:

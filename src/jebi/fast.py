@@ -16,11 +16,11 @@ from jebi.errors import AdapterError, ConfigError
 from jebi.inference.generation import prepare
 from jebi.models.decoder import Checkpointing
 from jebi.models.device import default_device, default_dtype
-from jebi.models.families import extend_context
 from jebi.models.files import find
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.loading import load_model
 from jebi.models.reward import JebiForSequenceClassification
+from jebi.models.rope import scale_context
 from jebi.models.shell import JebiPreTrainedModel
 from jebi.models.tokenizer import ready
 
@@ -47,6 +47,7 @@ class FastLanguageModel:
         load_in_4bit: bool = True,
         token: str | None = None,
         device: torch.device | str | None = None,
+        rope_scaling: dict[str, Any] | None = None,
     ) -> tuple[JebiForCausalLM, PreTrainedTokenizerBase]:
         """Load a model and its tokenizer.
 
@@ -58,12 +59,14 @@ class FastLanguageModel:
             load_in_4bit: store the projections as NF4.
             token: hub token for gated models.
             device: "cuda", "cpu" or such; None takes the card where there is one.
+            rope_scaling: how RoPE is scaled, in transformers' keys, such as ``{"rope_type": "yarn", "factor": 4.0}``;
+                None keeps the model's own, carried on where ``max_seq_length`` exceeds its length.
 
         Raises:
             ModelError: the model is not there, or of a kind that jebi does not have.
             WeightsError: its weights are incomplete or broken.
         """
-        ModelConfig(model_name, max_seq_length, load_in_4bit)
+        ModelConfig(model_name, max_seq_length, load_in_4bit, rope_scaling=rope_scaling)
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None, not {dtype!r}.")
         folder = Path(model_name).expanduser()
@@ -72,7 +75,7 @@ class FastLanguageModel:
         files = find(base, token)
         place = torch.device(device) if device is not None else default_device()
         config = files.config()
-        if notice := extend_context(config, max_seq_length):
+        if notice := scale_context(config, max_seq_length, rope_scaling):
             logger.warning(notice)
         model = load_model(files, config, dtype or default_dtype(place), place, load_in_4bit)
         if generation := files.generation_config():

@@ -175,7 +175,9 @@ def template_of(adapter: Path | None, named_or_text: str | None) -> Template:
 def _load(config: RunConfig) -> tuple[JebiForCausalLM, PreTrainedTokenizerBase]:
     model = config.model
     dtype = getattr(torch, model.dtype) if model.dtype else None
-    return FastLanguageModel.from_pretrained(model.name, model.max_seq_length, dtype, model.load_in_4bit, model.token)
+    return FastLanguageModel.from_pretrained(
+        model.name, model.max_seq_length, dtype, model.load_in_4bit, model.token, rope_scaling=model.rope_scaling
+    )
 
 
 def _adapt(model: JebiForCausalLM, config: RunConfig) -> None:
@@ -245,6 +247,7 @@ def model_settings(adapter: Path | None) -> dict[str, Any]:
         "max_seq_length": model.get("max_seq_length", 2048),
         "load_in_4bit": model.get("load_in_4bit", True),
         "dtype": getattr(torch, dtype) if dtype else None,
+        "rope_scaling": model.get("rope_scaling"),
     }
 
 

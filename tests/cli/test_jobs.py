@@ -88,6 +88,24 @@ def test_with_answers_alone_learnt_the_held_out_loss_is_that_of_the_comparison(
     assert record["tuned"]["heldout_loss"] == pytest.approx(measured, rel=1e-6)  # float32 sums in other passes
 
 
+def test_a_scaling_of_rope_holds_in_training_and_in_the_comparison(
+    jebi: Run, config: Path, rows: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    measured = []
+    for scaling in ("null", "{rope_type: yarn, factor: 4.0}"):
+        settings = ("data.learn=answers", f"data.heldout={rows}", f"model.rope_scaling={scaling}")
+        done = jebi("train", str(config), *(word for setting in settings for word in ("--set", setting)))
+        assert done.code == 0, done.err
+        log = json.loads((tmp_path / "out" / "report.json").read_text())["log"]
+        measured += [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert measured[1] != pytest.approx(measured[0], rel=1e-4)
+    words = ("compare", "--base", str(tiny_model), "--adapter", str(tmp_path / "out"), "--prompts", str(rows))
+    done = jebi(*words, "--heldout", str(rows), "--max-new-tokens", "1")
+    assert done.code == 0, done.err
+    record = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert record["tuned"]["heldout_loss"] == pytest.approx(measured[1], rel=1e-6)  # float32 sums in other passes
+
+
 def test_an_interrupted_run_is_resumed(
     jebi: Run, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from jebi import __version__
 from jebi.cli import main
 
-COMMANDS = ("demo", "train", "chat", "compare", "version")
+COMMANDS = ("demo", "train", "chat", "compare", "models", "version")
 HEAVY = ("torch", "transformers", "datasets", "numpy")
 
 Run = Callable[..., Any]
@@ -51,6 +51,15 @@ def test_help_is_quick() -> None:
 def test_without_a_command_the_help_is_shown(jebi: Run) -> None:
     done = jebi()
     assert all(name in done.out + done.err for name in COMMANDS)
+
+
+def test_models_lists_every_family_and_how_it_was_checked(jebi: Run) -> None:
+    from jebi.models.families import FAMILIES
+
+    done = jebi("models")
+    assert done.code == 0
+    assert all(name in done.out for name in FAMILIES)
+    assert "Largest difference from transformers" in done.out
 
 
 def test_version_names_what_is_installed(jebi: Run) -> None:

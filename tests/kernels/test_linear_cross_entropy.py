@@ -6,12 +6,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jebi.kernels import linear_cross_entropy as module
-from jebi.kernels.linear_cross_entropy import chunk_tokens, linear_cross_entropy, linear_cross_entropy_reference
+from jebi.kernels.linear_cross_entropy import (
+    PLAIN,
+    LossForm,
+    chunk_tokens,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 TOKENS, WIDTH, VOCABULARY = 37, 33, 301  # with the smallest chunk of 16: two whole ones and a short one
 DTYPES = (torch.float32, torch.bfloat16)
+FORMS = (PLAIN, LossForm(label_smoothing=0.1), LossForm(softcap=1.5), LossForm(0.1, 1.5))
 DRAWS = 12  # losses are single numbers, so their errors are compared over several draws
 
 
@@ -23,9 +30,17 @@ def inputs(seed: int, dtype: torch.dtype, tokens: int = TOKENS) -> tuple[Tensor,
     return hidden, weight, torch.randint(VOCABULARY, (tokens,), generator=generator)
 
 
-def exact(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    logits = hidden.double() @ weight.double().t()
-    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+def exact(hidden: Tensor, weight: Tensor, labels: Tensor, form: LossForm) -> Tensor:
+    return plain(hidden.double(), weight.double(), labels, form)
+
+
+def plain(hidden: Tensor, weight: Tensor, labels: Tensor, form: LossForm) -> Tensor:
+    """What a model without a head of its own computes: its logits rounded to its dtype."""
+    logits = hidden @ weight.t()
+    if form.softcap is not None:
+        logits = form.softcap * torch.tanh(logits / form.softcap)
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=form.label_smoothing)
 
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,43 +48,58 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chunk_tokens(VOCABULARY) == 16
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reference_against_float64(at_most_twice, dtype: torch.dtype, smoothing: float) -> None:
+def test_reference_against_float64(at_most_twice, dtype: torch.dtype, form: LossForm) -> None:
     losses = []
     for seed in range(DRAWS):
         hidden, weight, labels = inputs(seed, dtype)
-        # Plain torch: what a model without a head of its own computes, its logits rounded to its dtype.
-        plain = F.cross_entropy((hidden @ weight.t()).float(), labels, reduction="none", label_smoothing=smoothing)
-        ours = linear_cross_entropy_reference(hidden, weight, labels, smoothing)
-        losses.append((ours, plain.sum(), exact(hidden, weight, labels, smoothing)))
+        ours = linear_cross_entropy_reference(hidden, weight, labels, form)
+        losses.append((ours, plain(hidden, weight, labels, form), exact(hidden, weight, labels, form)))
     at_most_twice("loss", *(torch.stack(values) for values in zip(*losses)))
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_loss_and_gradient_against_the_reference(
-    at_most_twice, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, smoothing: float, chunked: bool
+def test_loss_and_gradients_against_the_reference(
+    at_most_twice, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, form: LossForm, chunked: bool
 ) -> None:
+    """The hidden states' gradient and a trained head's."""
     if chunked:
         small_chunks(monkeypatch)
-    losses, grads = [], []
+    losses, grads, heads = [], [], []
     for seed in range(DRAWS):
         hidden, weight, labels = inputs(seed, dtype)
-        leaves = hidden.clone().requires_grad_(), hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+        leaves = [
+            [value.to(kind, copy=True).requires_grad_() for value in (hidden, weight)]
+            for kind in (dtype, dtype, torch.float64)
+        ]
         results = (
-            linear_cross_entropy(leaves[0], weight, labels, smoothing),
-            linear_cross_entropy_reference(leaves[1], weight, labels, smoothing),
-            exact(leaves[2], weight, labels, smoothing),
+            linear_cross_entropy(*leaves[0], labels, form),
+            linear_cross_entropy_reference(*leaves[1], labels, form),
+            exact(*leaves[2], labels, form),
         )
         assert results[0].dtype == torch.float32
         for result in results:
             (result / TOKENS).backward()
         losses.append([result.detach() for result in results])
-        grads.append([leaf.grad for leaf in leaves])
-    for name, values in (("loss", losses), ("dhidden", grads)):
+        grads.append([leaf[0].grad for leaf in leaves])
+        heads.append([leaf[1].grad for leaf in leaves])
+    for name, values in (("loss", losses), ("dhidden", grads), ("dweight", heads)):
         at_most_twice(name, *(torch.stack(column) for column in zip(*values)))
+
+
+def test_a_trained_head_of_another_dtype() -> None:
+    """A float32 master is used in the hidden states' dtype, and gets its gradient in its own."""
+    hidden, weight, labels = inputs(0, torch.bfloat16)
+    master, rounded = weight.float().requires_grad_(), weight.clone().requires_grad_()
+    results = [linear_cross_entropy(hidden, head, labels) for head in (master, rounded)]
+    for result in results:
+        result.backward()
+    assert torch.equal(*results)
+    assert master.grad.dtype == torch.float32
+    assert torch.equal(master.grad.bfloat16(), rounded.grad)
 
 
 def test_chunks_hold_what_the_bytes_allow() -> None:
@@ -113,7 +143,7 @@ def test_loss_scale_above_float16_leaves_gradients_finite() -> None:
     weight *= 2.0**-6
     scale = 2.0**17  # as Trainer's scaler may use: no float16 itself, though the scaled gradients are
     fine = hidden.double().requires_grad_()
-    (exact(fine, weight, labels, 0.0) * scale).backward()
+    (exact(fine, weight, labels, PLAIN) * scale).backward()
     hidden.requires_grad_()
     (linear_cross_entropy(hidden, weight, labels) * scale).backward()
     # A handful of roundings to float16 (2**-11 each): logits, their gradient, the product, the scaling.
@@ -132,9 +162,9 @@ def test_a_counted_token_is_one_that_stands_there_as_often(monkeypatch: pytest.M
     hidden, weight, labels = inputs(0, torch.float32)
     counts = torch.arange(TOKENS) % 4
     once, often = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    counted = linear_cross_entropy(once, weight, labels, smoothing, counts.float())
+    counted = linear_cross_entropy(once, weight, labels, LossForm(smoothing), counts.float())
     repeated = linear_cross_entropy(
-        often.repeat_interleave(counts, 0), weight, labels.repeat_interleave(counts), smoothing
+        often.repeat_interleave(counts, 0), weight, labels.repeat_interleave(counts), LossForm(smoothing)
     )
     counted.backward()
     repeated.backward()

@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jebi.kernels.rms_norm import rms_norm, rms_norm_apply, rms_norm_backward, rms_norm_forward
+from jebi.kernels.rms_norm import (
+    rms_norm,
+    rms_norm_apply,
+    rms_norm_backward,
+    rms_norm_forward,
+    rms_norm_weight_grad,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -68,3 +74,31 @@ def test_rows_of_zeros_and_large_float16_stay_finite() -> None:
     assert y[0].eq(0).all()
     assert y[1].eq(1).all()
     assert rms_norm_backward(torch.ones_like(x), x, rstd, torch.ones(64).half()).isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 35)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_weights_stored_less_one_and_trained_weights(
+    at_most_twice, unit_offset: bool, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x, weight, dy = inputs(shape, dtype)
+    stored = weight - 1 if unit_offset else weight
+    y, rstd = rms_norm_forward(x, stored, EPS, unit_offset)
+    assert torch.equal(rms_norm_apply(x, rstd, stored, unit_offset), y)
+
+    def run(kind: torch.dtype) -> list[Tensor]:
+        leaf, trained = (value.to(kind, copy=True).requires_grad_() for value in (x, stored))
+        whole = trained + 1 if unit_offset else trained
+        out = whole * leaf / (leaf.square().mean(-1, keepdim=True) + EPS).sqrt()
+        out.backward(dy.to(kind))
+        return [out.detach(), leaf.grad, trained.grad]
+
+    leaf, trained = x.clone().requires_grad_(), stored.clone().requires_grad_()
+    out = rms_norm(leaf, trained, EPS, unit_offset)
+    out.backward(dy)
+    ours = [y, rms_norm_backward(dy, x, rstd, stored, unit_offset), rms_norm_weight_grad(dy, x, rstd).to(dtype)]
+    reference = [out.detach(), leaf.grad, trained.grad]
+    for name, one, other, plain, fine in zip(("y", "dx", "dw"), ours, reference, run(dtype), run(torch.float64)):
+        at_most_twice(name, one, plain, fine)
+        at_most_twice(f"{name} of the reference", other, plain, fine)

@@ -54,6 +54,24 @@ def test_rotation_and_its_gradient(at_most_twice, dtype: torch.dtype, shape: tup
     at_most_twice("dx", rope(dy, cos, -sin), plain.grad, fine.grad)
 
 
+@pytest.mark.parametrize("size", [2, 6, 14])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_narrow_tables_turn_the_first_dimensions_alone(at_most_twice, dtype: torch.dtype, size: int) -> None:
+    x, dy, _, _ = inputs((5, 3, 16), dtype)
+    cos, sin = rope_tables(torch.arange(3, 8), frequencies(size), 1.0, dtype)
+    fine = x[..., :size].double().requires_grad_()
+    exact = by_pairs(fine, cos.double(), sin.double())
+    exact.backward(dy[..., :size].double())
+    y, dx = rope(x, cos, sin), rope(dy, cos, -sin)
+    at_most_twice("y", y[..., :size], by_pairs(x[..., :size], cos, sin), exact.detach())
+    assert torch.equal(y[..., size:], x[..., size:])
+    plain = x.clone().requires_grad_()
+    rope(plain, cos, sin).backward(dy)
+    assert torch.equal(dx, plain.grad)
+    at_most_twice("dx", dx[..., :size], plain.grad[..., :size], fine.grad)
+    assert torch.equal(dx[..., size:], dy[..., size:])
+
+
 def test_leading_dimensions_are_free() -> None:
     x, _, cos, sin = inputs((7, 3, 16), torch.float32)
     batch = rope(torch.stack([x, 2 * x]), torch.stack([cos, cos]), torch.stack([sin, sin]))

@@ -17,14 +17,13 @@ from jebi.kernels.linear_cross_entropy import CHUNK_BYTES
 from jebi.models.decoder import Checkpointing
 from jebi.models.families import DecoderShape
 from jebi.models.hf import JebiForCausalLM
+from jebi.nn.attention import AttentionForm
 from jebi.nn.layer import DecoderLayer, LayerShape
 from jebi.nn.layer_node import Keep, run_layer
 from jebi.nn.rows import rows_from_lengths
 from jebi.plan.passes import CPU_PASS_TOKENS, PassPlan, choose, kept_bytes_per_token, work_bytes_per_token
 
-LLAMA_8B = DecoderShape(
-    LayerShape(4096, 32, 8, 128, 14336, 1e-5, attention_bias=False, mlp_bias=False), 32, 128256, tied=False
-)
+LLAMA_8B = DecoderShape((LayerShape(4096, 32, 8, 128, 14336, 1e-5, AttentionForm(128**-0.5)),) * 32, 128256, tied=False)
 MODES: tuple[Checkpointing, ...] = ("none", "recompute", "offload")
 GB = 2**30
 
@@ -91,7 +90,7 @@ def counted(model: JebiForCausalLM, lengths: list[int], keep: Keep) -> int:
     assert isinstance(layer, DecoderLayer)
     rows = rows_from_lengths(lengths, torch.device("cpu"))
     hidden = torch.randn(sum(lengths), model.model.shape.layer.width).to(dtype).requires_grad_()
-    tables = model.model.tables(rows.positions_U, dtype)
+    tables = model.model.rotary["full_attention"].of_rows(rows, dtype)
     noted: list[weakref.ref[Tensor]] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -122,7 +121,9 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 def predicted(model: JebiForCausalLM, mode: Checkpointing) -> int:
     """Bytes of one layer and token."""
-    return kept_bytes_per_token(dataclasses.replace(model.model.shape, layers=1), model.dtype.itemsize, mode)
+    return kept_bytes_per_token(
+        dataclasses.replace(model.model.shape, layers=model.model.shape.layers[:1]), model.dtype.itemsize, mode
+    )
 
 
 def test_a_layer_that_keeps_everything_keeps_what_is_counted(layer: Callable[[torch.dtype], JebiForCausalLM]) -> None:

@@ -5,12 +5,14 @@ Other packages as judges are in ``test_trainer_oracles``, arguments in ``test_tr
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from jebi.data.passes import cut
 from jebi.fast import FastLanguageModel
@@ -151,6 +153,35 @@ def test_with_dropout_rows_share_no_tokens_and_so_no_mask(
     make_trainer(model=make_model(lora_dropout=0.1), max_steps=1).train()
     make_trainer(max_steps=1).train()
     assert shared == [False, True]
+
+
+def test_rows_whose_rope_follows_their_length_are_trained_as_each_alone(
+    tiny_folder: Path, make_trainer: Fixture, losses: Fixture
+) -> None:
+    """Rows of 105 to 205 tokens with 100 in common, of a model whose frequencies change at 128."""
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
+    model, _ = FastLanguageModel.from_pretrained(
+        str(tiny_folder), 256, torch.float32, load_in_4bit=False, device="cpu", rope_scaling=scaling
+    )
+    FastLanguageModel.get_peft_model(model, r=4)
+    texts = ["abcde" * 20 + letter * (20 * n) + "</s>" for n, letter in enumerate("fghijk")]
+    rows = Dataset.from_dict({"text": texts})
+    settings = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0}
+    data = {"eval_dataset": rows, "max_seq_length": 256}
+    trainer = make_trainer(model=model, train_dataset=rows, trainer=data, **settings)
+    trainer.train()
+    total, count = 0.0, 0
+    for row in trainer.train_dataset:
+        theirs = AutoModelForCausalLM.from_pretrained(
+            tiny_folder, dtype=torch.float32, rope_parameters=scaling | {"rope_theta": 10000.0}
+        )
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            total += theirs(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    # Float32 losses; with one row's frequencies for all of them it is off by more than 0.01.
+    assert [*losses(trainer), *evaluated] == pytest.approx([total / count] * 2, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from jebi.cli import chat, compare, demo, train, version
+from jebi.cli import chat, compare, demo, models, train, version
 from jebi.errors import JebiError
 
 INTERRUPTED = 130
@@ -20,6 +20,7 @@ app.command("demo")(demo.command)
 app.command("train")(train.command)
 app.command("chat")(chat.command)
 app.command("compare")(compare.command)
+app.command("models")(models.command)
 app.command("version")(version.command)
 
 

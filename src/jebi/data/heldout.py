@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from jebi.data.passes import Batch, Pass, cut
+from jebi.data.passes import Batch, Pass, cut, longest
 from jebi.data.templates import Template
 from jebi.models.unpadding import IGNORED
 
@@ -21,6 +21,10 @@ class Model(Protocol):
     @property
     def device(self) -> torch.device:
         """Where its inputs have to be."""
+        ...
+
+    def shares_beginnings(self, longest: int) -> bool:
+        """Whether beginnings that rows of up to ``longest`` tokens have in common may be computed once."""
         ...
 
     def __call__(self, **inputs: Any) -> Any:
@@ -44,7 +48,8 @@ def summed_loss(model: Model, batches: Iterable[Batch], tokens: int, label_smoot
     learnt = 0
     for batch in batches:
         learnt += int((batch["shift_labels"] != IGNORED).sum())
-        for part in cut([batch], tokens):
+        share = model.shares_beginnings(longest([batch]))
+        for part in cut([batch], tokens, share):
             inputs = inputs_of(part, model.device) | {"num_items_in_batch": 1, "label_smoothing": label_smoothing}
             with torch.no_grad():
                 total += model(**inputs).loss.double()

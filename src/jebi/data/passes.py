@@ -67,6 +67,11 @@ def collate(examples: list[dict[str, list[int]]]) -> Batch:
     }
 
 
+def longest(batches: list[Batch]) -> int:
+    """Tokens of the batches' longest row."""
+    return max((length for batch in batches for length in batch["lengths"]), default=0)
+
+
 def cut(batches: list[Batch], tokens: int, share: bool = True) -> list[Pass]:
     """The batches' rows in passes of at most ``tokens`` held tokens; a longer row is a pass of its own.
 

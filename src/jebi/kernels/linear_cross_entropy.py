@@ -1,11 +1,12 @@
 """Cross-entropy of a linear head, in chunks of tokens: all the logits never exist at once.
 
-The caller passes only tokens that have a label. When the hidden states need a gradient it is computed in the
-forward, chunk by chunk, while the chunk's logits are at hand; the head's weight is frozen and gets none.
+The caller passes only tokens that have a label. Gradients are computed in the forward, chunk by chunk, while the
+chunk's logits are at hand: the hidden states' where they need one, the head's weight's where that is trained.
 
-Shapes: N labelled tokens, D width, V vocabulary.
+Shapes: N labelled tokens, C tokens of a chunk, D width, V vocabulary.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,32 +17,50 @@ CHUNK_BYTES = 64 * 2**20
 """Size of one chunk's logits. A constant, so that equal seeds give equal sums whatever else runs on the machine."""
 
 
+@dataclass(frozen=True)
+class LossForm:
+    """What is between the head's product and the loss."""
+
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over the vocabulary."""
+    softcap: float | None = None
+    """Logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv:2408.00118, section 2)."""
+
+
+PLAIN = LossForm()
+
+
 def linear_cross_entropy_reference(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, label_smoothing: float = 0.0
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, form: LossForm = PLAIN
 ) -> Tensor:
     """Reference, differentiable: the summed loss with all logits (N, V) at once, the softmax in float32."""
-    logits_NV = F.linear(hidden_ND, weight_VD).float()
-    return F.cross_entropy(logits_NV, labels_N, reduction="sum", label_smoothing=label_smoothing)
+    logits_NV = softcapped(F.linear(hidden_ND, weight_VD.to(hidden_ND.dtype)).float(), form.softcap)
+    return F.cross_entropy(logits_NV, labels_N, reduction="sum", label_smoothing=form.label_smoothing)
 
 
 def linear_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     labels_N: Tensor,
-    label_smoothing: float = 0.0,
+    form: LossForm = PLAIN,
     counts_N: Tensor | None = None,
 ) -> Tensor:
     """Sum over the tokens of the cross-entropy of ``hidden @ weight.T``; float32 scalar.
 
     Args:
         hidden_ND: (N, D), float32, bfloat16 or float16.
-        weight_VD: (V, D) of the same dtype, frozen.
+        weight_VD: (V, D), cast to the hidden states' dtype; differentiable where it requires a gradient.
         labels_N: (N,) int64 in [0, V).
-        label_smoothing: share of the target spread evenly over the vocabulary.
+        form: label smoothing and softcapping.
         counts_N: (N,) float32, how often each token counts; once when None.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, label_smoothing, counts_N)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, form, counts_N)
     return loss
+
+
+def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
+    """The logits, capped smoothly where a cap is given; differentiable."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def chunk_tokens(vocabulary: int) -> int:
@@ -56,35 +75,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         labels_N: Tensor,
-        label_smoothing: float,
+        form: LossForm,
         counts_N: Tensor | None,
     ) -> Tensor:
-        needs_grad = hidden_ND.requires_grad
-        grad_ND = torch.empty_like(hidden_ND) if needs_grad else None
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        w_VD = weight_VD.to(hidden_ND.dtype)
+        grad_ND = torch.empty_like(hidden_ND) if needs_hidden else None
+        # In float32, since it is a sum over chunks.
+        grad_VD = torch.zeros_like(w_VD, dtype=torch.float32) if needs_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        step = chunk_tokens(weight_VD.shape[0])
+        step = chunk_tokens(w_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], step):
             part = slice(start, start + step)
-            logits_CV = (hidden_ND[part] @ weight_VD.t()).float()
-            losses_C = _token_losses(logits_CV, labels_N[part], label_smoothing)
+            logits_CV = (hidden_ND[part] @ w_VD.t()).float()
+            slope_CV = _cap_(logits_CV, form.softcap) if form.softcap is not None else None
+            losses_C = _token_losses_(logits_CV, labels_N[part], form.label_smoothing)
             total += losses_C.sum() if counts_N is None else losses_C @ counts_N[part]
+            if not (needs_hidden or needs_weight):
+                continue
+            dlogits_CV = _loss_grad_(logits_CV, labels_N[part], form.label_smoothing)
+            if counts_N is not None:
+                dlogits_CV.mul_(counts_N[part, None])
+            if slope_CV is not None:
+                dlogits_CV.mul_(slope_CV)
+            rounded_CV = dlogits_CV.to(w_VD.dtype)
             if grad_ND is not None:
-                dlogits_CV = _loss_grad_(logits_CV, labels_N[part], label_smoothing)
-                if counts_N is not None:
-                    dlogits_CV.mul_(counts_N[part, None])
-                torch.mm(dlogits_CV.to(weight_VD.dtype), weight_VD, out=grad_ND[part])
-        ctx.save_for_backward(grad_ND)
+                torch.mm(rounded_CV, w_VD, out=grad_ND[part])
+            if grad_VD is not None:
+                grad_VD += rounded_CV.t() @ hidden_ND[part]
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.save_for_backward(grad_ND, grad_VD)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        (grad_ND,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_ND, grad_VD = ctx.saved_tensors
         # In float32 first: under loss scaling the incoming factor alone may exceed what float16 holds.
-        scaled_ND = grad_ND.float().mul_(grads[0]).to(grad_ND.dtype)
-        return scaled_ND, None, None, None, None
+        scaled_ND = None if grad_ND is None else grad_ND.float().mul_(grads[0]).to(grad_ND.dtype)
+        scaled_VD = None if grad_VD is None else (grad_VD * grads[0]).to(ctx.weight_dtype)
+        return scaled_ND, scaled_VD, None, None, None
 
 
-def _token_losses(logits_CV: Tensor, labels_C: Tensor, label_smoothing: float) -> Tensor:
+def _cap_(logits_CV: Tensor, softcap: float) -> Tensor:
+    """Cap the logits in place and return the cap's slope at each of them."""
+    tanh_CV = logits_CV.div_(softcap).tanh_()
+    slope_CV = tanh_CV.square().neg_().add_(1)
+    tanh_CV.mul_(softcap)
+    return slope_CV
+
+
+def _token_losses_(logits_CV: Tensor, labels_C: Tensor, label_smoothing: float) -> Tensor:
     """Turn the logits into log-probabilities in place and return each token's loss (C,)."""
     torch.log_softmax(logits_CV, dim=-1, out=logits_CV)
     losses_C = -logits_CV.gather(1, labels_C[:, None]).squeeze(1)

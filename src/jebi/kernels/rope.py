@@ -3,7 +3,7 @@
 Frequencies and their scaling belong to the model; this file turns positions into angles' cosines and sines and
 rotates. A rotation's gradient is the opposite rotation, so the backward is ``rope(dq, cos, -sin)``.
 
-Shapes: T tokens, H heads, d head size; cos and sin are (..., d) with the half repeated.
+Shapes: T tokens, H heads, d head size, R <= d rotated size; cos and sin are (..., R) with the half repeated.
 """
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 def rope_tables(positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of ``positions * inv_freq``, each (*positions.shape, d), computed in float32.
+    """Cosine and sine of ``positions * inv_freq``, each (*positions.shape, R), computed in float32.
 
     Args:
         positions: integer positions, any shape.
-        inv_freq: (d / 2,) float32.
+        inv_freq: (R / 2,) float32, or (..., R / 2) where tokens differ in it.
         scaling: factor on both tables (YaRN's and longrope's attention factor; 1.0 otherwise).
         dtype: what the tables are rounded to.
     """
@@ -24,14 +24,19 @@ def rope_tables(positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torc
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
 
 
-def rope(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
+def rope(x_THd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Rotate every head of every token: ``x * cos + rotate_half(x) * sin``; differentiable.
+
+    Tables narrower than a head rotate its first R dimensions and leave the others (partial rotary).
 
     Args:
         x_THd: (..., T, H, d).
-        cos_Td: (..., T, d), broadcast over the heads.
-        sin_Td: like ``cos_Td``.
+        cos_TR: (..., T, R), broadcast over the heads.
+        sin_TR: like ``cos_TR``.
     """
-    half = x_THd.shape[-1] // 2
+    size = cos_TR.shape[-1]
+    if size < x_THd.shape[-1]:
+        return torch.cat((rope(x_THd[..., :size], cos_TR, sin_TR), x_THd[..., size:]), dim=-1)
+    half = size // 2
     turned_THd = torch.cat((-x_THd[..., half:], x_THd[..., :half]), dim=-1)
-    return x_THd * cos_Td.unsqueeze(-2) + turned_THd * sin_Td.unsqueeze(-2)
+    return x_THd * cos_TR.unsqueeze(-2) + turned_THd * sin_TR.unsqueeze(-2)

@@ -6,6 +6,7 @@ and everything transformers expects of a model are `models.hf`.
 Shapes: T tokens of all rows, B batch, S new tokens, L cached length, D width.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
-from jebi.kernels.rope import rope_tables
 from jebi.models.families import DecoderShape
-from jebi.nn.attention import attend_cached, attend_rows
+from jebi.nn.attention import AttentionForm, attend_cached, attend_rows, seen
+from jebi.nn.embedding import Embedding
 from jebi.nn.layer import DecoderLayer, Norm
 from jebi.nn.layer_node import Keep, run_layer, serves
+from jebi.nn.rotary import Rotary, Tables
 from jebi.nn.rows import Rows
 
 Checkpointing = Literal["none", "recompute", "offload"]
@@ -30,36 +32,42 @@ _KEEP: dict[Checkpointing, Keep] = {"none": "all", "recompute": "input", "offloa
 class Decoder(nn.Module):
     """Embedding, layers and final norm, named as in Hugging Face checkpoints."""
 
-    def __init__(self, shape: DecoderShape, dtype: torch.dtype, inv_freq: Tensor, rope_scaling: float):
+    layers: nn.ModuleList
+
+    def __init__(self, shape: DecoderShape, dtype: torch.dtype, rotary: dict[str, Rotary]):
+        """Build it on the meta device.
+
+        Args:
+            shape: sizes and flags.
+            dtype: compute dtype.
+            rotary: rotary positions by the kind of layer.
+        """
         super().__init__()
         self.shape = shape
-        embedding = torch.empty(shape.vocabulary, shape.layer.width, dtype=dtype, device="meta")
-        self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(embedding, freeze=True)
-        self.layers = nn.ModuleList(DecoderLayer(shape.layer, dtype) for _ in range(shape.layers))
-        self.norm = Norm(shape.layer.width, shape.layer.eps, dtype)
-        self.inv_freq = inv_freq
-        self.rope_scaling = rope_scaling
+        self.embed_tokens = Embedding(shape.vocabulary, shape.layer.width, shape.embedding_scale, dtype)
+        self.layers = nn.ModuleList(DecoderLayer(layer, dtype) for layer in shape.layers)
+        self.norm = Norm(shape.layer.width, shape.layer, dtype)
+        self.rotary = rotary
         self.checkpointing: Checkpointing = "none"
         self.plain = False
         """Run the plain form of every layer, for tests and comparisons."""
 
-    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Rotary cosines and sines of the positions."""
-        self.inv_freq = self.inv_freq.to(positions.device)
-        return rope_tables(positions, self.inv_freq, self.rope_scaling, dtype)
+    def shares_beginnings(self, longest: int) -> bool:
+        """Whether rows of up to ``longest`` tokens have equal hidden states where they begin alike."""
+        return all(rotary.holds(longest) for rotary in self.rotary.values())
 
     def forward_rows(self, hidden_TD: Tensor, rows: Rows) -> Tensor:
         """Embedded rows laid end to end -> final hidden states (T, D)."""
-        tables = self.tables(rows.positions_U, hidden_TD.dtype)
+        tables = self._tables(lambda rotary: rotary.of_rows(rows, hidden_TD.dtype))
         training = torch.is_grad_enabled() and self.training
-        for layer in self.layers:
-            assert isinstance(layer, DecoderLayer)
+        for layer in self._layers():
+            turned = tables[layer.shape.kind]
             if torch.is_grad_enabled() and not self.plain and serves(layer):
-                hidden_TD = run_layer(layer, hidden_TD, tables, rows, _KEEP[self.checkpointing])
+                hidden_TD = run_layer(layer, hidden_TD, turned, rows, _KEEP[self.checkpointing])
             elif training and self.checkpointing != "none":
-                hidden_TD = checkpoint(_plain_rows, layer, hidden_TD, tables, rows, use_reentrant=False)
+                hidden_TD = checkpoint(_plain_rows, layer, hidden_TD, turned, rows, use_reentrant=False)
             else:
-                hidden_TD = _plain_rows(layer, hidden_TD, tables, rows)
+                hidden_TD = _plain_rows(layer, hidden_TD, turned, rows)
         out_TD: Tensor = self.norm(hidden_TD)
         return out_TD
 
@@ -70,36 +78,58 @@ class Decoder(nn.Module):
             hidden_BSD: embedded tokens.
             positions_BS: their positions.
             mask_BL: 1 for real tokens among the cached and the new ones, 0 for padding; None when all are real.
-            cache: transformers' cache object.
+            cache: transformers' cache object, whose layers keep all they are given.
         """
-        tables = self.tables(positions_BS, hidden_BSD.dtype)
-        mask_BSL = _mask(mask_BL, hidden_BSD.shape[1], cache.get_seq_length(), hidden_BSD.device)
-        for index, layer in enumerate(self.layers):
+        tables = self._tables(lambda rotary: rotary.of_positions(positions_BS, hidden_BSD.dtype))
+        past, new = cache.get_seq_length(), hidden_BSD.shape[1]
+        windows = {layer.attention.window for layer in self.shape.layers}
+        masks = {window: _mask(mask_BL, new, past, window, hidden_BSD.device) for window in windows}
+        for index, layer in enumerate(self._layers()):
+            form = layer.shape.attention
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, index: int = index) -> Tensor:
+            def attend(q: Tensor, k: Tensor, v: Tensor, index: int = index, form: AttentionForm = form) -> Tensor:
                 k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), index)
-                return attend_cached(q, k, v, mask_BSL)
+                return attend_cached(q, k, v, masks[form.window], form)
 
-            hidden_BSD = layer(hidden_BSD, *tables, attend)
+            hidden_BSD = layer(hidden_BSD, tables[layer.shape.kind], attend)
         out_BSD: Tensor = self.norm(hidden_BSD)
         return out_BSD
 
+    def _layers(self) -> Iterator[DecoderLayer]:
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            yield layer
 
-def _plain_rows(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tensor], rows: Rows) -> Tensor:
-    out_TD: Tensor = layer(hidden_TD, *tables, lambda q, k, v: attend_rows(q, k, v, rows))
+    def _tables(self, make: Callable[[Rotary], Tables]) -> dict[str, Tables]:
+        """Rotary tables of each kind of layer that the model has, made once where kinds have the same."""
+        made: dict[int, Tables] = {}
+        tables: dict[str, Tables] = {}
+        for kind in {layer.kind for layer in self.shape.layers}:
+            rotary = self.rotary[kind]
+            if id(rotary) not in made:
+                made[id(rotary)] = make(rotary)
+            tables[kind] = made[id(rotary)]
+        return tables
+
+
+def _plain_rows(layer: DecoderLayer, hidden_TD: Tensor, tables: Tables, rows: Rows) -> Tensor:
+    form = layer.shape.attention
+    out_TD: Tensor = layer(hidden_TD, tables, lambda q, k, v: attend_rows(q, k, v, rows, form))
     return out_TD
 
 
-def _mask(mask_BL: Tensor | None, new: int, past: int, device: torch.device) -> Tensor | None:
-    """(B, S, L) booleans where a new token may look, or None when plain causality says it all."""
-    padded = mask_BL is not None and not bool(mask_BL.all())
-    if not padded and (past == 0 or new == 1):
-        return None
+def _mask(mask_BL: Tensor | None, new: int, past: int, window: int | None, device: torch.device) -> Tensor | None:
+    """(B or 1, S, L) booleans where a new token may look, or None when plain causality says it all."""
     length = past + new
-    query_S = torch.arange(past, length, device=device)
-    causal_SL = torch.arange(length, device=device)[None] <= query_S[:, None]
+    padded = mask_BL is not None and not bool(mask_BL.all())
+    if window is not None and window >= length:
+        window = None
+    if not padded and window is None and (past == 0 or new == 1):
+        return None
+    causal_SL = seen(new, length, past, window, device)
     if mask_BL is None or not padded:
         return causal_SL[None]
     allowed_BSL = causal_SL[None] & F.pad(mask_BL, (0, length - mask_BL.shape[1]), value=1)[:, None].bool()
     # A padding token in front of a row may look at nothing; letting it see itself keeps its softmax finite.
-    return allowed_BSL | (torch.arange(length, device=device)[None] == query_S[:, None])[None]
+    itself_SL = seen(new, length, past, 1, device)
+    return allowed_BSL | itself_SL[None]

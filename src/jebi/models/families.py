@@ -1,59 +1,79 @@
 """What a Hugging Face config says in jebi's terms, one function per family, each with its source.
 
-A new family costs one function here and one test. Weights and tokenizers are read elsewhere.
+A new family costs one function here and one line in `FAMILIES`; ``docs/families.md`` shows how. Weights, RoPE and
+tokenizers are read elsewhere.
 """
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from jebi.errors import ModelError
+from jebi.kernels.glu import Activation
+from jebi.nn.attention import AttentionForm
 from jebi.nn.layer import LayerShape
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class DecoderShape:
     """The sizes and flags of a whole decoder."""
 
-    layer: LayerShape
-    """The shape of each layer."""
-    layers: int
-    """How many layers there are."""
+    layers: tuple[LayerShape, ...]
+    """The shape of each layer; sizes are the same in all, attention may differ."""
     vocabulary: int
     """Rows of the embedding and of the head."""
     tied: bool
     """Whether the head is the embedding."""
+    embedding_scale: float = 1.0
+    """Factor on the embedded tokens."""
+    logit_softcap: float | None = None
+    """Logits become ``softcap * tanh(logits / softcap)``."""
+
+    @property
+    def layer(self) -> LayerShape:
+        """The first layer's shape, for the sizes that all of them have."""
+        return self.layers[0]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Checkpoints of one ``model_type``."""
+
+    read: Callable[[PretrainedConfig], DecoderShape]
+    """Their config in jebi's terms."""
+    models: str
+    """Whose they are, for people."""
 
 
 def read_config(config: PretrainedConfig) -> DecoderShape:
     """The decoder's shape; `ModelError` for a family or a feature that jebi does not have."""
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise ModelError(
-            f"model type '{config.model_type}' is not supported. Supported: {', '.join(sorted(FAMILIES))}."
+        supported = ", ".join(sorted(FAMILIES))
+        raise ModelError(f"model type '{config.model_type}'{_why(config)} is not supported. Supported: {supported}.")
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
+        if not isinstance(getattr(config, name, None), int) or getattr(config, name) < 1:
+            raise ModelError(
+                f"the model's config has {name}={getattr(config, name, None)!r}; a number above 0 is needed."
+            )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ModelError("use_bidirectional_attention=true (an embedding model) is not supported: jebi's is causal.")
+    if getattr(config, "attention_dropout", 0):
+        logger.warning(
+            f"attention_dropout={config.attention_dropout} of the model's config is not applied in training."
         )
-    return family(config)
-
-
-def rope_frequencies(config: PretrainedConfig, device: torch.device) -> tuple[Tensor, float]:
-    """Inverse frequencies (d / 2,) float32 and the tables' factor, with the config's scaling applied.
-
-    transformers' own functions do it, so every scaling type it knows means the same here.
-    """
-    parameters = config.rope_parameters
-    kind = parameters.get("rope_type", "default")
-    if kind == "default":
-        size = head_dim(config)
-        steps = torch.arange(0, size, 2, dtype=torch.float32, device=device)
-        return 1.0 / (float(parameters["rope_theta"]) ** (steps / size)), 1.0
-    if kind not in ROPE_INIT_FUNCTIONS:
-        raise ModelError(f"rope_type '{kind}' is not known. Known: default, {', '.join(ROPE_INIT_FUNCTIONS)}.")
-    inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, device)
-    return inv_freq.float(), float(scaling)
+    shape = family.read(config)
+    if shape.layer.heads % shape.layer.kv_heads:
+        raise ModelError(
+            f"the model's config has num_attention_heads={shape.layer.heads}, which is no multiple of "
+            f"num_key_value_heads={shape.layer.kv_heads}."
+        )
+    return shape
 
 
 def head_dim(config: PretrainedConfig) -> int:
@@ -62,25 +82,15 @@ def head_dim(config: PretrainedConfig) -> int:
     return int(stated or config.hidden_size // config.num_attention_heads)
 
 
-def extend_context(config: PretrainedConfig, max_seq_length: int) -> str | None:
-    """Scale RoPE in ``config`` when ``max_seq_length`` exceeds what the model was trained for; say what was done.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+_OTHER_PARTS = {"vision_config": "a vision tower", "audio_config": "an audio tower"}
 
-    Positions are divided by the excess (linear scaling, arXiv:2306.15595), so that none is larger than in training.
-    """
-    trained = int(config.max_position_embeddings)
-    if max_seq_length <= trained:
-        return None
-    parameters = dict(config.rope_parameters)
-    kind = parameters.get("rope_type", "default")
-    if kind not in ("default", "linear"):
-        raise ModelError(
-            f"max_seq_length={max_seq_length} exceeds the model's {trained}, and its RoPE is already scaled "
-            f"('{kind}'). Set max_seq_length to {trained} or less."
-        )
-    factor = max_seq_length / trained * float(parameters.get("factor", 1.0))
-    config.rope_parameters = {**parameters, "rope_type": "linear", "factor": factor}
-    config.max_position_embeddings = max_seq_length
-    return f"max_seq_length {max_seq_length} exceeds the model's {trained}: RoPE scaled linearly by {factor:g}"
+
+def _why(config: PretrainedConfig) -> str:
+    """What stands in the way, where the config shows it."""
+    if any(getattr(config, name, None) for name in _EXPERTS):
+        return " (a mixture of experts)"
+    return next((f" (with {part})" for name, part in _OTHER_PARTS.items() if getattr(config, name, None)), "")
 
 
 def _llama(config: PretrainedConfig) -> DecoderShape:
@@ -88,20 +98,166 @@ def _llama(config: PretrainedConfig) -> DecoderShape:
 
     Source: transformers ``models/llama/modeling_llama.py`` (LlamaDecoderLayer, LlamaAttention, LlamaMLP).
     """
-    if config.hidden_act != "silu":
-        raise ModelError(f"hidden_act '{config.hidden_act}' is not supported in a llama model; supported: silu.")
-    layer = LayerShape(
+    layer = replace(
+        _layer(config, config.hidden_act),
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias,
+    )
+    return _decoder(config, layer)
+
+
+def _mistral(config: PretrainedConfig) -> DecoderShape:
+    """Mistral 7B and what came after it in that architecture, such as Nemo and Small.
+
+    Source: transformers ``models/mistral/modeling_mistral.py``: Llama without biases, all layers windowed where
+    ``sliding_window`` is set.
+    """
+    layer = _layer(config, config.hidden_act)
+    return _decoder(config, _windowed(layer, config.sliding_window))
+
+
+def _ministral(config: PretrainedConfig) -> DecoderShape:
+    """Ministral 8B: Mistral whose layers are local or global by ``layer_types``.
+
+    Source: transformers ``models/ministral/modeling_ministral.py``.
+    """
+    return _mixed(config, _layer(config, config.hidden_act))
+
+
+def _qwen2(config: PretrainedConfig) -> DecoderShape:
+    """Qwen 1.5 (dense), 2 and 2.5: biases on q, k and v.
+
+    Source: transformers ``models/qwen2/modeling_qwen2.py``.
+    """
+    return _mixed(config, replace(_layer(config, config.hidden_act), qkv_bias=True))
+
+
+def _qwen3(config: PretrainedConfig) -> DecoderShape:
+    """Qwen 3 (dense): every head's queries and keys are normed.
+
+    Source: transformers ``models/qwen3/modeling_qwen3.py``.
+    """
+    bias = config.attention_bias
+    layer = replace(_layer(config, config.hidden_act), qkv_bias=bias, o_bias=bias, qk_norm=True)
+    return _mixed(config, layer)
+
+
+def _gemma(config: PretrainedConfig) -> DecoderShape:
+    """Gemma 1 and CodeGemma: GeGLU, norm weights stored less one, embeddings times sqrt(D).
+
+    Source: transformers ``models/gemma/modeling_gemma.py``. Early checkpoints name the activation ``gelu`` in
+    ``hidden_act`` and mean the approximation; ``hidden_activation`` corrects it where it is set.
+    """
+    bias = config.attention_bias
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    layer = replace(_layer(config, activation), qkv_bias=bias, o_bias=bias, unit_offset=True)
+    return replace(_decoder(config, layer), embedding_scale=config.hidden_size**0.5)
+
+
+def _gemma2(config: PretrainedConfig) -> DecoderShape:
+    """Gemma 2: Gemma with four norms a layer, capped scores and logits, every other layer local.
+
+    Source: transformers ``models/gemma2/modeling_gemma2.py``.
+    """
+    return _later_gemma(config, qk_norm=False)
+
+
+def _gemma3_text(config: PretrainedConfig) -> DecoderShape:
+    """Gemma 3 without its vision tower (270M, 1B): Gemma 2 with normed queries and keys, two RoPEs and no caps.
+
+    Source: transformers ``models/gemma3/modeling_gemma3.py``.
+    """
+    # transformers 5.23's Gemma 3 passes no cap to its attention, whatever its config says.
+    return _later_gemma(config, qk_norm=True)
+
+
+def _later_gemma(config: PretrainedConfig, qk_norm: bool) -> DecoderShape:
+    bias = config.attention_bias
+    layer = _layer(config, config.hidden_activation)
+    softcap = None if qk_norm else config.attn_logit_softcapping
+    form = AttentionForm(config.query_pre_attn_scalar**-0.5, softcap=softcap)
+    flags: dict[str, Any] = {"unit_offset": True, "sandwich": True, "qk_norm": qk_norm}
+    layer = replace(layer, attention=form, qkv_bias=bias, o_bias=bias, **flags)
+    return replace(
+        _mixed(config, layer),
+        embedding_scale=config.hidden_size**0.5,
+        logit_softcap=config.final_logit_softcapping,
+    )
+
+
+def _phi3(config: PretrainedConfig) -> DecoderShape:
+    """Phi-3, Phi-3.5 (mini, medium) and Phi-4: fused projections, part of a head turned, all layers windowed.
+
+    Source: transformers ``models/phi3/modeling_phi3.py``. Its ``resid_pdrop`` is 0 in every released checkpoint.
+    """
+    layer = replace(_layer(config, config.hidden_act), fused=True)
+    return _decoder(config, _windowed(layer, config.sliding_window))
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(_llama, "Llama 2, 3, 3.1, 3.2, 3.3, SmolLM2, and others of that architecture"),
+    "mistral": Family(_mistral, "Mistral 7B, Nemo, Small"),
+    "ministral": Family(_ministral, "Ministral 8B"),
+    "qwen2": Family(_qwen2, "Qwen 1.5, 2, 2.5 (dense)"),
+    "qwen3": Family(_qwen3, "Qwen 3 (dense)"),
+    "gemma": Family(_gemma, "Gemma 1, CodeGemma"),
+    "gemma2": Family(_gemma2, "Gemma 2"),
+    "gemma3_text": Family(_gemma3_text, "Gemma 3 text (270M, 1B)"),
+    "phi3": Family(_phi3, "Phi-3, Phi-3.5, Phi-4"),
+}
+"""Model types that jebi loads, by the config's ``model_type``."""
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+
+def _layer(config: PretrainedConfig, activation: str) -> LayerShape:
+    """What every family says in the same words."""
+    if activation not in _ACTIVATIONS:
+        raise ModelError(
+            f"activation '{activation}' of the model's config is not supported; supported: {', '.join(_ACTIVATIONS)}."
+        )
+    size = head_dim(config)
+    return LayerShape(
         width=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads or config.num_attention_heads,
-        head_dim=head_dim(config),
+        head_dim=size,
         ffn=config.intermediate_size,
         eps=config.rms_norm_eps,
-        attention_bias=config.attention_bias,
-        mlp_bias=config.mlp_bias,
+        attention=AttentionForm(size**-0.5),
+        activation=_ACTIVATIONS[activation],
     )
-    return DecoderShape(layer, config.num_hidden_layers, config.vocab_size, bool(config.tie_word_embeddings))
 
 
-FAMILIES: dict[str, Callable[[PretrainedConfig], DecoderShape]] = {"llama": _llama}
-"""Model types that jebi loads, by the config's ``model_type``."""
+def _windowed(layer: LayerShape, window: int | None) -> LayerShape:
+    return replace(layer, attention=replace(layer.attention, window=window))
+
+
+def _decoder(config: PretrainedConfig, layer: LayerShape) -> DecoderShape:
+    """All layers alike."""
+    return DecoderShape((layer,) * config.num_hidden_layers, config.vocab_size, bool(config.tie_word_embeddings))
+
+
+def _mixed(config: PretrainedConfig, layer: LayerShape) -> DecoderShape:
+    """Local and global layers by the config's ``layer_types``."""
+    local = replace(_windowed(layer, config.sliding_window), kind="sliding_attention")
+    kinds = {"full_attention": layer, "sliding_attention": local}
+    for kind in config.layer_types:
+        if kind not in kinds:
+            raise ModelError(
+                f"layer type '{kind}' of the model's config is not supported; supported: {', '.join(kinds)}."
+            )
+    if len(config.layer_types) != config.num_hidden_layers:
+        raise ModelError(
+            f"the model's config has num_hidden_layers={config.num_hidden_layers}, "
+            f"and layer_types for {len(config.layer_types)}."
+        )
+    layers = tuple(kinds[kind] for kind in config.layer_types)
+    return DecoderShape(layers, config.vocab_size, bool(config.tie_word_embeddings))

@@ -16,13 +16,14 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from jebi.errors import ModelError
-from jebi.kernels.linear_cross_entropy import linear_cross_entropy
+from jebi.kernels.linear_cross_entropy import LossForm, linear_cross_entropy, softcapped
 from jebi.models.cache import growing_cache
 from jebi.models.decoder import Decoder
 from jebi.models.families import DecoderShape
 from jebi.models.shell import JebiPreTrainedModel
 from jebi.models.unpadding import IGNORED, Layout, lay_out, shift_labels
 from jebi.nn.linear import Linear
+from jebi.nn.rotary import Rotary
 from jebi.nn.rows import Rows
 
 
@@ -47,6 +48,8 @@ class Backbone(Decoder):
         hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache or past_key_values is not None:
             cache = past_key_values if past_key_values is not None else growing_cache()
+            if any(cache.is_sliding):
+                raise ModelError("a cache with sliding layers is not available: pass DynamicCache() without a config.")
             return self._with_cache(hidden_BSD, attention_mask, position_ids, cache)
         layout = Layout(None, rows) if rows is not None else lay_out(hidden_BSD, attention_mask, position_ids)
         # Called past the whole model too (by TRL), so autocast is kept out here as well.
@@ -79,17 +82,10 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
 
     accepts_loss_kwargs = True
 
-    def __init__(
-        self,
-        config: PretrainedConfig,
-        shape: DecoderShape,
-        dtype: torch.dtype,
-        inv_freq: Tensor,
-        rope_scaling: float,
-    ):
+    def __init__(self, config: PretrainedConfig, shape: DecoderShape, dtype: torch.dtype, rotary: dict[str, Rotary]):
         super().__init__(config)
         config.dtype = dtype
-        self.model = Backbone(shape, dtype, inv_freq, rope_scaling)
+        self.model = Backbone(shape, dtype, rotary)
         self.lm_head = Linear(shape.layer.width, shape.vocabulary, False, dtype)
         self.auto_checkpointing = False
         self.loss_type = "ForCausalLM"
@@ -142,7 +138,7 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
             logits = None
             if loss is None or kwargs.get("return_logits"):
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-                logits = self.lm_head(hidden_BSD[:, kept])
+                logits = softcapped(self.lm_head(hidden_BSD[:, kept]), self.model.shape.logit_softcap)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
     def _prepare_cache_for_generation(
@@ -157,14 +153,24 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
         # Typed for a protocol with settable `device` and `dtype`, which no PreTrainedModel has.
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
+    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but rows that outgrow their RoPE's first frequencies begin again with the others."""
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        if any(rotary.outgrown(past, input_ids.shape[1]) for rotary in self.model.rotary.values()):
+            kwargs |= {"past_key_values": growing_cache(), "next_sequence_length": None}
+        # Typed for the same protocol as below.
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+
     def _loss(self, hidden_BSD: Tensor, shifted_BS: Tensor, kwargs: dict[str, Any]) -> Tensor:
         learnt_BS = shifted_BS != IGNORED
         counts_BS = kwargs.get("counts")
+        head = self.lm_head.weight
         total = linear_cross_entropy(
             hidden_BSD[learnt_BS],
-            self.lm_head.dense(),
+            head if isinstance(head, nn.Parameter) else self.lm_head.dense(),
             shifted_BS[learnt_BS],
-            kwargs.get("label_smoothing", 0.0),
+            LossForm(kwargs.get("label_smoothing", 0.0), self.model.shape.logit_softcap),
             None if counts_BS is None else counts_BS[learnt_BS],
         )
         items = kwargs.get("num_items_in_batch")

@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
 from jebi.errors import WeightsError
-from jebi.models.families import read_config, rope_frequencies
+from jebi.models.families import read_config
 from jebi.models.files import ModelFiles, StoredTensor
 from jebi.models.hf import JebiForCausalLM
+from jebi.models.rope import read_rotary
 from jebi.nn.linear import Linear
 from jebi.quant.nf4 import NF4Weight
 
@@ -40,8 +41,7 @@ def load_model(
         WeightsError: a tensor is missing, is one too many, has another shape, or its file is broken.
     """
     shape = read_config(config)
-    inv_freq, rope_scaling = rope_frequencies(config, device)
-    model = JebiForCausalLM(config, shape, dtype, inv_freq, rope_scaling)
+    model = JebiForCausalLM(config, shape, dtype, read_rotary(config, device))
     awaited = dict(model.named_parameters(remove_duplicate=False))
     if shape.tied:
         awaited.pop("lm_head.weight")

@@ -89,6 +89,10 @@ class JebiPreTrainedModel(PreTrainedModel):
         for _, linear in self.linears():
             linear.drop_kept()
 
+    def shares_beginnings(self, longest: int) -> bool:
+        """Whether beginnings that rows of up to ``longest`` tokens have in common may be computed once."""
+        return self.model.shares_beginnings(longest)
+
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """Every linear map with its full name in the checkpoint."""
         for name, module in self.named_modules():

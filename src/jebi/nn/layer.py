@@ -8,17 +8,22 @@ Shapes: leading dimensions as they come, D width, H query heads, G key/value hea
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from jebi.kernels.glu import Activation, glu
 from jebi.kernels.rms_norm import rms_norm
 from jebi.kernels.rope import rope
-from jebi.kernels.swiglu import swiglu
+from jebi.nn.attention import AttentionForm
 from jebi.nn.linear import Linear
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(..., H, d), (..., G, d), (..., G, d) -> (..., H, d), rotary positions already applied."""
+
+LayerKind = Literal["full_attention", "sliding_attention"]
+"""transformers' names of the two kinds of layers; each kind may have its own RoPE."""
 
 
 @dataclass(frozen=True)
@@ -37,75 +42,111 @@ class LayerShape:
     """F, the width of the gated feed-forward block."""
     eps: float
     """Added to the mean square in the norms."""
-    attention_bias: bool
-    """Whether q, k, v and o have biases."""
-    mlp_bias: bool
+    attention: AttentionForm
+    """Scale, window and cap of the scores."""
+    kind: LayerKind = "full_attention"
+    """Which of the model's RoPEs turns the queries and keys."""
+    activation: Activation = "silu"
+    """What the gate goes through."""
+    qkv_bias: bool = False
+    """Whether q, k and v have biases."""
+    o_bias: bool = False
+    """Whether o has a bias."""
+    mlp_bias: bool = False
     """Whether gate, up and down have biases."""
+    fused: bool = False
+    """Whether q, k and v are one map and gate and up another, as in Phi-3."""
+    qk_norm: bool = False
+    """Whether every head's queries and keys are normed before they are turned."""
+    unit_offset: bool = False
+    """Whether norm weights are stored less one."""
+    sandwich: bool = False
+    """Whether each block's output is normed as well as its input, as in Gemma 2 and 3."""
+
+    @property
+    def qkv_sizes(self) -> list[int]:
+        """Outputs of q, k and v."""
+        inner = self.kv_heads * self.head_dim
+        return [self.heads * self.head_dim, inner, inner]
 
 
 class Norm(nn.Module):
-    """The frozen weight of a norm; the layer does the arithmetic."""
+    """The weight of a norm; float32 where it is trained."""
 
-    def __init__(self, width: int, eps: float, dtype: torch.dtype):
+    def __init__(self, width: int, shape: LayerShape, dtype: torch.dtype):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype, device="meta"), requires_grad=False)
-        self.eps = eps
+        self.eps, self.unit_offset = shape.eps, shape.unit_offset
 
     def forward(self, x: Tensor) -> Tensor:
-        """Norm over the last dimension; differentiable by ``x``."""
-        return rms_norm(x, self.weight, self.eps)
+        """Norm over the last dimension; differentiable."""
+        return rms_norm(x, self.weight, self.eps, self.unit_offset)
 
 
 class Attention(nn.Module):
-    """The four projections of a layer's attention."""
+    """The projections of a layer's attention, and the norms of its queries and keys where it has them."""
+
+    o_proj: Linear
 
     def __init__(self, shape: LayerShape, dtype: torch.dtype):
         super().__init__()
-        inner, kv_inner = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        self.q_proj = Linear(shape.width, inner, shape.attention_bias, dtype)
-        self.k_proj = Linear(shape.width, kv_inner, shape.attention_bias, dtype)
-        self.v_proj = Linear(shape.width, kv_inner, shape.attention_bias, dtype)
-        self.o_proj = Linear(inner, shape.width, shape.attention_bias, dtype)
+        sizes = dict(zip(("q_proj", "k_proj", "v_proj"), shape.qkv_sizes))
+        sizes = {"qkv_proj": sum(shape.qkv_sizes)} if shape.fused else sizes
+        for name, outputs in sizes.items():
+            setattr(self, name, Linear(shape.width, outputs, shape.qkv_bias, dtype))
+        self.o_proj = Linear(shape.heads * shape.head_dim, shape.width, shape.o_bias, dtype)
+        self.q_norm = Norm(shape.head_dim, shape, dtype) if shape.qk_norm else None
+        self.k_norm = Norm(shape.head_dim, shape, dtype) if shape.qk_norm else None
 
 
 class FeedForward(nn.Module):
-    """The three projections of a layer's gated feed-forward block."""
+    """The projections of a layer's gated feed-forward block."""
+
+    down_proj: Linear
 
     def __init__(self, shape: LayerShape, dtype: torch.dtype):
         super().__init__()
-        self.gate_proj = Linear(shape.width, shape.ffn, shape.mlp_bias, dtype)
-        self.up_proj = Linear(shape.width, shape.ffn, shape.mlp_bias, dtype)
+        sizes = {"gate_up_proj": 2 * shape.ffn} if shape.fused else {"gate_proj": shape.ffn, "up_proj": shape.ffn}
+        for name, outputs in sizes.items():
+            setattr(self, name, Linear(shape.width, outputs, shape.mlp_bias, dtype))
         self.down_proj = Linear(shape.ffn, shape.width, shape.mlp_bias, dtype)
 
 
 class DecoderLayer(nn.Module):
     """Norm, attention, residual; norm, feed-forward, residual."""
 
+    input_layernorm: Norm
+    post_attention_layernorm: Norm
+
     def __init__(self, shape: LayerShape, dtype: torch.dtype):
         super().__init__()
         self.shape = shape
         self.self_attn = Attention(shape, dtype)
         self.mlp = FeedForward(shape, dtype)
-        self.input_layernorm = Norm(shape.width, shape.eps, dtype)
-        self.post_attention_layernorm = Norm(shape.width, shape.eps, dtype)
+        self.input_layernorm = Norm(shape.width, shape, dtype)
+        self.post_attention_layernorm = Norm(shape.width, shape, dtype)
+        if shape.sandwich:
+            self.pre_feedforward_layernorm = Norm(shape.width, shape, dtype)
+            self.post_feedforward_layernorm = Norm(shape.width, shape, dtype)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, hidden: Tensor, tables: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """The layer in differentiable torch; every option works here.
 
         Args:
             hidden: (..., D).
-            cos: (..., d), the tokens' rotary table.
-            sin: like ``cos``.
+            tables: cosines and sines of the tokens' rotary positions, each (..., at most d).
             attend: attention over whatever layout the caller has.
         """
+        shape = self.shape
         x = self.input_layernorm(hidden)
-        q, k, v = (
-            self.heads(proj(x)) for proj in (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj)
-        )
-        mixed = attend(rope(q, cos, sin), rope(k, cos, sin), v)
-        hidden = hidden + self.self_attn.o_proj(mixed.flatten(-2))
-        x = self.post_attention_layernorm(hidden)
-        out: Tensor = hidden + self.mlp.down_proj(swiglu(self.mlp.gate_proj(x), self.mlp.up_proj(x)))
+        q, k, v = (self.heads(y) for y in parts([p(x) for p in self.qkv()], shape.qkv_sizes))
+        if self.self_attn.q_norm is not None and self.self_attn.k_norm is not None:
+            q, k = self.self_attn.q_norm(q), self.self_attn.k_norm(k)
+        mixed = attend(rope(q, *tables), rope(k, *tables), v)
+        hidden = hidden + _through(self.attention_out_norm, self.self_attn.o_proj(mixed.flatten(-2)))
+        x = self.middle_norm(hidden)
+        gate, up = parts([p(x) for p in self.gate_up()], [shape.ffn, shape.ffn])
+        out: Tensor = hidden + _through(self.out_norm, self.mlp.down_proj(glu(gate, up, shape.activation)))
         return out
 
     def heads(self, x: Tensor) -> Tensor:
@@ -113,9 +154,45 @@ class DecoderLayer(nn.Module):
         headed: Tensor = x.unflatten(-1, (-1, self.shape.head_dim))
         return headed
 
+    def qkv(self) -> list[Linear]:
+        """The maps of the attention's input: q, k and v, or the one that is all three."""
+        return _incoming(self.self_attn, self.self_attn.o_proj)
+
+    def gate_up(self) -> list[Linear]:
+        """The maps of the feed-forward block's input: gate and up, or the one that is both."""
+        return _incoming(self.mlp, self.mlp.down_proj)
+
+    @property
+    def middle_norm(self) -> Norm:
+        """The norm before the feed-forward block."""
+        return self.pre_feedforward_layernorm if self.shape.sandwich else self.post_attention_layernorm
+
+    @property
+    def attention_out_norm(self) -> Norm | None:
+        """The norm of the attention block's output, where there is one."""
+        return self.post_attention_layernorm if self.shape.sandwich else None
+
+    @property
+    def out_norm(self) -> Norm | None:
+        """The norm of the feed-forward block's output, where there is one."""
+        return self.post_feedforward_layernorm if self.shape.sandwich else None
+
     def projections(self) -> Iterator[tuple[str, Linear]]:
-        """The seven linear maps with their names in the checkpoint, relative to the layer."""
+        """The linear maps with their names in the checkpoint, relative to the layer."""
         for block in ("self_attn", "mlp"):
             for name, module in self.get_submodule(block).named_children():
-                assert isinstance(module, Linear)
-                yield f"{block}.{name}", module
+                if isinstance(module, Linear):
+                    yield f"{block}.{name}", module
+
+
+def parts(outputs: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    """What the maps of one input give, one tensor a part: as they are, or the one fused output cut up."""
+    return outputs if len(outputs) == len(sizes) else list(outputs[0].split(sizes, dim=-1))
+
+
+def _incoming(block: nn.Module, last: Linear) -> list[Linear]:
+    return [module for module in block.children() if isinstance(module, Linear) and module is not last]
+
+
+def _through(norm: Norm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)

@@ -1,9 +1,9 @@
 """A decoder layer as one autograd node with a hand-written backward, on flat rows.
 
 What the plain `DecoderLayer.forward` computes, with two differences: only what the backward cannot rebuild cheaply is
-kept (never a norm's output, never ``silu(gate) * up``), and a layer that keeps only its input is recomputed without
-its last product, ``down_proj``, whose result no gradient needs. Attention alone is differentiated by autograd, as a
-small graph inside the node, so every backend of `nn.attention` serves.
+kept (never a pre-norm's output, never ``act(gate) * up``), and a layer that keeps only its input is recomputed without
+its last product, ``down_proj``, whose result no gradient needs (unless it is normed). Attention alone is differentiated
+by autograd, as a small graph inside the node, so every backend of `nn.attention` serves.
 
 Adapter dropout is not done here; such layers take the plain form (`serves`).
 
@@ -16,12 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from jebi.kernels.rms_norm import rms_norm_apply, rms_norm_backward, rms_norm_forward
+from jebi.kernels.glu import glu_backward, glu_forward
+from jebi.kernels.rms_norm import rms_norm_apply, rms_norm_backward, rms_norm_forward, rms_norm_weight_grad
 from jebi.kernels.rope import rope
-from jebi.kernels.swiglu import swiglu_backward, swiglu_forward
 from jebi.nn.attention import attend_rows
-from jebi.nn.layer import DecoderLayer
-from jebi.nn.linear import Grads, adapter_backward, project, project_backward
+from jebi.nn.layer import DecoderLayer, Norm, parts
+from jebi.nn.linear import Grads, Linear, adapter_backward, project, project_backward
 from jebi.nn.rows import Rows
 
 Keep = Literal["all", "input", "input_on_host"]
@@ -41,6 +41,14 @@ def run_layer(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tens
 
 
 @dataclass
+class _Normed:
+    """A norm's input, kept for its backward, and its statistics."""
+
+    x: Tensor
+    rstd: Tensor
+
+
+@dataclass
 class _Kept:
     """What a layer's backward reads beside its input."""
 
@@ -54,8 +62,14 @@ class _Kept:
     rstd_mid_T1: Tensor
     gate_TF: Tensor
     up_TF: Tensor
-    xa: dict[str, Tensor | None]
-    """Each projection's ``x A^T`` by name."""
+    xa: dict[Linear, Tensor | None]
+    """Each projection's ``x A^T``."""
+    qk: tuple[_Normed, _Normed] | None
+    """Queries and keys before their norms, where they have any."""
+    attention_out: _Normed | None
+    """The attention block's output before its norm, where it has one."""
+    out: _Normed | None = None
+    """The feed-forward block's, likewise."""
 
 
 class _LayerNode(torch.autograd.Function):
@@ -70,8 +84,7 @@ class _LayerNode(torch.autograd.Function):
         *trained: nn.Parameter,
     ) -> Tensor:
         kept = _forward(layer, hidden_TD, tables, rows)
-        act_TF = swiglu_forward(kept.gate_TF, kept.up_TF)
-        out_TD, kept.xa["down"] = project(layer.mlp.down_proj, act_TF)
+        out_TD = _feed_forward(layer, kept)
         ctx.layer, ctx.tables, ctx.rows, ctx.trained = layer, tables, rows, trained
         ctx.kept = kept if keep == "all" else None
         ctx.device = hidden_TD.device
@@ -93,43 +106,68 @@ class _LayerNode(torch.autograd.Function):
 
 def _forward(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tensor], rows: Rows) -> _Kept:
     """The layer up to and without the gated product: what a backward needs, kept or recomputed."""
-    attn, mlp = layer.self_attn, layer.mlp
-    xa: dict[str, Tensor | None] = {}
-    x_TD, rstd_in_T1 = rms_norm_forward(hidden_TD, layer.input_layernorm.weight, layer.shape.eps)
-    q, xa["q"] = project(attn.q_proj, x_TD)
-    k, xa["k"] = project(attn.k_proj, x_TD)
-    v, xa["v"] = project(attn.v_proj, x_TD)
+    shape, attn = layer.shape, layer.self_attn
+    xa: dict[Linear, Tensor | None] = {}
+    x_TD, rstd_in_T1 = _norm(layer.input_layernorm, hidden_TD)
+    q, k, v = (layer.heads(y) for y in parts(_project_all(layer.qkv(), x_TD, xa), shape.qkv_sizes))
     del x_TD
-    qkv = (rope(layer.heads(q), *tables), rope(layer.heads(k), *tables), layer.heads(v))
+    qk = None
+    if attn.q_norm is not None and attn.k_norm is not None:
+        raw = q, k
+        (q, rstd_q), (k, rstd_k) = _norm(attn.q_norm, q), _norm(attn.k_norm, k)
+        qk = _Normed(raw[0], rstd_q), _Normed(raw[1], rstd_k)
+    # Contiguous, since a part of a fused output would keep all of it.
+    qkv = (rope(q, *tables), rope(k, *tables), v.contiguous())
     with torch.enable_grad():
         qkv = (
             qkv[0].detach().requires_grad_(),
             qkv[1].detach().requires_grad_(),
             qkv[2].detach().requires_grad_(),
         )
-        mixed_THd = attend_rows(*qkv, rows)
-    middle_TD, xa["o"] = project(attn.o_proj, mixed_THd.detach().flatten(-2))
-    middle_TD.add_(hidden_TD)
-    x_TD, rstd_mid_T1 = rms_norm_forward(middle_TD, layer.post_attention_layernorm.weight, layer.shape.eps)
-    gate_TF, xa["gate"] = project(mlp.gate_proj, x_TD)
-    up_TF, xa["up"] = project(mlp.up_proj, x_TD)
-    return _Kept(rstd_in_T1, qkv, mixed_THd, middle_TD, rstd_mid_T1, gate_TF, up_TF, xa)
+        mixed_THd = attend_rows(*qkv, rows, shape.attention)
+    o_TD, xa[attn.o_proj] = project(attn.o_proj, mixed_THd.detach().flatten(-2))
+    attention_out = None
+    if layer.attention_out_norm is not None:
+        raw_TD = o_TD
+        o_TD, rstd = _norm(layer.attention_out_norm, raw_TD)
+        attention_out = _Normed(raw_TD, rstd)
+    middle_TD = o_TD.add_(hidden_TD)
+    x_TD, rstd_mid_T1 = _norm(layer.middle_norm, middle_TD)
+    gate_TF, up_TF = parts(_project_all(layer.gate_up(), x_TD, xa), [shape.ffn, shape.ffn])
+    return _Kept(rstd_in_T1, qkv, mixed_THd, middle_TD, rstd_mid_T1, gate_TF, up_TF, xa, qk, attention_out)
+
+
+def _feed_forward(layer: DecoderLayer, kept: _Kept) -> Tensor:
+    """The feed-forward block's output, (T, D), belonging to the caller; what a norm after it needs is kept."""
+    down = layer.mlp.down_proj
+    act_TF = glu_forward(kept.gate_TF, kept.up_TF, layer.shape.activation)
+    out_TD, kept.xa[down] = project(down, act_TF)
+    if layer.out_norm is not None:
+        normed_TD, rstd_T1 = _norm(layer.out_norm, out_TD)
+        kept.out = _Normed(out_TD, rstd_T1)
+        return normed_TD
+    return out_TD
 
 
 def _feed_forward_backward(layer: DecoderLayer, kept: _Kept, dout_TD: Tensor, grads: Grads) -> Tensor:
     """Gradient of the residual stream between the blocks."""
-    mlp, norm = layer.mlp, layer.post_attention_layernorm
-    act_TF = swiglu_forward(kept.gate_TF, kept.up_TF)
-    xa_down = kept.xa.get("down")
-    if xa_down is None and mlp.down_proj.adapter is not None:
-        xa_down = act_TF @ mlp.down_proj.adapter.A_rK.to(act_TF.dtype).t()
-    dact_TF = project_backward(mlp.down_proj, dout_TD, act_TF, xa_down, grads, None)
+    down, dblock_TD = layer.mlp.down_proj, dout_TD
+    if layer.out_norm is not None:
+        if kept.out is None:
+            _feed_forward(layer, kept)
+        assert kept.out is not None
+        dblock_TD = _norm_backward(layer.out_norm, dout_TD, kept.out, grads)
+    act_TF = glu_forward(kept.gate_TF, kept.up_TF, layer.shape.activation)
+    xa_down = kept.xa.get(down)
+    if xa_down is None and down.adapter is not None:
+        xa_down = act_TF @ down.adapter.A_rK.to(act_TF.dtype).t()
+    dact_TF = project_backward(down, dblock_TD, act_TF, xa_down, grads, None)
     del act_TF
-    dgate_TF, dup_TF = swiglu_backward(dact_TF, kept.gate_TF, kept.up_TF)
-    x_TD = rms_norm_apply(kept.middle_TD, kept.rstd_mid_T1, norm.weight)
-    dx_TD = project_backward(mlp.gate_proj, dgate_TF, x_TD, kept.xa["gate"], grads, None)
-    dx_TD = project_backward(mlp.up_proj, dup_TF, x_TD, kept.xa["up"], grads, dx_TD)
-    return rms_norm_backward(dx_TD, kept.middle_TD, kept.rstd_mid_T1, norm.weight).add_(dout_TD)
+    dgate_up = list(glu_backward(dact_TF, kept.gate_TF, kept.up_TF, layer.shape.activation))
+    x_TD = _norm_apply(layer.middle_norm, kept.middle_TD, kept.rstd_mid_T1)
+    dx_TD = _project_all_backward(layer.gate_up(), dgate_up, x_TD, kept.xa, grads)
+    middle = _Normed(kept.middle_TD, kept.rstd_mid_T1)
+    return _norm_backward(layer.middle_norm, dx_TD, middle, grads).add_(dout_TD)
 
 
 def _attention_backward(
@@ -142,22 +180,68 @@ def _attention_backward(
     needs_input: bool,
 ) -> Tensor | None:
     """Gradient of the layer's input; None where nothing below the layer is trained."""
-    attn, norm = layer.self_attn, layer.input_layernorm
+    attn, dblock_TD = layer.self_attn, dmiddle_TD
+    if layer.attention_out_norm is not None:
+        assert kept.attention_out is not None
+        dblock_TD = _norm_backward(layer.attention_out_norm, dmiddle_TD, kept.attention_out, grads)
     mixed_TD = kept.mixed_THd.detach().flatten(-2)
-    dmixed_TD = project_backward(attn.o_proj, dmiddle_TD, mixed_TD, kept.xa["o"], grads, None)
+    dmixed_TD = project_backward(attn.o_proj, dblock_TD, mixed_TD, kept.xa[attn.o_proj], grads, None)
     dq, dk, dv = torch.autograd.grad(kept.mixed_THd, kept.qkv, layer.heads(dmixed_TD))
     cos, sin = tables
     dq, dk = rope(dq, cos, -sin), rope(dk, cos, -sin)
-    x_TD = rms_norm_apply(hidden_TD, kept.rstd_in_T1, norm.weight)
-    dx_TD: Tensor | None = None
-    for proj, dy, name in ((attn.q_proj, dq, "q"), (attn.k_proj, dk, "k"), (attn.v_proj, dv, "v")):
-        if needs_input:
-            dx_TD = project_backward(proj, dy.flatten(-2), x_TD, kept.xa[name], grads, dx_TD)
-        else:
-            adapter_backward(proj, dy.flatten(-2), x_TD, kept.xa[name], grads, None)
-    if dx_TD is None:
+    if attn.q_norm is not None and attn.k_norm is not None:
+        assert kept.qk is not None
+        dq = _norm_backward(attn.q_norm, dq, kept.qk[0], grads)
+        dk = _norm_backward(attn.k_norm, dk, kept.qk[1], grads)
+    dqkv = [dy.flatten(-2) for dy in (dq, dk, dv)]
+    x_TD = _norm_apply(layer.input_layernorm, hidden_TD, kept.rstd_in_T1)
+    inputs = _Normed(hidden_TD, kept.rstd_in_T1)
+    if not needs_input and not layer.input_layernorm.weight.requires_grad:
+        for proj, dy in zip(layer.qkv(), _whole(dqkv, layer.qkv())):
+            adapter_backward(proj, dy, x_TD, kept.xa[proj], grads, None)
         return None
-    return rms_norm_backward(dx_TD, hidden_TD, kept.rstd_in_T1, norm.weight).add_(dmiddle_TD)
+    dx_TD = _project_all_backward(layer.qkv(), dqkv, x_TD, kept.xa, grads)
+    return _norm_backward(layer.input_layernorm, dx_TD, inputs, grads).add_(dmiddle_TD)
+
+
+def _project_all(maps: list[Linear], x_TK: Tensor, xa: dict[Linear, Tensor | None]) -> list[Tensor]:
+    """Each map's output for one input, ``x A^T`` put aside."""
+    outputs = []
+    for linear in maps:
+        y_TN, xa[linear] = project(linear, x_TK)
+        outputs.append(y_TN)
+    return outputs
+
+
+def _project_all_backward(
+    maps: list[Linear], dparts: list[Tensor], x_TK: Tensor, xa: dict[Linear, Tensor | None], grads: Grads
+) -> Tensor:
+    """The gradient of one input of several maps, from the gradients of the parts of their outputs."""
+    dx_TK: Tensor | None = None
+    for linear, dy_TN in zip(maps, _whole(dparts, maps)):
+        dx_TK = project_backward(linear, dy_TN, x_TK, xa[linear], grads, dx_TK)
+    assert dx_TK is not None
+    return dx_TK
+
+
+def _whole(dparts: list[Tensor], maps: list[Linear]) -> list[Tensor]:
+    """Gradients of the maps' outputs: the parts as they are, or laid side by side for the one fused map."""
+    return dparts if len(dparts) == len(maps) else [torch.cat(dparts, dim=-1)]
+
+
+def _norm(norm: Norm, x: Tensor) -> tuple[Tensor, Tensor]:
+    return rms_norm_forward(x, norm.weight, norm.eps, norm.unit_offset)
+
+
+def _norm_apply(norm: Norm, x: Tensor, rstd: Tensor) -> Tensor:
+    return rms_norm_apply(x, rstd, norm.weight, norm.unit_offset)
+
+
+def _norm_backward(norm: Norm, dy: Tensor, kept: _Normed, grads: Grads) -> Tensor:
+    """Gradient of a norm's input; a trained weight's goes into ``grads``."""
+    if norm.weight.requires_grad:
+        grads[norm.weight] = rms_norm_weight_grad(dy, kept.x, kept.rstd)
+    return rms_norm_backward(dy, kept.x, kept.rstd, norm.weight, norm.unit_offset)
 
 
 def _to_host(x: Tensor) -> Tensor:

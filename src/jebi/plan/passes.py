@@ -39,10 +39,14 @@ def kept_bytes_per_token(shape: DecoderShape, element: int, checkpointing: Check
     if checkpointing == "offload":
         return 0
     if checkpointing == "recompute":
-        return shape.layers * layer.width * element
+        return len(shape.layers) * layer.width * element
     attention = (2 * layer.heads + 2 * layer.kv_heads) * layer.head_dim
+    # Norms within the blocks keep their inputs.
+    if layer.qk_norm:
+        attention += (layer.heads + layer.kv_heads) * layer.head_dim
+    normed = 2 * layer.width if layer.sandwich else 0
     statistics = 4 * (2 + layer.heads)
-    return shape.layers * ((2 * layer.width + attention + 2 * layer.ffn) * element + statistics)
+    return len(shape.layers) * ((normed + 2 * layer.width + attention + 2 * layer.ffn) * element + statistics)
 
 
 def work_bytes_per_token(shape: DecoderShape, element: int) -> int:

@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 from jebi.adapters.peft_files import read_weights
 from jebi.data.heldout import inputs_of, summed_loss
 from jebi.data.packing import pack
-from jebi.data.passes import Batch, Pass, collate, cut
+from jebi.data.passes import Batch, Pass, collate, cut, longest
 from jebi.data.rows import FormattingFunc, tokenize
 from jebi.errors import ConfigError, DivergedError
 from jebi.models.hf import JebiForCausalLM
@@ -82,10 +82,12 @@ class SFTTrainer(Trainer):
         require_writable(Path(str(args.output_dir)))
         tokenizer = processing_class if processing_class is not None else tokenizer
         config = args if isinstance(args, SFTConfig) else None
-        asked, trained = _first(max_seq_length, config and config.max_seq_length), model.config.max_position_embeddings
+        asked, loaded = _first(max_seq_length, config and config.max_seq_length), getattr(model, "max_seq_length", None)
+        # A model whose RoPE follows each row's length is loaded for longer rows than its config says.
+        trained = max(model.config.max_position_embeddings, loaded or 0)
         if asked is not None and asked > trained:
             raise ConfigError(f"max_seq_length={asked} exceeds the model's {trained}: set it in from_pretrained.")
-        longest = _first(asked, getattr(model, "max_seq_length", None), trained)
+        row_limit = int(_first(asked, loaded, trained))
         field = _first(dataset_text_field, config and config.dataset_text_field, "text")
         workers = _first(dataset_num_proc, config and config.dataset_num_proc)
         packed = bool(_first(packing, config and config.packing))
@@ -97,14 +99,14 @@ class SFTTrainer(Trainer):
                 return {name: prepare(part) for name, part in dataset.items()}
             if tokenizer is None:
                 raise ConfigError("tokenizer is missing: pass tokenizer=tokenizer.")
-            rows = tokenize(dataset, tokenizer, field, formatting_func, longest, workers)
-            return pack(rows, longest) if packed else rows
+            rows = tokenize(dataset, tokenizer, field, formatting_func, row_limit, workers)
+            return pack(rows, row_limit) if packed else rows
 
         if args.n_gpu > 1:
             args._n_gpu = 1  # One process trains on one card; Trainer would copy the model to all of them each step.
         suit_processes(args, model)
         self._prepare = prepare
-        self._longest = int(longest)
+        self._longest = row_limit
         self._pass_tokens = config.pass_tokens if config else None
         self._bag: list[Batch] = []
         self._trained_tokens = self._trained_steps = 0
@@ -183,7 +185,8 @@ class SFTTrainer(Trainer):
         model.train()
         _set_mode(self.optimizer, "train")
         # Tokens held once would also share one dropout mask.
-        passes = cut(batches, self._current_plan().tokens, share=not self._drops_out())
+        share = not self._drops_out() and self.model.shares_beginnings(longest(batches))
+        passes = cut(batches, self._current_plan().tokens, share)
         loss = torch.zeros((), device=self.args.device)
         for index, part in enumerate(passes):
             last = index == len(passes) - 1

@@ -1,0 +1,166 @@
+"""Every family against transformers, PEFT and bitsandbytes on the same tiny checkpoint, in float32.
+
+What is compared is the largest difference as a share of the largest value. 1e-4 is the bar: float32's roundings (6e-8
+each), grown by the sums of four layers, stay near 1e-6, while a wrong flag, mask or position is off by more than 1e-2.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from jebi.adapters.lora import attach
+from jebi.adapters.peft_files import adapter_tensors
+from jebi.config import LoraConfig
+from jebi.models.families import FAMILIES
+from jebi.models.hf import JebiForCausalLM
+
+BAR = 1e-4
+NAMES = (
+    "llama", "llama, biases, llama3 RoPE", "mistral", "mistral, window", "ministral", "qwen2", "qwen2, window, YaRN",
+    "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "phi3, part of a head turned, longrope",
+    "phi3, longrope that generation outgrows",
+)  # fmt: skip
+every = pytest.mark.parametrize("name", NAMES)
+Twins = tuple[JebiForCausalLM, Any]
+
+
+def transformers_model(folder: Path, **settings: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings)
+
+
+@pytest.fixture
+def twins(checkpoint, load) -> Callable[..., Twins]:
+    """``twins(name)``: jebi's model and transformers' with PEFT's, every adapter number equal and none of them zero."""
+
+    def make(name: str, load_in_4bit: bool = False, adapted: bool = True) -> Twins:
+        ours = load(checkpoint(name), load_in_4bit=load_in_4bit)
+        settings: dict[str, Any] = {}
+        if load_in_4bit:
+            settings["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.float32,
+            )
+        theirs = transformers_model(checkpoint(name), **settings)
+        if not adapted:
+            return ours.eval(), theirs.eval()
+        targets = sorted({path.rpartition(".")[2] for path, _ in ours.linears() if path != "lm_head"})
+        lora: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": targets}
+        attach(ours, LoraConfig(**lora))
+        theirs = peft.get_peft_model(theirs, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+        parameters = dict(theirs.named_parameters())
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for path, tensor in adapter_tensors(ours).items():
+                tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
+                parameters[path.replace(".weight", ".default.weight")].copy_(tensor)
+        return ours.train(), theirs.train()
+
+    return make
+
+
+@every
+def test_logits_loss_and_gradients(name: str, twins, rows, note, difference) -> None:
+    worst = {"logits": 0.0, "loss": 0.0, "gradients": 0.0}
+    for form in ("right", "left", "packed"):
+        ours, theirs = twins(name)
+        inputs = rows(name, form)
+        mine, other = ours(**inputs, return_logits=True), theirs(**inputs, use_cache=False)
+        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        worst["logits"] = max(worst["logits"], difference(mine.logits[real], other.logits[real]))
+        worst["loss"] = max(worst["loss"], difference(mine.loss, other.loss))
+        mine.loss.backward()
+        other.loss.backward()
+        parameters = dict(theirs.named_parameters())
+        for path, tensor in adapter_tensors(ours).items():
+            grad = parameters[path.replace(".weight", ".default.weight")].grad
+            worst["gradients"] = max(worst["gradients"], difference(tensor.grad, grad))
+    for column, value in worst.items():
+        note(name, column, value)
+        assert value < BAR, column
+
+
+@every
+@pytest.mark.parametrize("checkpointing", ["recompute", "plain"])
+def test_other_ways_through_the_layers_give_the_same(name: str, checkpointing: str, twins, rows, difference) -> None:
+    """Activations recomputed, and every layer's plain form."""
+    first, second = twins(name)[0], twins(name)[0]
+    if checkpointing == "plain":
+        second.model.plain = True
+    else:
+        second.model.checkpointing = "recompute"
+    losses = [model(**rows(name, "packed")).loss for model in (first, second)]
+    for loss in losses:
+        loss.backward()
+    assert difference(*losses) < BAR
+    others = adapter_tensors(second)
+    for path, tensor in adapter_tensors(first).items():
+        assert difference(others[path].grad, tensor.grad) < BAR, path
+
+
+@every
+def test_generation(name: str, twins, rows, note) -> None:
+    """Greedy, prompts of different lengths padded on the left, past every window."""
+    ours, theirs = (model.eval() for model in twins(name))
+    inputs = rows(name, "left")
+    del inputs["labels"]
+    settings = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    tokens = [model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :] for model in (ours, theirs)]
+    assert torch.equal(*tokens)
+    assert len(tokens[0].unique()) > 8
+    note(name, "generation", f"{tokens[0].numel()} tokens equal")
+
+
+@every
+def test_saving_and_loading(name: str, checkpoint, load, rows, note, difference, tmp_path: Path) -> None:
+    """What jebi writes is what transformers wrote, and both read it."""
+    model, inputs = load(checkpoint(name)), rows(name, "right")
+    model.save_pretrained(tmp_path)
+    ids = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        logits = model(**ids).logits[real]
+        assert torch.equal(load(tmp_path)(**ids).logits[real], logits)
+        value = difference(logits, transformers_model(tmp_path)(**ids).logits[real])
+    note(name, "save, load", value)
+    assert value < BAR
+
+
+@every
+def test_4_bits(name: str, twins, rows, note, difference) -> None:
+    """The same NF4 bytes as bitsandbytes, so the same model as transformers loads in 4 bits."""
+    ours, theirs = twins(name, load_in_4bit=True)
+    inputs = rows(name, "packed")
+    mine, other = ours(**inputs, return_logits=True), theirs(**inputs, use_cache=False)
+    mine.loss.backward()
+    other.loss.backward()
+    value = difference(mine.logits, other.logits)
+    parameters = dict(theirs.named_parameters())
+    for path, tensor in adapter_tensors(ours).items():
+        grad = parameters[path.replace(".weight", ".default.weight")].grad
+        value = max(value, difference(tensor.grad, grad))
+    note(name, "4 bits", value)
+    assert value < BAR
+
+
+@every
+def test_peft_reads_the_adapter(name: str, twins, rows, note, difference, checkpoint, tmp_path: Path) -> None:
+    ours = twins(name)[0].eval()
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(transformers_model(checkpoint(name)), tmp_path).eval()
+    inputs = rows(name, "packed")
+    with torch.no_grad():
+        value = difference(ours(**inputs, return_logits=True).logits, theirs(**inputs, use_cache=False).logits)
+    note(name, "PEFT", value)
+    assert value < BAR
+
+
+def test_every_checkpoint_is_here(checkpoint_names: list[str], model_types: set[str]) -> None:
+    assert sorted(NAMES) == sorted(checkpoint_names)
+    assert model_types == set(FAMILIES)

@@ -1,0 +1,80 @@
+"""``kernels.glu``: the reference against float64, forward and hand-written backward against its autograd."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from jebi.kernels.glu import Activation, glu, glu_backward, glu_forward
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+SHAPES = ((1, 1), (5, 176), (33, 131))
+DTYPES = (torch.float32, torch.bfloat16)
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+
+
+def inputs(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate, up and the output's gradient."""
+    generator = torch.Generator().manual_seed(shape[1])
+    gate, up, da = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    return gate * 3, up, da
+
+
+def activated(gate: Tensor, activation: Activation) -> Tensor:
+    """The activation written out."""
+    if activation == "silu":
+        return gate * gate.sigmoid()
+    if activation == "gelu":
+        return gate / 2 * (1 + torch.erf(gate / 2**0.5))
+    return gate / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
+
+
+def exact(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    return activated(gate.double(), activation) * up.double()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reference_and_forward_against_float64(
+    at_most_twice, dtype: torch.dtype, shape: tuple[int, int], activation: Activation
+) -> None:
+    gate, up, _ = inputs(shape, dtype)
+    plain = activated(gate, activation) * up
+    at_most_twice("reference", glu(gate, up, activation), plain, exact(gate, up, activation))
+    assert torch.equal(glu_forward(gate, up, activation), glu(gate, up, activation))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_against_the_reference(
+    at_most_twice, dtype: torch.dtype, shape: tuple[int, int], activation: Activation
+) -> None:
+    gate, up, da = inputs(shape, dtype)
+    plain = [x.clone().requires_grad_() for x in (gate, up)]
+    fine = [x.double().requires_grad_() for x in (gate, up)]
+    glu(*plain, activation).backward(da)
+    exact(*fine, activation).backward(da.double())
+    dgate, dup = glu_backward(da.clone(), gate, up, activation)
+    at_most_twice("dgate", dgate, plain[0].grad, fine[0].grad)
+    at_most_twice("dup", dup, plain[1].grad, fine[1].grad)
+
+
+def test_gate_and_up_are_left_alone() -> None:
+    before = inputs((5, 176), torch.float32)
+    gate, up, da = inputs((5, 176), torch.float32)
+    glu_forward(gate, up, "silu")
+    glu_backward(da, gate, up, "silu")
+    assert torch.equal(gate, before[0])
+    assert torch.equal(up, before[1])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_saturated_gates_stay_finite(activation: Activation) -> None:
+    gate = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]])
+    out = glu_forward(gate, torch.ones(1, 5), activation)
+    assert out.tolist() == [[0.0, pytest.approx(0.0, abs=1e-40), 0.0, 100.0, 1e4]]
+    assert all(x.isfinite().all() for x in glu_backward(torch.ones(1, 5), gate, torch.ones(1, 5), activation))
