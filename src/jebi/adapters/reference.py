@@ -16,7 +16,7 @@ def reference_of(model: JebiForCausalLM, with_adapter: bool = True) -> JebiForCa
     """``model`` as it answers now, frozen; its frozen weights are the same tensors.
 
     Args:
-        model: what is to be trained.
+        model: what is to be trained. TRL's ``sync_ref_model`` would write into the shared weights: leave it off.
         with_adapter: keep a copy of the adapter as it stands; False leaves the base model. At the start of a fresh
             adapter both answer alike.
     """

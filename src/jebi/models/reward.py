@@ -59,8 +59,8 @@ class JebiForSequenceClassification(JebiPreTrainedModel):
     ) -> SequenceClassifierOutputWithPast:
         """Scores (B, 1) in float32 as ``logits``, read at each row's last token, as transformers finds it.
 
-        That is the last one that is not ``config.pad_token_id``; where that is not set, the last in
-        ``attention_mask``. A pad token that is also EOS therefore hides the EOS that ends a row.
+        That is the last one in ``attention_mask`` that is not ``config.pad_token_id``, where either is given. A pad
+        token that is also EOS therefore hides the EOS that ends a row.
 
         Raises:
             ModelError: ``labels`` were given; losses over scores are the trainer's.
@@ -77,12 +77,10 @@ class JebiForSequenceClassification(JebiPreTrainedModel):
 
     def _last(self, input_ids: Tensor | None, mask_BS: Tensor | None, hidden_BSD: Tensor) -> Tensor:
         """Index of each row's last token."""
-        pad = self.config.pad_token_id
-        if input_ids is not None and pad is not None:
-            real_BS = input_ids != pad
-        elif mask_BS is not None:
-            real_BS = mask_BS[:, -hidden_BSD.shape[1] :] != 0
-        else:
-            real_BS = torch.ones(hidden_BSD.shape[:2], dtype=torch.bool, device=hidden_BSD.device)
+        real_BS = torch.ones(hidden_BSD.shape[:2], dtype=torch.bool, device=hidden_BSD.device)
+        if mask_BS is not None:
+            real_BS &= mask_BS[:, -hidden_BSD.shape[1] :] != 0
+        if input_ids is not None and self.config.pad_token_id is not None:
+            real_BS &= input_ids != self.config.pad_token_id
         last_B: Tensor = (torch.arange(real_BS.shape[1], device=real_BS.device) * real_BS).argmax(dim=1)
         return last_B
