@@ -56,6 +56,7 @@ VARIANTS: dict[str, dict[str, object]] = {
         }
     },
     "even": {"intermediate_size": 192},  # whose rows some formats can cut into blocks of 32
+    "even untied": {"intermediate_size": 192, "tie_word_embeddings": False},
     "worded": {"vocab_size": 49152},  # with SmolLM2's tokenizer beside the weights
 }
 
@@ -81,13 +82,17 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(scope="session")
 def load() -> Callable[..., "JebiForCausalLM"]:
-    """``load(folder, dtype=float32, load_in_4bit=False)``: jebi's model of a checkpoint, on the CPU."""
+    """``load(folder, dtype, load_in_4bit, load_in_8bit)``: jebi's model of a checkpoint on the CPU; dense float32."""
+    from jebi.config import ModelConfig
     from jebi.models.files import find
     from jebi.models.loading import load_model
 
-    def load(folder: Path, dtype: torch.dtype = torch.float32, load_in_4bit: bool = False) -> "JebiForCausalLM":
+    def load(
+        folder: Path, dtype: torch.dtype = torch.float32, load_in_4bit: bool = False, load_in_8bit: bool = False
+    ) -> "JebiForCausalLM":
         files = find(str(folder))
-        return load_model(files, files.config(), dtype, torch.device("cpu"), load_in_4bit)
+        storage = ModelConfig(load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit).storage
+        return load_model(files, files.config(), dtype, torch.device("cpu"), storage)
 
     return load
 

@@ -29,8 +29,25 @@ train: {learning_rate: 2e-4, max_steps: 3}
 """
 
 FIELDS = {
-    ModelConfig: ["name", "max_seq_length", "load_in_4bit", "dtype", "token", "rope_scaling"],
-    LoraConfig: ["r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "random_state"],
+    ModelConfig: ["name", "max_seq_length", "load_in_4bit", "load_in_8bit", "dtype", "token", "rope_scaling"],
+    LoraConfig: [
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "bias",
+        "use_rslora",
+        "use_dora",
+        "init_lora_weights",
+        "loftq_config",
+        "modules_to_save",
+        "random_state",
+    ],
     DataConfig: ["train", "split", "heldout", "heldout_share", "template", "text_field", "learn", "packing"],
     RunConfig: ["model", "lora", "data", "train"],
 }
@@ -112,17 +129,31 @@ def test_the_last_setting_wins_and_a_new_section_may_begin_with_one(tmp_path: Pa
         ("lora.lora_alfa=3", r"setting 'lora.lora_alfa' is unknown. Did you mean 'lora.lora_alpha'\?"),
         ("model.max_seq_len=9", r"Did you mean 'model.max_seq_length'\?"),
         ("modl.name=x", r"setting 'modl' is unknown. Did you mean 'model'\?"),
-        ("lora.zzz=1", r"setting 'lora.zzz' is unknown. Known: bias, lora_alpha, .*use_rslora\."),
+        ("lora.zzz=1", r"setting 'lora.zzz' is unknown. Known: alpha_pattern, bias, .*use_rslora\."),
         ("lora.r=3.5", r"lora.r must be int, not 3.5"),
         ("lora.r=true", r"lora.r must be int, not True"),
         ("lora.r=many", r"lora.r must be int, not 'many'"),
         ("lora.lora_alpha=yes", r"lora.lora_alpha must be float, not True"),
         ("lora.bias=some", r"lora.bias must be one of none, all, lora_only, not 'some'"),
-        ("model.load_in_4bit=4", r"model.load_in_4bit must be bool, not 4"),
+        ("model.load_in_4bit=4", r"model.load_in_4bit must be bool or null, not 4"),
         ("model.dtype=16", r"model.dtype must be str or null, not 16"),
         ("model.dtype=int8", r"dtype must be float32, bfloat16, float16 or null, not 'int8'"),
         ("model.max_seq_length=0", r"max_seq_length must be at least 1, not 0"),
-        ("lora.target_modules=q_proj", r"lora.target_modules must be list, not 'q_proj'"),
+        ("lora.target_modules=3", r"lora.target_modules must be list or str, not 3"),
+        ("lora.target_modules='(q_proj'", r"target_modules '\(q_proj' is no regular expression: missing \)"),
+        ("lora.exclude_modules='*'", r"exclude_modules '\*' is no regular expression"),
+        ("lora.layers_pattern=layers", r"layers_pattern does nothing without layers_to_transform"),
+        ("lora.rank_pattern={q_proj: 0}", r"rank_pattern: 'q_proj' must have a whole number above 0, not 0"),
+        ("lora.alpha_pattern={q_proj: -1}", r"alpha_pattern: 'q_proj' must have a number above 0, not -1"),
+        ("lora.init_lora_weights=olora", r"init_lora_weights must be True, 'gaussian', .* not 'olora'"),
+        ("lora.init_lora_weights=false", r"init_lora_weights must be True, .* not False"),
+        ("lora.init_lora_weights=pissa_niter_0", r"init_lora_weights must be True, .* not 'pissa_niter_0'"),
+        ("lora.loftq_config={loftq_bits: 8}", r"loftq_bits must be 4, not 8"),
+        ("lora.loftq_config={loftq_iter: 0}", r"loftq_iter must be a whole number above 0, not 0"),
+        (
+            "lora.loftq_config={bits: 4}",
+            r"setting 'loftq_config.bits' is unknown. Known: loftq_bits, loftq_iter",
+        ),
         ("lora.target_modules=[]", r"target_modules is empty; name at least one of q_proj"),
         ("lora.lora_dropout=1", r"lora_dropout must be from 0 to below 1, not 1.0"),
         ("lora.lora_alpha=0", r"lora_alpha must be a number above 0, not 0.0"),
@@ -175,7 +206,29 @@ def test_a_setting_into_a_section_that_is_a_value_is_explained(tmp_path: Path) -
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 0.5), (True, 2.0)])
 def test_the_scale_of_an_adapter(rslora: bool, scale: float) -> None:
-    assert LoraConfig(r=16, lora_alpha=8, use_rslora=rslora).scale == scale
+    assert LoraConfig(r=16, lora_alpha=8, use_rslora=rslora).scale_of("model.layers.0.self_attn.q_proj") == scale
+
+
+def test_ranks_and_scales_of_some_projections() -> None:
+    patterns = {"rank_pattern": {"q_proj": 2, r"1\..*_proj": 4}, "alpha_pattern": {"self_attn.o_proj": 32}}
+    config = LoraConfig(r=8, lora_alpha=8, **patterns)
+    ranks = {
+        path: config.rank_of(path) for path in ("layers.0.q_proj", "layers.1.up_proj", "layers.1.q_proj", "o_proj")
+    }
+    assert ranks == {"layers.0.q_proj": 2, "layers.1.up_proj": 4, "layers.1.q_proj": 2, "o_proj": 8}
+    assert config.scale_of("layers.0.self_attn.o_proj") == 4
+    assert config.scale_of("layers.0.self_attn.q_proj") == 4
+
+
+def test_loftq_is_asked_for_in_either_way() -> None:
+    full = {"loftq_bits": 4, "loftq_iter": 1}
+    for settings in ({"init_lora_weights": "loftq"}, {"loftq_config": {"loftq_bits": 4}}, {"loftq_config": full}):
+        config = LoraConfig(**settings)
+        assert (config.init_lora_weights, config.loftq_config) == ("loftq", full)
+    with pytest.raises(ConfigError, match="loftq_config does nothing with init_lora_weights='pissa'"):
+        LoraConfig(init_lora_weights="pissa", loftq_config=full)
+    with pytest.raises(ConfigError, match="layers_to_transform needs names in target_modules"):
+        LoraConfig(target_modules=".*q_proj", layers_to_transform=[0])
 
 
 @pytest.mark.parametrize(

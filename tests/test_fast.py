@@ -9,8 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jebi import FastLanguageModel
-from jebi.adapters.peft_files import CONFIG_FILE, adapter_tensors
+from jebi.adapters.peft_config import CONFIG_FILE
+from jebi.adapters.peft_files import adapter_tensors
 from jebi.errors import AdapterError, ConfigError, ModelError
+from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
 
 IDS = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -36,6 +38,41 @@ def test_load_adapt_save_and_load_again(tiny_llama, tmp_path: Path) -> None:
     again, _ = load(tmp_path)
     assert again.adapter is not None
     assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({}, NF4Weight),
+        ({"load_in_4bit": True}, NF4Weight),
+        ({"load_in_4bit": False}, torch.nn.Parameter),
+        ({"load_in_8bit": True}, Int8Weight),
+        ({"load_in_8bit": True, "load_in_4bit": False}, Int8Weight),
+        ({"load_in_8bit": False}, NF4Weight),
+    ],
+    ids=str,
+)
+def test_how_projections_are_held(tiny_llama, settings: dict[str, bool], kind: type) -> None:
+    model, _ = load(tiny_llama("worded"), **settings)
+    held = {type(linear.weight) for name, linear in model.linears() if name != "lm_head"}
+    assert held == {kind}
+    assert isinstance(model.lm_head.weight, torch.nn.Parameter)
+
+
+@torch.no_grad()
+def test_8_bits_answer_nearly_as_16(tiny_llama) -> None:
+    exact, eight, four = (
+        load(tiny_llama("worded"), **settings)[0](IDS).logits
+        for settings in ({"load_in_4bit": False}, {"load_in_8bit": True}, {})
+    )
+    # Their weights' errors are a 16th of those of 4 bits; logits follow in proportion.
+    assert (eight - exact).std() < (four - exact).std() / 8
+    assert not torch.equal(eight, exact)
+
+
+def test_both_4_and_8_bits_are_refused() -> None:
+    with pytest.raises(ConfigError, match="load_in_4bit and load_in_8bit exclude each other: drop one"):
+        FastLanguageModel.from_pretrained("/nowhere", load_in_4bit=True, load_in_8bit=True)
 
 
 def test_an_adapter_that_does_not_name_its_base(tiny_llama, tmp_path: Path) -> None:
@@ -90,7 +127,8 @@ def test_a_model_saved_with_another_rope_means_the_same_to_transformers(tiny_lla
         ({"bias": "some"}, "bias must be 'none', 'all' or 'lora_only'"),
         ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": ["W_pack"]}, "the model has no 'W_pack'"),
-        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config is not supported yet; leave it None"),
+        ({"loftq_config": {"loftq_bits": 8}}, "loftq_bits must be 4, not 8"),
+        ({"use_dorra": True}, "setting 'use_dorra' is unknown. Did you mean 'use_dora'"),
         ({"use_gradient_checkpointing": "often"}, "must be True, False, 'unsloth' or 'auto', not 'often'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -19,6 +19,12 @@ from jebi.errors import ConfigError
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The seven projections of a layer, all adapted by default."""
 
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every projection but the head."""
+
+Storage = Literal["dense", "nf4", "int8"]
+"""How the layers' projections are held: in the compute dtype, in 4 bits, or in 8."""
+
 
 @dataclass
 class ModelConfig:
@@ -28,8 +34,10 @@ class ModelConfig:
     """``smollm2`` (comes with the demo), a folder, a .gguf file, or a hub id."""
     max_seq_length: int = 2048
     """Longest row in tokens; beyond the model's own length RoPE is scaled."""
-    load_in_4bit: bool = True
-    """Store the layers' projections as NF4 with double quantisation."""
+    load_in_4bit: bool | None = None
+    """Store the layers' projections as NF4 with double quantisation; null does, unless `load_in_8bit` is set."""
+    load_in_8bit: bool = False
+    """Store them in 8 bits, in blocks of 64."""
     dtype: str | None = None
     """float32, bfloat16, float16, or null to detect."""
     token: str | None = None
@@ -42,6 +50,15 @@ class ModelConfig:
             raise ConfigError(f"max_seq_length must be at least 1, not {self.max_seq_length}; 2048 is usual.")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be float32, bfloat16, float16 or null, not '{self.dtype}'.")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ConfigError("load_in_4bit and load_in_8bit exclude each other: drop one.")
+
+    @property
+    def storage(self) -> Storage:
+        """How the layers' projections are held."""
+        if self.load_in_8bit:
+            return "int8"
+        return "dense" if self.load_in_4bit is False else "nf4"
 
 
 @dataclass
@@ -54,12 +71,30 @@ class LoraConfig:
     """Numerator of the scale: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
     lora_dropout: float = 0.0
     """Share of the adapter's inputs dropped in training; 0 is the fast path."""
-    target_modules: list[str] = field(default_factory=lambda: list(TARGET_MODULES))
-    """Projections that get an adapter."""
+    target_modules: list[str] | str = field(default_factory=lambda: list(TARGET_MODULES))
+    """Projections that get an adapter: names, ``all-linear``, or a regular expression of whole paths."""
+    exclude_modules: list[str] | str | None = None
+    """Projections that get none after all: names, or a regular expression."""
+    layers_to_transform: list[int] | int | None = None
+    """Layers whose projections are adapted; all when null."""
+    layers_pattern: list[str] | str | None = None
+    """What the list of layers is called in the model; anything when null."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some projections, by name or regular expression of a path's end."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other numerators of the scale, likewise."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained along: none, every one of the model, or those of adapted projections."""
     use_rslora: bool = False
     """Rank-stabilised scale (arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Train the length of each row of the adapted weight as well (arXiv:2402.09353)."""
+    init_lora_weights: bool | str = True
+    """How it starts: true, ``gaussian``, ``pissa``, ``pissa_niter_16`` (arXiv:2404.02948), ``loftq`` (2310.08659)."""
+    loftq_config: dict[str, int] | None = None
+    """``loftq_bits`` (4) and ``loftq_iter`` (rounds, 1); to set it is to start with LoftQ."""
+    modules_to_save: list[str] | None = None
+    """Modules trained wholly, such as embed_tokens and lm_head."""
     random_state: int = 3407
     """Seed of the first matrices."""
 
@@ -74,11 +109,70 @@ class LoraConfig:
             raise ConfigError(f"bias must be 'none', 'all' or 'lora_only', not '{self.bias}'.")
         if not self.target_modules:
             raise ConfigError(f"target_modules is empty; name at least one of {', '.join(TARGET_MODULES)}.")
+        self._check_layers()
+        self._check_start()
 
-    @property
-    def scale(self) -> float:
-        """What the product of the matrices is multiplied by."""
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+    def _check_layers(self) -> None:
+        expression = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
+        if expression and self.layers_to_transform is not None:
+            raise ConfigError("layers_to_transform needs names in target_modules: put layers into the expression.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern does nothing without layers_to_transform: set both or neither.")
+        for name, rank in self.rank_pattern.items():
+            if not isinstance(rank, int) or rank < 1:
+                raise ConfigError(f"rank_pattern: '{name}' must have a whole number above 0, not {rank!r}.")
+        for name, alpha in self.alpha_pattern.items():
+            if not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+                raise ConfigError(f"alpha_pattern: '{name}' must have a number above 0, not {alpha!r}.")
+        for name in ("target_modules", "exclude_modules"):
+            _check_pattern(getattr(self, name), name)
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            _check_pattern(pattern, "rank_pattern or alpha_pattern")
+
+    def _check_start(self) -> None:
+        if self.loftq_config and self.init_lora_weights is True:
+            self.init_lora_weights = "loftq"
+        start = self.init_lora_weights
+        known = start is True or start in ("gaussian", "pissa", "loftq")
+        if not known and not (isinstance(start, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", start)):
+            raise ConfigError(
+                "init_lora_weights must be True, 'gaussian', 'pissa', 'pissa_niter_N' with a number N, or 'loftq', "
+                f"not {start!r}."
+            )
+        if start != "loftq":
+            if self.loftq_config:
+                raise ConfigError(f"loftq_config does nothing with init_lora_weights={start!r}: drop one of them.")
+            return
+        settings = {"loftq_bits": 4, "loftq_iter": 1} | (self.loftq_config or {})
+        reject_unknown(settings, {"loftq_bits", "loftq_iter"}, "loftq_config.")
+        if settings["loftq_bits"] != 4:
+            raise ConfigError(f"loftq_bits must be 4, not {settings['loftq_bits']}: jebi's 4-bit format is NF4.")
+        if not isinstance(settings["loftq_iter"], int) or settings["loftq_iter"] < 1:
+            raise ConfigError(f"loftq_iter must be a whole number above 0, not {settings['loftq_iter']!r}.")
+        self.loftq_config = settings
+
+    def rank_of(self, path: str) -> int:
+        """The rank of the projection at ``path``, as PEFT finds it."""
+        return next((rank for name, rank in self.rank_pattern.items() if _ends(name, path)), self.r)
+
+    def scale_of(self, path: str) -> float:
+        """What the product of that projection's matrices is multiplied by."""
+        alpha = next((alpha for name, alpha in self.alpha_pattern.items() if _ends(name, path)), self.lora_alpha)
+        rank = self.rank_of(path)
+        return alpha / (rank**0.5 if self.use_rslora else rank)
+
+
+def _ends(pattern: str, path: str) -> bool:
+    """PEFT's rule for the keys of its patterns."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def _check_pattern(pattern: list[str] | str | None, name: str) -> None:
+    if isinstance(pattern, str):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"{name} '{pattern}' is no regular expression: {error}.") from error
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """`FastLanguageModel`: the tutorial's verbs, a thin front over the rooms."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from jebi.adapters import reference
+from jebi.adapters import pissa, reference
 from jebi.adapters.lora import attach, detach
-from jebi.adapters.peft_files import CONFIG_FILE, base_of, read_config, read_weights
-from jebi.config import TARGET_MODULES, LoraConfig, ModelConfig
+from jebi.adapters.peft_config import CONFIG_FILE, base_of, read_config, takes_from_base
+from jebi.adapters.peft_files import read_weights
+from jebi.config import TARGET_MODULES, LoraConfig, ModelConfig, reject_unknown
 from jebi.errors import AdapterError, ConfigError
 from jebi.inference.generation import prepare
 from jebi.models.decoder import Checkpointing
@@ -44,7 +46,8 @@ class FastLanguageModel:
         model_name: str = "smollm2",
         max_seq_length: int = 2048,
         dtype: torch.dtype | None = None,
-        load_in_4bit: bool = True,
+        load_in_4bit: bool | None = None,
+        load_in_8bit: bool = False,
         token: str | None = None,
         device: torch.device | str | None = None,
         rope_scaling: dict[str, Any] | None = None,
@@ -56,7 +59,8 @@ class FastLanguageModel:
                 model is loaded and the adapter put on it).
             max_seq_length: longest row; beyond the model's own length RoPE is scaled.
             dtype: torch.float32, bfloat16 or float16; None takes what the device computes fastest.
-            load_in_4bit: store the projections as NF4.
+            load_in_4bit: store the projections as NF4; None does, unless ``load_in_8bit`` is True.
+            load_in_8bit: store them in 8 bits instead.
             token: hub token for gated models.
             device: "cuda", "cpu" or such; None takes the card where there is one.
             rope_scaling: how RoPE is scaled, in transformers' keys, such as ``{"rope_type": "yarn", "factor": 4.0}``;
@@ -66,7 +70,7 @@ class FastLanguageModel:
             ModelError: the model is not there, or of a kind that jebi does not have.
             WeightsError: its weights are incomplete or broken.
         """
-        ModelConfig(model_name, max_seq_length, load_in_4bit, rope_scaling=rope_scaling)
+        storage = ModelConfig(model_name, max_seq_length, load_in_4bit, load_in_8bit, rope_scaling=rope_scaling).storage
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None, not {dtype!r}.")
         folder = Path(model_name).expanduser()
@@ -77,7 +81,7 @@ class FastLanguageModel:
         config = files.config()
         if notice := scale_context(config, max_seq_length, rope_scaling):
             logger.warning(notice)
-        model = load_model(files, config, dtype or default_dtype(place), place, load_in_4bit)
+        model = load_model(files, config, dtype or default_dtype(place), place, storage)
         if generation := files.generation_config():
             model.generation_config = generation
         # The name the user gave, so that an adapter saved later can be used on another machine.
@@ -98,9 +102,13 @@ class FastLanguageModel:
         Raises:
             AdapterError: the folder holds no LoRA adapter, or one made for another model.
         """
-        attach(model, read_config(Path(adapter)))
+        folder = Path(adapter)
+        needs_start = takes_from_base(folder)
+        if needs_start:
+            pissa.require_dense(model, folder)
+        attach(model, read_config(folder), fresh=needs_start)
         try:
-            read_weights(model, Path(adapter))
+            read_weights(model, folder)
         except AdapterError:
             detach(model)
             raise
@@ -110,37 +118,47 @@ class FastLanguageModel:
     def get_peft_model(  # noqa: PLR0913  (the script's own argument list)
         model: JebiForCausalLM,
         r: int = 16,
-        target_modules: Sequence[str] = TARGET_MODULES,
+        target_modules: Sequence[str] | str = TARGET_MODULES,
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         bias: Literal["none", "all", "lora_only"] = "none",
         use_gradient_checkpointing: bool | Literal["unsloth", "auto"] = "auto",
         random_state: int = 3407,
         use_rslora: bool = False,
-        loftq_config: dict[str, Any] | None = None,
+        loftq_config: Any = None,
+        **settings: Any,
     ) -> JebiForCausalLM:
         """Put a fresh LoRA adapter on the model and return it.
 
         ``use_gradient_checkpointing``: False keeps all activations, True recomputes them, "unsloth" recomputes and
-        keeps layer inputs in host memory, "auto" keeps what fits.
+        keeps layer inputs in host memory, "auto" keeps what fits. ``loftq_config``: a dictionary, or an object with
+        the attributes ``loftq_bits`` and ``loftq_iter``. ``settings``: further fields of `LoraConfig`, such as
+        ``use_dora``, ``init_lora_weights``, ``modules_to_save``, ``layers_to_transform``.
 
         Raises:
             AdapterError: the model has an adapter already.
-            ConfigError: a setting is impossible, or a target module does not exist.
+            ConfigError: a setting is impossible or unknown, or a target module does not exist.
         """
-        if loftq_config:
-            raise ConfigError("loftq_config is not supported yet; leave it None.")
         if use_gradient_checkpointing not in _CHECKPOINTING:
             raise ConfigError(
                 "use_gradient_checkpointing must be True, False, 'unsloth' or 'auto', "
                 f"not {use_gradient_checkpointing!r}."
             )
-        if isinstance(target_modules, str):
-            raise ConfigError(f"target_modules must be a list of names, not '{target_modules}'.")
-        attach(
-            model,
-            LoraConfig(r, lora_alpha, lora_dropout, list(target_modules), bias, use_rslora, random_state),
+        reject_unknown(settings, {field.name for field in dataclasses.fields(LoraConfig)}, "")
+        if loftq_config is not None and not isinstance(loftq_config, dict):
+            loftq_config = {name: getattr(loftq_config, name, None) for name in ("loftq_bits", "loftq_iter")}
+        config = LoraConfig(
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+            bias=bias,
+            use_rslora=use_rslora,
+            loftq_config=loftq_config or None,
+            random_state=random_state,
+            **settings,
         )
+        attach(model, config)
         model.model.checkpointing = _CHECKPOINTING[use_gradient_checkpointing]
         model.auto_checkpointing = use_gradient_checkpointing == "auto"
         return model

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from jebi.adapters.peft_files import CONFIG_FILE, base_of, names_base
+from jebi.adapters.peft_config import CONFIG_FILE, base_of, names_base
 from jebi.config import DataConfig, RunConfig, check_type, reject_unknown
 from jebi.data.heldout import answer_rows
 from jebi.data.sources import load_rows, require_columns
@@ -176,7 +176,13 @@ def _load(config: RunConfig) -> tuple[JebiForCausalLM, PreTrainedTokenizerBase]:
     model = config.model
     dtype = getattr(torch, model.dtype) if model.dtype else None
     return FastLanguageModel.from_pretrained(
-        model.name, model.max_seq_length, dtype, model.load_in_4bit, model.token, rope_scaling=model.rope_scaling
+        model.name,
+        model.max_seq_length,
+        dtype,
+        model.load_in_4bit,
+        model.load_in_8bit,
+        model.token,
+        rope_scaling=model.rope_scaling,
     )
 
 
@@ -245,7 +251,8 @@ def model_settings(adapter: Path | None) -> dict[str, Any]:
     dtype = model.get("dtype")
     return {
         "max_seq_length": model.get("max_seq_length", 2048),
-        "load_in_4bit": model.get("load_in_4bit", True),
+        "load_in_4bit": model.get("load_in_4bit"),
+        "load_in_8bit": model.get("load_in_8bit", False),
         "dtype": getattr(torch, dtype) if dtype else None,
         "rope_scaling": model.get("rope_scaling"),
     }

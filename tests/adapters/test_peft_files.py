@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from jebi.adapters import peft_files
+from jebi.adapters import peft_config, peft_files
 from jebi.adapters.lora import attach
-from jebi.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors, read_config, read_weights
+from jebi.adapters.peft_config import CONFIG_FILE, WEIGHTS_FILE, read_config
+from jebi.adapters.peft_files import adapter_tensors, read_weights
 from jebi.config import LoraConfig
 from jebi.errors import AdapterError
 from jebi.fast import FastLanguageModel
+
+pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's, of trained embeddings
 
 IDS = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -28,8 +31,34 @@ KINDS: dict[str, dict[str, Any]] = {
     "two targets, their biases": {"bias": "lora_only", "target_modules": ["q_proj", "down_proj"]},
     "rslora": {"use_rslora": True, "r": 9},
     "broken alpha": {"lora_alpha": 5.5},
+    "expression": {"target_modules": r".*\.1\.(self_attn\.[qv]|mlp\.down)_proj"},
+    "all-linear": {"target_modules": "all-linear"},
+    "excluded": {"exclude_modules": ["k_proj", "model.layers.1.mlp.up_proj"]},
+    "one layer": {"layers_to_transform": 1},
+    "layers by pattern": {"layers_to_transform": [0], "layers_pattern": "layers"},
+    "ranks and alphas": {"rank_pattern": {"q_proj": 2, r"1\.mlp.*": 5}, "alpha_pattern": {"self_attn.o_proj": 9}},
+    "DoRA": {"use_dora": True},
+    "DoRA, rslora, biases": {"use_dora": True, "use_rslora": True, "bias": "all"},
+    "embedding": {"modules_to_save": ["embed_tokens"]},
+    "head": {"modules_to_save": ["lm_head"]},
+    "embedding and head": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "a whole projection": {"modules_to_save": ["1.mlp.down_proj"], "bias": "lora_only"},
+    "norms": {"modules_to_save": ["input_layernorm", "model.norm"]},
 }
+OWN: dict[str, dict[str, Any]] = {
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "PiSSA by rounds": {"init_lora_weights": "pissa_niter_2", "use_rslora": True},
+    "PiSSA and more": {
+        "init_lora_weights": "pissa",
+        "use_dora": True,
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"v_proj": 9},
+    },
+}
+"""Those that PEFT reads but has no such settings for in the file it reads."""
+
 kinds = pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS.keys())
+all_kinds = pytest.mark.parametrize("settings", (KINDS | OWN).values(), ids=(KINDS | OWN).keys())
 
 
 def trained(load, folder: Path, **settings: Any):
@@ -60,7 +89,7 @@ def change(folder: Path, **settings: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
-@kinds
+@all_kinds
 @torch.no_grad()
 def test_peft_reads_what_jebi_writes(tiny_llama, load, tmp_path: Path, settings: dict[str, Any]) -> None:
     ours = trained(load, tiny_llama("biased"), **settings)
@@ -91,7 +120,7 @@ def test_jebi_reads_what_peft_writes(tiny_llama, load, tmp_path: Path, settings:
     close(ours(IDS).logits, theirs(IDS).logits)
 
 
-@kinds
+@all_kinds
 @torch.no_grad()
 def test_round_trip_to_the_bit(tiny_llama, load, tmp_path: Path, settings: dict[str, Any]) -> None:
     ours = trained(load, tiny_llama("biased"), **settings)
@@ -176,19 +205,16 @@ def test_a_broken_config(folder: Path, text: str) -> None:
     ("settings", "message"),
     [
         ({"peft_type": "IA3"}, "is of type IA3; jebi reads LORA"),
-        ({"use_dora": True}, r"uses DoRA \(use_dora\), which jebi does not have"),
-        ({"rank_pattern": {"q_proj": 8}}, r"per-module ranks \(rank_pattern\)"),
-        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"layers_to_transform": [0]}, "layers_to_transform"),
         ({"trainable_token_indices": [5]}, "trainable_token_indices"),
         ({"lora_bias": True}, "lora_bias"),
         ({"kasa_config": {"beta": 1.0}}, "kasa_config"),
-        ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa'.* changes the base"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights='pissa_niter_16'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
-        ({"target_modules": ".*q_proj"}, r"target_modules must be a list of names, not '.\*q_proj'"),
+        ({"target_modules": None}, r"target_modules must be names or an expression, not None"),
+        ({"target_modules": "(q_proj"}, r"target_modules '\(q_proj' is no regular expression"),
+        ({"ensure_weight_tying": True}, r"trained copies that stay tied \(ensure_weight_tying\)"),
+        ({"r": None}, "lacks r"),
         ({"r": 0}, "r must be a whole number above 0"),
         ({"bias": "some"}, "bias must be 'none', 'all' or 'lora_only', not 'some'"),
     ],
@@ -209,15 +235,14 @@ def test_starts_that_leave_the_base_alone_are_fine(folder: Path, start: bool | s
 
 def test_every_setting_of_peft_is_accounted_for() -> None:
     """A setting that a new PEFT brings is either read, refused, or known to change nothing about what is computed."""
-    read = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "init_lora_weights"}
+    read = {"peft_type", "init_lora_weights", *peft_config._SAME}
     without_effect = {
         "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
-        "layers_pattern",  # only together with layers_to_transform
         "megatron_core", "qalora_group_size",  # likewise with megatron_config and use_qalora
-        "runtime_config", "ensure_weight_tying",
+        "runtime_config",
         "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # of starts, which init_lora_weights names
     }  # fmt: skip
-    known = read | without_effect | set(peft_files._UNSUPPORTED)
+    known = read | without_effect | set(peft_config._UNSUPPORTED)
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} - known == set()
 
 
@@ -233,8 +258,8 @@ def test_nothing_half_written(tiny_llama, load, folder: Path, monkeypatch: pytes
         with pytest.raises(OSError, match="No space left"):
             trained(load, tiny_llama(), r=8).save_pretrained(target)
     assert {name: (folder / name).read_bytes() for name in before} == before
-    assert not (folder.parent / "new" / CONFIG_FILE).exists()
-    assert not (folder.parent / "new" / WEIGHTS_FILE).exists()
+    assert list((folder.parent / "new").iterdir()) == []
+    assert {path.name for path in folder.iterdir()} == before.keys()
 
 
 def test_an_older_adapter_is_replaced(tiny_llama, load, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from jebi.cli import progress
+from jebi.run import model_settings
 
 Run = Callable[..., Any]
 
@@ -61,6 +62,18 @@ def test_settings_of_the_call_reach_the_run(jebi: Run, config: Path, tmp_path: P
     assert "Training:" not in done.err
     log = json.loads((tmp_path / "out" / "report.json").read_text())["log"]
     assert any("eval_loss" in entry for entry in log)
+
+
+def test_the_base_is_held_afterwards_as_it_was_in_training(jebi: Run, config: Path, tmp_path: Path) -> None:
+    done = jebi("train", str(config), "--set", "model.load_in_8bit=true")
+    assert done.code == 0, done.err
+    settings = model_settings(tmp_path / "out")
+    assert (settings["load_in_4bit"], settings["load_in_8bit"]) == (False, True)
+    # A record of before there were 8 bits.
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "jebi_run.json").write_text('{"model": {"load_in_4bit": true}}')
+    settings = model_settings(tmp_path / "old")
+    assert (settings["load_in_4bit"], settings["load_in_8bit"]) == (True, False)
 
 
 def test_a_share_of_the_rows_may_be_held_out(jebi: Run, config: Path, tmp_path: Path) -> None:

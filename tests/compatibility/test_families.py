@@ -134,6 +134,21 @@ def test_saving_and_loading(name: str, checkpoint, load, rows, note, difference,
 
 
 @every
+def test_saving_in_4_bits(name: str, checkpoint, load, rows, difference, tmp_path: Path) -> None:
+    """It becomes a bitsandbytes checkpoint, and both read the same weights from it."""
+    model, inputs = load(checkpoint(name), load_in_4bit=True), rows(name, "right")
+    model.save_pretrained(tmp_path)
+    ids = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    real = inputs["attention_mask"].bool()
+    # In evaluation bitsandbytes would multiply in bfloat16 on a CPU that can; there is no dropout.
+    theirs = transformers_model(tmp_path, device_map="cpu").train()
+    with torch.no_grad():
+        logits = model(**ids).logits[real]
+        assert torch.equal(load(tmp_path, load_in_4bit=True)(**ids).logits[real], logits)
+        assert difference(logits, theirs(**ids).logits[real]) < BAR
+
+
+@every
 def test_4_bits(name: str, twins, rows, note, difference) -> None:
     """The same NF4 bytes as bitsandbytes, so the same model as transformers loads in 4 bits."""
     ours, theirs = twins(name, load_in_4bit=True)

@@ -26,7 +26,7 @@ def with_config(folder: Path, **changes: object) -> Path:
 
 def load(folder: Path) -> None:
     files = find(str(folder))
-    load_model(files, files.config(), torch.float32, CPU, False)
+    load_model(files, files.config(), torch.float32, CPU, "dense")
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -60,6 +62,31 @@ def test_an_extra_tensor(folder: Path, load) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize("setting", ["hidden_size", "intermediate_size", "num_key_value_heads", "vocab_size"])
+def test_a_config_that_contradicts_its_weights(folder: Path, load, setting: str) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {setting: 2 * config[setting]}))
+    with pytest.raises(WeightsError) as caught:
+        load(folder)
+    message = str(caught.value)
+    found = re.match(r"'(.*)': tensor '(.*)' has shape \[(.*)\]; the config calls for \[(.*)\] \((.*)\)\.", message)
+    assert found, message
+    file, tensor, stored, expected, says = found.groups()
+    assert file == str(folder / "model.safetensors")
+    assert stored == ", ".join(map(str, load_file(file)[tensor].shape))
+    assert expected != stored
+    assert f"{setting} {2 * config[setting]}" in says.split(", ")
+
+
+@pytest.mark.parametrize(("layers", "what"), [(1, "holds tensor 'model.layers.1.*no place"), (3, "lacks 9 of the 29")])
+def test_a_config_with_another_number_of_layers(folder: Path, load, layers: int, what: str) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": layers}))
+    with pytest.raises(WeightsError, match=f"{what}.* .*num_hidden_layers {layers}, "):
+        load(folder)
+
+
 def test_a_wrong_shape(folder: Path, load) -> None:
     path = change(folder, lambda tensors: tensors.update({UP: torch.ones(176, 63)}))
     with pytest.raises(WeightsError, match=rf"'{path}': tensor '{UP}' has shape \[176, 63\]; .* calls for \[176, 64\]"):
@@ -87,6 +114,14 @@ def test_a_truncated_safetensors_file(folder: Path, load, size: int) -> None:
     path.write_bytes(whole[:size])
     with pytest.raises(WeightsError, match=f"'{path}' is truncated or is no safetensors file"):
         load(folder)
+
+
+def test_a_truncated_shard_is_told_before_any_weight_is_read(folder: Path) -> None:
+    shard(folder)
+    path = folder / "b.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(WeightsError, match=f"'{path}' is truncated"):
+        next(find(str(folder)).tensors())
 
 
 def test_shards(folder: Path, load, tiny_llama) -> None:
@@ -175,6 +210,22 @@ def test_a_hub_id_without_a_hub() -> None:
         ModelError, match=r"(?s)model_name 'jebi-test/none' is no local folder.*Offline, use .*'smollm2'"
     ):
         find("jebi-test/none")
+
+
+def test_weights_that_are_there_twice_are_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(repository: str, **settings: Any) -> str:
+        asked.update(settings)
+        (tmp_path / "config.json").write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    find("mistralai/Some-7B")
+    names = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model"]
+    twice = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "original/params.json"]
+    settings = {"allow_patterns": asked["allow_patterns"], "ignore_patterns": asked["ignore_patterns"]}
+    assert list(filter_repo_objects([*names, *twice], **settings)) == names
 
 
 def test_names_that_are_something(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

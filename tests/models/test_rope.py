@@ -152,7 +152,7 @@ def twins(folder: Path, config: PretrainedConfig) -> tuple[JebiForCausalLM, Any]
             rope_parameters=copy.deepcopy(config.rope_parameters),
         )
 
-    return load_model(find(str(folder)), copy.deepcopy(config), torch.float32, CPU, False), theirs
+    return load_model(find(str(folder)), copy.deepcopy(config), torch.float32, CPU, "dense"), theirs
 
 
 def with_rope(folder: Path, parameters: dict[str, Any]) -> PretrainedConfig:

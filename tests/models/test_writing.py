@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -58,21 +59,84 @@ def test_bfloat16_stays_bfloat16(tiny_llama, load, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
-def test_a_4_bit_base_is_not_written(tiny_llama, load, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="keep its original checkpoint, or load with load_in_4bit=False"):
-        load(tiny_llama(), load_in_4bit=True).save_pretrained(tmp_path)
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+# bitsandbytes 0.50 decodes rows that are no multiple of a block wrongly on a CPU, hence even ones.
+@pytest.mark.parametrize("variant", ["even", "even untied"])
+@torch.no_grad()
+def test_a_4_bit_model_is_written_as_bitsandbytes_writes_it(
+    tiny_llama, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, sharded: bool
+) -> None:
+    if sharded:
+        monkeypatch.setattr(writing, "_SHARD_SIZE", "30KB")
+    model = load(tiny_llama(variant), load_in_4bit=True)
+    model.save_pretrained(tmp_path)
+    assert not hasattr(model.config, "quantization_config")
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu", output_loading_info=True)
+    assert not any(report.values()), report
+    assert isinstance(theirs.model.layers[0].mlp.up_proj, bitsandbytes.nn.Linear4bit)
+    # In evaluation it would multiply in bfloat16 on a CPU that can; there is no dropout.
+    expected = theirs.train()(IDS).logits
+    # Equal weights, so what is left is the order of float32's sums.
+    assert (model(IDS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    again = load(tmp_path, load_in_4bit=True)
+    for (name, one), (_, other) in zip(model.linears(), again.linears(), strict=True):
+        if name != "lm_head":
+            assert one.weight.dtype == other.weight.dtype
+            for (part, buffer), (_, read) in zip(one.weight.named_buffers(), other.weight.named_buffers(), strict=True):
+                assert torch.equal(buffer, read), f"{name} {part}"
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_an_8_bit_model_is_not_written(tiny_llama, load, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"held in 8 bits is not saved.* load_in_4bit=False .* load_in_4bit=True"):
+        load(tiny_llama(), load_in_8bit=True).save_pretrained(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_cannot_be_written_leave_nothing_half(
-    tiny_llama, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("at", [1, 2])
+def test_weights_that_cannot_be_written_leave_nothing(
+    tiny_llama, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    def fail(tensors: object, path: Path, **_: object) -> None:
+    whole, calls = writing.save_file, []
+
+    def fail(tensors: dict[str, torch.Tensor], path: Path, **settings: object) -> None:
+        calls.append(path)
+        if len(calls) < at:
+            return whole(tensors, path, **settings)
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writing, "save_file", fail)
+    monkeypatch.setattr(writing, "_SHARD_SIZE", "200KB")
     with pytest.raises(OSError, match="No space left"):
         load(tiny_llama()).save_pretrained(tmp_path)
-    assert not (tmp_path / "model.safetensors").exists()
-    assert not (tmp_path / "config.json").exists()
+    assert len(calls) == at
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_earlier_checkpoint(
+    tiny_llama, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny_llama())
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patched:
+        patched.setattr(writing, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match="No space left"):
+            model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_another_division_into_files_replaces_the_earlier_one(
+    tiny_llama, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"someone else's")
+    for size, files in (("5GB", 1), ("200KB", 3), ("150KB", 4), ("5GB", 1)):
+        monkeypatch.setattr(writing, "_SHARD_SIZE", size)
+        # Read from where it is written to: the weights are mapped files, which must outlive their names.
+        source = tmp_path if (tmp_path / "config.json").exists() else tiny_llama()
+        load(source).save_pretrained(tmp_path)
+        assert len(list(tmp_path.glob("model*.safetensors"))) == files
+        assert (tmp_path / "model.safetensors.index.json").exists() == (files > 1)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert torch.equal(load(tmp_path)(IDS).logits, load(tiny_llama())(IDS).logits)

@@ -15,6 +15,7 @@ from jebi.nn.layer import DecoderLayer, LayerShape
 from jebi.nn.layer_node import Keep, run_layer, serves
 from jebi.nn.lora import Lora
 from jebi.nn.rows import Rows, rows_from_lengths
+from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -41,7 +42,7 @@ class Setup:
     biases: bool = False
     trained_biases: bool = False
     enabled: bool = True
-    nf4: bool = False
+    packed: type[NF4Weight | Int8Weight] | None = None
     trained_norms: bool = False
     shape: dict[str, Any] = field(default_factory=dict)
     """Flags of `LayerShape` that are not Llama's."""
@@ -58,7 +59,8 @@ SETUPS = {
     "disabled": Setup(enabled=False),
     "disabled beside trained biases": Setup(biases=True, trained_biases=True, enabled=False),
     "nothing trained": Setup(()),
-    "4 bits": Setup(nf4=True),
+    "4 bits": Setup(packed=NF4Weight),
+    "8 bits": Setup(packed=Int8Weight),
     "trained norms": Setup(trained_norms=True),
     "normed queries and keys": Setup(shape={"qk_norm": True}),
     "trained norms of queries and keys": Setup(trained_norms=True, shape={"qk_norm": True}),
@@ -103,8 +105,8 @@ def build(setup: Setup, dtype: torch.dtype) -> DecoderLayer:
             linear.lora.enabled = setup.enabled
         if setup.trained_biases:
             linear.bias = nn.Parameter(linear.bias.detach().float())
-        if setup.nf4:
-            linear.store(NF4Weight.quantize(linear.weight))
+        if setup.packed:
+            linear.store(setup.packed.quantize(linear.weight))
     return layer
 
 

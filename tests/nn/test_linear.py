@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jebi.nn.linear import Grads, Linear, project, project_backward
+from jebi.nn import dora
+from jebi.nn.linear import Grads, Linear, adapter_backward, project, project_backward
 from jebi.nn.lora import Lora
 from jebi.quant.nf4 import NF4Weight
 
 INPUTS, OUTPUTS, RANK, TOKENS = 33, 21, 4, 9
 
 
-def build(nf4: bool = False, bias: bool = True) -> Linear:
+def build(nf4: bool = False, bias: bool = True, kind: str = "lora") -> Linear:
     linear = Linear(INPUTS, OUTPUTS, bias, torch.float32)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(OUTPUTS, INPUTS, generator=generator) * INPUTS**-0.5
@@ -21,6 +22,16 @@ def build(nf4: bool = False, bias: bool = True) -> Linear:
     linear.lora = Lora(INPUTS, OUTPUTS, RANK, 0.5, 0.0, torch.device("cpu"))
     linear.lora.reset(generator)
     nn.init.normal_(linear.lora.B_Nr, generator=generator)
+    if "frozen half" in kind:
+        start = torch.randn(RANK, INPUTS, generator=generator), torch.randn(OUTPUTS, RANK, generator=generator)
+        linear.lora.freeze_start(*start)
+        nn.init.normal_(linear.lora.B_Nr, generator=generator)
+    if "DoRA" in kind:
+        dora.start(linear.lora, linear.dense())
+        nn.init.normal_(linear.lora.magnitude_N, generator=generator)
+    if kind == "trained weight":
+        linear.weight.requires_grad_()
+        linear.lora = None
     return linear
 
 
@@ -29,10 +40,21 @@ def draw(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("nf4", [True, False])
-def test_project_and_its_backward_equal_autograd(nf4: bool, bias: bool) -> None:
+@pytest.mark.parametrize(
+    ("nf4", "kind", "trains"),
+    [
+        (True, "lora", 2),
+        (False, "lora", 2),
+        (False, "frozen half", 2),
+        (True, "DoRA", 3),
+        (False, "DoRA", 3),
+        (True, "DoRA with a frozen half", 3),
+        (False, "trained weight", 1),
+    ],
+)
+def test_project_and_its_backward_equal_autograd(nf4: bool, kind: str, trains: int, bias: bool) -> None:
     x, dy = draw(TOKENS, INPUTS), draw(TOKENS, OUTPUTS)
-    plain, ours = build(nf4, bias), build(nf4, bias)
+    plain, ours = build(nf4, bias, kind), build(nf4, bias, kind)
     leaf = x.clone().requires_grad_()
     expected = plain(leaf)
     expected.backward(dy)
@@ -45,13 +67,39 @@ def test_project_and_its_backward_equal_autograd(nf4: bool, bias: bool) -> None:
     torch.testing.assert_close(y, expected.detach(), **close)
     torch.testing.assert_close(dx, leaf.grad, **close)
     trained = {name: p for name, p in plain.named_parameters() if p.requires_grad}
-    assert len(trained) == len(grads) == 2 + bias
+    assert len(trained) == len(grads) == trains + bias
     for name, parameter in trained.items():
         torch.testing.assert_close(grads[ours.get_parameter(name)], parameter.grad, **close)
 
     started = torch.ones_like(x)
     assert project_backward(ours, dy, x, xa, {}, started) is started
     torch.testing.assert_close(started, leaf.grad + 1, **close)
+
+    without_input: Grads = {}
+    adapter_backward(ours, dy, x, xa, without_input, None)
+    assert without_input.keys() == grads.keys()
+    assert all(torch.equal(without_input[parameter], grad) for parameter, grad in grads.items())
+
+
+def test_row_lengths_of_the_adapted_weight() -> None:
+    linear = build(nf4=True, kind="frozen half")
+    lora = linear.lora
+    change = 0.5 * (lora.B_Nr @ lora.A_rK + lora.frozen_B_Nr @ lora.frozen_A_rK)
+    for weight in (linear.dense(), 2 * linear.dense()):
+        linear.store(NF4Weight.quantize(weight))
+        expected = (linear.dense() + change).norm(dim=1)
+        # Squares of about 33 products are summed in another order, and a difference of two of them loses a digit.
+        torch.testing.assert_close(dora.row_lengths(lora, linear.dense()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_of_zeros_has_no_direction() -> None:
+    linear = build(bias=False)
+    linear.store(nn.Parameter(linear.weight.detach().clone().index_fill_(0, torch.tensor([3]), 0), requires_grad=False))
+    nn.init.zeros_(linear.lora.B_Nr)
+    dora.start(linear.lora, linear.dense())
+    y = linear(draw(TOKENS, INPUTS))
+    assert torch.isfinite(y).all()
+    assert not y[:, 3].any()
 
 
 def test_a_dense_copy_is_kept_and_dropped() -> None:
@@ -70,9 +118,10 @@ def test_a_dense_copy_is_kept_and_dropped() -> None:
     assert dense.dense() is dense.weight
 
 
+@pytest.mark.parametrize("kind", ["lora", "frozen half", "DoRA"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kept_copies_answer_as_the_originals(dtype: torch.dtype) -> None:
-    linear = build(nf4=True)
+def test_kept_copies_answer_as_the_originals(dtype: torch.dtype, kind: str) -> None:
+    linear = build(nf4=True, kind=kind)
     linear.dtype = dtype
     x = draw(2, TOKENS, INPUTS).to(dtype)
     with torch.no_grad():

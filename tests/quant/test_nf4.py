@@ -132,11 +132,37 @@ def test_wrong_state_dicts_are_refused(change, message: str) -> None:
         from_bitsandbytes(tensors)
 
 
-def test_single_quantisation_is_refused(bnb) -> None:
-    packed, state = bnb.functional.quantize_4bit(matrix((32, 64)), quant_type="nf4")
-    tensors = {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
-    with pytest.raises(WeightsError, match="bnb_4bit_use_double_quant=True"):
-        from_bitsandbytes({"weight": packed, **tensors})
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_single_quantisation(bnb, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    packed, state = bnb.functional.quantize_4bit(matrix(shape, dtype), quant_type="nf4")
+    tensors = {"weight": packed} | {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+    ours = from_bitsandbytes(tensors)
+    assert ours.nested_absmax is None
+    assert ours.nbytes == packed.nbytes + state.absmax.nbytes
+    with torch.compiler.set_stance("force_eager"):
+        expected = bnb.functional.dequantize_4bit(packed, state).view(shape)
+    assert torch.equal(ours.dense(dtype), expected)
+    assert ours.half().absmax.dtype == torch.float32
+    written = to_bitsandbytes(ours)
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+
+
+def test_scales_of_another_dtype_than_stated_are_refused() -> None:
+    tensors = to_bitsandbytes(NF4Weight.quantize(matrix((32, 64))))
+    tensors["weight.absmax"] = tensors["weight.absmax"].float()
+    with pytest.raises(WeightsError, match=r"absmax is of dtype torch.float32, which does not fit"):
+        from_bitsandbytes(tensors)
+
+
+def test_another_size_of_nested_blocks_is_refused() -> None:
+    tensors = to_bitsandbytes(NF4Weight.quantize(matrix((32, 64))))
+    state = "weight.quant_state.bitsandbytes__nf4"
+    text = bytes(tensors[state].tolist()).replace(b'"nested_blocksize": 256', b'"nested_blocksize": 128')
+    tensors[state] = torch.tensor(list(text), dtype=torch.uint8)
+    with pytest.raises(WeightsError, match="doubly quantised in blocks of 128, not 256; load the unquantised model"):
+        from_bitsandbytes(tensors)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -64,13 +64,17 @@ def tiny_folder(
 
 @pytest.fixture
 def make_model(tiny_folder: Path) -> Callable[..., JebiForCausalLM]:
-    """``make_model(load_in_4bit=False, dtype=float32, **lora)``: with an adapter whose B is not zero any more.
+    """``make_model(load_in_4bit, dtype, load_in_8bit, **lora)``: dense float32, with an adapter whose B is not zero.
 
     With B at zero the gradient of A is nothing but rounding, which Adam would blow up to whole steps.
     """
 
-    def make(load_in_4bit: bool = False, dtype: torch.dtype = torch.float32, **lora: Any) -> JebiForCausalLM:
-        model, _ = FastLanguageModel.from_pretrained(str(tiny_folder), 128, dtype, load_in_4bit, device="cpu")
+    def make(
+        load_in_4bit: bool = False, dtype: torch.dtype = torch.float32, load_in_8bit: bool = False, **lora: Any
+    ) -> JebiForCausalLM:
+        model, _ = FastLanguageModel.from_pretrained(
+            str(tiny_folder), 128, dtype, load_in_4bit, load_in_8bit, device="cpu"
+        )
         FastLanguageModel.get_peft_model(model, **({"r": 4, "lora_alpha": 8} | lora))
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():

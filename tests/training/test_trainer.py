@@ -247,9 +247,12 @@ def test_an_optimizer_with_modes_is_put_into_the_right_one(make_trainer: Fixture
     assert Modal.log == ["train", "eval", "train", "eval"]
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_4_bit_model_trains(dtype: torch.dtype, make_trainer: Fixture, make_model: Fixture, losses: Fixture) -> None:
-    model = make_model(load_in_4bit=True, dtype=dtype)
+def test_a_quantised_model_trains(
+    dtype: torch.dtype, bits: int, make_trainer: Fixture, make_model: Fixture, losses: Fixture
+) -> None:
+    model = make_model(load_in_4bit=bits == 4, dtype=dtype, load_in_8bit=bits == 8)
     trainer = make_trainer(model=model, num_train_epochs=3, bf16=dtype == torch.bfloat16, optim="adamw_8bit")
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0] - 0.5

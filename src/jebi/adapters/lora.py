@@ -1,6 +1,6 @@
-"""Put LoRA on a loaded model. The arithmetic is `nn.lora`'s, the files are `peft_files`'.
+"""Put an adapter on a loaded model, and take it off. The arithmetic is `nn.lora`'s, the files are `peft_files`'.
 
-Everything else of the model is frozen already; ``bias`` decides which biases are thawed.
+Everything else of the model is frozen already; ``bias`` and ``modules_to_save`` say what is trained beside it.
 """
 
 from pathlib import Path
@@ -9,12 +9,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from jebi.adapters import loftq, pissa
 from jebi.adapters.peft_files import write_adapter
+from jebi.adapters.targets import resolve
 from jebi.config import LoraConfig
 from jebi.errors import AdapterError, ConfigError
 from jebi.models.shell import JebiPreTrainedModel
+from jebi.nn import dora
 from jebi.nn.linear import Linear
 from jebi.nn.lora import Lora
+from jebi.nn.trained_copy import drop_copies, train_copy
 
 
 class LoraAdapter:
@@ -29,50 +33,98 @@ class LoraAdapter:
         write_adapter(model, self.config, folder)
 
 
-def attach(model: JebiPreTrainedModel, config: LoraConfig) -> None:
-    """Give every targeted projection a fresh adapter; the model then computes what it did before.
+def attach(model: JebiPreTrainedModel, config: LoraConfig, fresh: bool = True) -> None:
+    """Give every targeted projection an adapter.
+
+    A fresh one is started as the settings say, and the model then computes what it did before, or with LoftQ what it
+    would without 4 bits, nearly. Without ``fresh`` the tensors hold anything: a file is about to be read into them.
 
     Raises:
         AdapterError: the model has an adapter already.
-        ConfigError: a target module does not exist in this model.
+        ConfigError: a target module does not exist in this model, or a setting does not fit it.
     """
     if model.adapter is not None:
         raise AdapterError("the model already has an adapter; load the base model again to start another.")
-    targets = _targets(model, config.target_modules)
-    generator = torch.Generator().manual_seed(config.random_state)
-    for linear in targets:
-        lora = Lora(linear.in_features, linear.out_features, config.r, config.scale, config.lora_dropout, model.device)
-        lora.reset(generator)
-        linear.lora = lora.train(model.training)
-    _thaw_biases(model, targets, config.bias)
+    config, targets = resolve(model, config)
+    wholly = _trained_wholly(model, config.modules_to_save or [])
     model.adapter = LoraAdapter(config)
+    try:
+        for path, linear in targets.items():
+            sizes = linear.in_features, linear.out_features, config.rank_of(path), config.scale_of(path)
+            linear.lora = Lora(*sizes, config.lora_dropout, model.device).train(model.training)
+        if fresh:
+            _start(model, targets, config)
+        else:
+            _make_room(targets, config)
+        _thaw_biases(model, targets, config.bias)
+        for module in wholly:
+            for leaf, _ in list(module.named_parameters(recurse=False)):
+                train_copy(module, leaf)
+    except BaseException:
+        detach(model)
+        raise
 
 
 def detach(model: JebiPreTrainedModel) -> None:
     """Take the adapter off again; the model is the base model."""
+    loftq.undo(model)
     for _, linear in model.linears():
         linear.lora = None
-        if linear.base_bias is not None:
-            linear.bias = nn.Parameter(linear.base_bias, requires_grad=False)
-            linear.base_bias = None
+    drop_copies(model)
     model.adapter = None
 
 
-def _targets(model: JebiPreTrainedModel, names: list[str]) -> list[Linear]:
-    present: dict[str, list[Linear]] = {}
-    for path, linear in model.linears():
-        if path != "lm_head":
-            present.setdefault(path.rpartition(".")[2], []).append(linear)
-    for name in names:
-        if name not in present:
-            raise ConfigError(f"target_modules: the model has no '{name}'. It has: {', '.join(present)}.")
-    return [linear for name, linears in present.items() if name in names for linear in linears]
+def _start(model: JebiPreTrainedModel, targets: dict[str, Linear], config: LoraConfig) -> None:
+    method = config.init_lora_weights
+    generator = torch.Generator().manual_seed(config.random_state)
+    for path, linear in targets.items():
+        assert linear.lora is not None
+        if isinstance(method, str) and method.startswith("pissa"):
+            pissa.start(path, linear, method, config.random_state)
+        elif method == "gaussian":
+            linear.lora.reset_gaussian(generator)
+        elif method is True:
+            linear.lora.reset(generator)
+    if method == "loftq":
+        assert config.loftq_config is not None
+        loftq.start(model, targets, config.loftq_config["loftq_iter"])
+    if config.use_dora:
+        for linear in targets.values():
+            assert linear.lora is not None
+            dora.start(linear.lora, linear.dense())
 
 
-def _thaw_biases(model: JebiPreTrainedModel, targets: list[Linear], mode: str) -> None:
+def _make_room(targets: dict[str, Linear], config: LoraConfig) -> None:
+    """Make the tensors that a started adapter would have beside A and B."""
+    for linear in targets.values():
+        lora = linear.lora
+        assert lora is not None
+        if str(config.init_lora_weights).startswith("pissa"):
+            lora.freeze_start(torch.zeros_like(lora.A_rK), torch.zeros_like(lora.B_Nr))
+        if config.use_dora:
+            lora.magnitude_N = nn.Parameter(torch.ones_like(lora.B_Nr[:, 0]))
+
+
+def _thaw_biases(model: JebiPreTrainedModel, targets: dict[str, Linear], mode: str) -> None:
     """Make the chosen biases trainable, as float32 master copies like the adapter's matrices."""
-    chosen = [] if mode == "none" else targets if mode == "lora_only" else [m for _, m in model.linears()]
-    for linear in chosen:
+    chosen = {"none": {}, "lora_only": targets, "all": dict(model.linears())}[mode]
+    for linear in chosen.values():
         if linear.bias is not None:
-            linear.base_bias = linear.bias.detach()
-            linear.bias = nn.Parameter(linear.bias.detach().clone().float(), requires_grad=True)
+            train_copy(linear, "bias")
+
+
+def _trained_wholly(model: JebiPreTrainedModel, names: list[str]) -> list[nn.Module]:
+    """The modules that ``modules_to_save`` means: as in PEFT, those whose paths end with one of the names."""
+    modules: dict[str, nn.Module] = {}
+    for name in names:
+        found = {path: module for path, module in model.named_modules() if path.endswith(name)}
+        if not found:
+            raise ConfigError(f"modules_to_save: the model has no '{name}'; embed_tokens and lm_head are usual.")
+        for path, module in found.items():
+            if not isinstance(getattr(module, "weight", None), nn.Parameter):
+                raise ConfigError(
+                    f"modules_to_save: '{path}' has no weight that could be trained wholly; 4-bit ones need "
+                    "load_in_4bit=False."
+                )
+        modules |= found
+    return list(modules.values())

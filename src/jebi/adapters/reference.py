@@ -20,9 +20,11 @@ def reference_of(model: JebiForCausalLM, with_adapter: bool = True) -> JebiForCa
         with_adapter: keep a copy of the adapter as it stands; False leaves the base model. At the start of a fresh
             adapter both answer alike.
     """
-    tensors = [value for module in model.modules() for value in _tensors_of(module) if not value.requires_grad]
+    shared: list[object] = [model.source]
+    for module in model.modules():
+        shared += [value for value in _tensors_of(module) if not value.requires_grad]
     # What the memo holds already is taken as its own copy.
-    twin: JebiForCausalLM = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    twin: JebiForCausalLM = copy.deepcopy(model, {id(value): value for value in shared})
     vars(twin).pop("forward", None)  # a trainer's own wrapping would lead back to the trained model
     if not with_adapter:
         detach(twin)

@@ -28,7 +28,7 @@ def command(
     ] = None,
 ) -> None:
     """Ask a model questions; without an adapter a chat model is asked in its own chat form."""
-    from jebi.adapters.peft_files import read_config
+    from jebi.adapters.peft_config import read_config
     from jebi.fast import FastLanguageModel
     from jebi.run import base_for, model_settings, template_of
 
@@ -38,7 +38,7 @@ def command(
     form = template_of(adapter, template) if adapter is not None or template is not None else None
     settings = model_settings(adapter)
     if load_in_4bit is not None:
-        settings["load_in_4bit"] = load_in_4bit
+        settings |= {"load_in_4bit": load_in_4bit, "load_in_8bit": False}
     model, tokenizer = FastLanguageModel.from_pretrained(base_for(adapter, base), **settings)
     if adapter is not None:
         FastLanguageModel.put_adapter(model, adapter)

@@ -22,18 +22,37 @@ def glu(gate_TF: Tensor, up_TF: Tensor, activation: Activation) -> Tensor:
     return _activated(gate_TF, activation) * up_TF
 
 
-def glu_forward(gate_TF: Tensor, up_TF: Tensor, activation: Activation) -> Tensor:
-    """The same without a graph and with one new buffer."""
-    return _activated(gate_TF, activation).mul_(up_TF)
+def glu_forward(gate_TF: Tensor, up_TF: Tensor, activation: Activation, out_TF: Tensor | None = None) -> Tensor:
+    """The same without a graph and with one new buffer, or none where ``out_TF`` takes it; rows may be strided."""
+    if gate_TF.is_cuda:
+        from jebi.kernels.gpu import glu as gpu
+
+        out_TF = torch.empty(gate_TF.shape, dtype=gate_TF.dtype, device=gate_TF.device) if out_TF is None else out_TF
+        gpu.forward(gate_TF, up_TF, activation, out_TF)
+        return out_TF
+    act_TF = _activated(gate_TF, activation).mul_(up_TF)
+    return act_TF if out_TF is None else out_TF.copy_(act_TF)
 
 
-def glu_backward(da_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up. Writes over ``da_TF``, which must not be used afterwards."""
-    dup_TF = _activated(gate_TF, activation).mul_(da_TF)
+def glu_backward_(
+    da_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: Activation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gated product once more, and the gradients of gate and up.
+
+    May write over all three inputs, which must not be used afterwards.
+    """
+    if da_TF.is_cuda:
+        from jebi.kernels.gpu import glu as gpu
+
+        gpu.backward_(da_TF, gate_TF, up_TF, activation)
+        return da_TF, gate_TF, up_TF
+    act_TF = _activated(gate_TF, activation)
+    dup_TF = act_TF * da_TF
+    act_TF.mul_(up_TF)
     da_TF.mul_(up_TF)
     if activation == "silu":
-        return torch.ops.aten.silu_backward(da_TF, gate_TF), dup_TF
-    return torch.ops.aten.gelu_backward(da_TF, gate_TF, approximate=_APPROXIMATE[activation]), dup_TF
+        return act_TF, torch.ops.aten.silu_backward(da_TF, gate_TF), dup_TF
+    return act_TF, torch.ops.aten.gelu_backward(da_TF, gate_TF, approximate=_APPROXIMATE[activation]), dup_TF
 
 
 def _activated(gate_TF: Tensor, activation: Activation) -> Tensor:

@@ -40,3 +40,23 @@ def rope(x_THd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     half = size // 2
     turned_THd = torch.cat((-x_THd[..., half:], x_THd[..., :half]), dim=-1)
     return x_THd * cos_TR.unsqueeze(-2) + turned_THd * sin_TR.unsqueeze(-2)
+
+
+def rope_(x_THd: Tensor, cos_TR: Tensor, sin_TR: Tensor, backwards: bool = False) -> Tensor:
+    """The same without a graph. May write over ``x_THd``, which must not be used afterwards.
+
+    ``backwards`` turns the other way: the gradient of a turned head becomes that of the head before.
+    """
+    if x_THd.is_cuda:
+        return rope_into(x_THd, cos_TR, sin_TR, x_THd, backwards)
+    return rope(x_THd, cos_TR, -sin_TR if backwards else sin_TR)
+
+
+def rope_into(x_THd: Tensor, cos_TR: Tensor, sin_TR: Tensor, out_THd: Tensor, backwards: bool = False) -> Tensor:
+    """The same, written into ``out_THd``, whose tokens and heads may be strided."""
+    if x_THd.is_cuda:
+        from jebi.kernels.gpu import rope as gpu
+
+        gpu.rotate(x_THd, cos_TR, sin_TR, out_THd, backwards)
+        return out_THd
+    return out_THd.copy_(rope(x_THd, cos_TR, -sin_TR if backwards else sin_TR))

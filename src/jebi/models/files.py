@@ -9,6 +9,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from jebi.errors import ModelError, WeightsError
+from jebi.quant.nf4 import NF4Weight
 
 EMBEDDED = "smollm2"
 """Short name of the model that comes as a Python package: SmolLM2-135M-Instruct, Apache-2.0."""
@@ -33,6 +35,8 @@ _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+_HUB_IGNORED = ["consolidated*", "original/*"]
+"""The same weights once more, as their makers' own programs want them (Mistral's and Meta's repositories)."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ class StoredTensor:
     """Its shape as `read` will return it."""
     file: Path
     """The file that holds it, for error messages."""
-    read: Callable[[], Tensor]
-    """Read it into host memory."""
+    read: Callable[[], Tensor | NF4Weight]
+    """Read it into host memory; a weight whose stored form jebi holds as it is comes in that form."""
 
 
 class ModelFiles(Protocol):
@@ -150,19 +154,39 @@ class Folder:
             raise ModelError(f"'{self.path}' has no tokenizer that transformers can read: {error}") from error
 
     def tensors(self) -> Iterator[StoredTensor]:
-        """Every tensor of every file; files are opened one after the other and mapped, not read."""
-        for file, names in _weight_files(self.path).items():
+        """Every tensor of every file; all headers are read first, so that a broken file shows before any weight is."""
+        files = _Mapped()
+        found: list[StoredTensor] = []
+        for file, promised in _weight_files(self.path).items():
+            weights = files.open(file)
+            held = sorted(weights.keys())
+            if missing := sorted(promised.difference(held)):
+                raise WeightsError(f"'{file}' lacks tensor '{missing[0]}', which its index promises.")
+            for name in held:
+                shape = tuple(weights.get_slice(name).get_shape())
+                found.append(StoredTensor(name, shape, file, partial(files.read, file, name)))
+        yield from found
+
+
+class _Mapped:
+    """Safetensors files, of which one at a time is open: mapped into memory, not read."""
+
+    def __init__(self) -> None:
+        self._file: Path | None = None
+        self._handle: safe_open | None = None
+
+    def open(self, file: Path) -> safe_open:
+        if self._handle is None or self._file != file:
             try:
-                handle = safe_open(file, framework="pt")
+                self._handle = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise WeightsError(f"'{file}' is truncated or is no safetensors file: {error}") from error
-            with handle as weights:
-                held = set(weights.keys())
-                if missing := sorted(names - held):
-                    raise WeightsError(f"'{file}' lacks tensor '{missing[0]}', which its index promises.")
-                for name in sorted(held):
-                    shape = tuple(weights.get_slice(name).get_shape())
-                    yield StoredTensor(name, shape, file, lambda w=weights, n=name: w.get_tensor(n))  # type: ignore[misc]
+            self._file = file
+        return self._handle
+
+    def read(self, file: Path, name: str) -> Tensor:
+        value: Tensor = self.open(file).get_tensor(name)
+        return value
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str]]:
@@ -196,7 +220,9 @@ def _download(repository: str, token: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repository, token=token, allow_patterns=_HUB_PATTERNS))
+        return Path(
+            snapshot_download(repository, token=token, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED)
+        )
     except GatedRepoError as error:
         raise ModelError(
             f"model_name '{repository}' is gated: accept its terms on the hub and pass token=..."

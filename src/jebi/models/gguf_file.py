@@ -1,28 +1,29 @@
 """A .gguf file as a checkpoint: config, tokenizer, and tensors under Hugging Face's names.
 
-The gguf package parses the file and dequantises its blocks; the layout (llama.cpp's names, and its order of the rows
-of q and k) is undone here. Source of both: llama.cpp ``conversion`` of LlamaForCausalLM.
+The gguf package dequantises the blocks; llama.cpp's layout (its names, its order of the rows of Llama's q and k, one
+added to Gemma's norms) is undone here. Source: llama.cpp ``conversion/{llama,qwen,gemma,phi}.py``. The header is
+`gguf_header`'s, the config `gguf_config`'s.
 """
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
-from gguf import GGUFReader, ReaderTensor, quants
+from gguf import quants
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
-    LlamaConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
-from jebi.errors import ModelError, WeightsError
 from jebi.models.files import StoredTensor
+from jebi.models.gguf_config import ROPE_TENSORS, Fields, config_of
+from jebi.models.gguf_header import GgufHeader, GgufTensor, read_header
 
 _TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -35,66 +36,44 @@ _LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_FOUR_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_OTHER_NAMES = {"gemma2": _FOUR_NORMS, "gemma3": _FOUR_NORMS, "phi3": {"ffn_up": "mlp.gate_up_proj"}}
+"""Where an architecture's names mean something else than in `_LAYER_NAMES`."""
+
+_NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3")
 
 
 class GgufFile:
-    """One .gguf file; it is parsed once, when something of it is first asked for."""
+    """One .gguf file; its header is parsed once, when something of it is first asked for."""
 
     def __init__(self, path: Path):
         self.path = path
 
     @cached_property
-    def _reader(self) -> GGUFReader:
-        try:
-            return GGUFReader(self.path)
-        except (ValueError, IndexError, KeyError, OSError) as error:
-            raise WeightsError(f"'{self.path}' is truncated or is no GGUF file: {error}") from error
+    def _header(self) -> GgufHeader:
+        return read_header(self.path)
 
-    def _field(self, key: str, default: Any = None) -> Any:
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+    @cached_property
+    def _fields(self) -> Fields:
+        held = {tensor.name: tensor for tensor in self._header.tensors}
+        divisors = {name: _dequantise(self.path, held[name]).tolist() for name in ROPE_TENSORS if name in held}
+        return Fields(self.path, self._header.fields, held.keys(), divisors)
 
     def config(self) -> PretrainedConfig:
         """The header's numbers as a transformers config."""
-        architecture = self._field("general.architecture")
-        if architecture != "llama":
-            raise ModelError(f"'{self.path.name}' holds architecture '{architecture}'. Supported in GGUF files: llama.")
-
-        def number(key: str, default: Any = None) -> Any:
-            value = self._field(f"llama.{key}", default)
-            if value is None:
-                raise WeightsError(f"'{self.path}' lacks the header field 'llama.{key}'.")
-            return value
-
-        scaling = self._field("llama.rope.scaling.type", "none")
-        if scaling != "none" or any(t.name == "rope_freqs.weight" for t in self._reader.tensors):
-            raise ModelError(
-                f"'{self.path.name}' scales its RoPE (as Llama 3.1 and later do), which is not read from GGUF yet: "
-                "load the model's safetensors checkpoint."
-            )
-        heads, width = number("attention.head_count"), number("embedding_length")
-        return LlamaConfig(
-            vocab_size=len(self._field("tokenizer.ggml.tokens", ())) or number("vocab_size"),
-            hidden_size=width,
-            intermediate_size=number("feed_forward_length"),
-            num_hidden_layers=number("block_count"),
-            num_attention_heads=heads,
-            num_key_value_heads=number("attention.head_count_kv", heads),
-            head_dim=number("attention.key_length", width // heads),
-            max_position_embeddings=number("context_length"),
-            rms_norm_eps=number("attention.layer_norm_rms_epsilon"),
-            rope_parameters={"rope_type": "default", "rope_theta": number("rope.freq_base", 10000.0)},
-            tie_word_embeddings="output.weight" not in {t.name for t in self._reader.tensors},
-            bos_token_id=self._field("tokenizer.ggml.bos_token_id"),
-            eos_token_id=self._field("tokenizer.ggml.eos_token_id"),
-            pad_token_id=self._field("tokenizer.ggml.padding_token_id"),
-            architectures=["LlamaForCausalLM"],
-        )
+        return config_of(self._fields)
 
     def generation_config(self) -> GenerationConfig | None:
         """GGUF files have none."""
@@ -115,35 +94,46 @@ class GgufFile:
         return PreTrainedTokenizerFast(tokenizer_object=backend, **settings, **extra)
 
     def tensors(self) -> Iterator[StoredTensor]:
-        """Every tensor, dequantised to float32 when it is read."""
-        heads = int(self._field("llama.attention.head_count"))
-        kv_heads = int(self._field("llama.attention.head_count_kv", heads))
-        size = self.path.stat().st_size
-        for tensor in self._reader.tensors:
-            if tensor.data_offset + tensor.n_bytes > size:
-                raise WeightsError(f"'{self.path}' is truncated: tensor '{tensor.name}' ends beyond the file.")
-            name = _hugging_face_name(tensor.name)
-            shape = tuple(int(n) for n in reversed(tensor.shape))
-            rotated = {"q_proj": heads, "k_proj": kv_heads}.get(name.rpartition(".")[0].rpartition(".")[2], 0)
-            yield StoredTensor(name, shape, self.path, lambda t=tensor, r=rotated: _read(t, r))  # type: ignore[misc]
+        """Every tensor, dequantised to float32 when it is read; those that are part of the config left out."""
+        architecture = self._fields.architecture
+        heads: dict[str, int] = {}
+        if architecture == "llama":
+            queries = self._fields.get("attention.head_count")
+            heads = {"q_proj": queries, "k_proj": self._fields.get("attention.head_count_kv", queries)}
+        for tensor in self._header.tensors:
+            if tensor.name in ROPE_TENSORS:
+                continue
+            name = _hugging_face_name(tensor.name, architecture)
+            rotated = heads.get(name.rpartition(".")[0].rpartition(".")[2], 0)
+            less = 1.0 if architecture in _NORMS_PLUS_ONE and name.endswith("norm.weight") else 0.0
+            yield StoredTensor(name, tensor.shape, self.path, partial(_read, self.path, tensor, rotated, less))
 
 
-def _hugging_face_name(name: str) -> str:
+def _hugging_face_name(name: str, architecture: str) -> str:
     """llama.cpp's name in Hugging Face's spelling; an unknown one stays as it is and is reported by the loader."""
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
+    names = _LAYER_NAMES | _OTHER_NAMES.get(architecture, {})
     parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER_NAMES:
-        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in names:
+        return f"model.layers.{parts[1]}.{names[parts[2]]}.{parts[3]}"
     return name
 
 
-def _read(tensor: ReaderTensor, rotated_heads: int) -> Tensor:
+def _read(path: Path, tensor: GgufTensor, rotated_heads: int, less: float) -> Tensor:
     """Dequantise one tensor; undo llama.cpp's row order in q and k (pairs beside each other, not halves)."""
-    array = quants.dequantize(tensor.data, tensor.tensor_type)
-    # A float32 tensor comes as it lies in the file, which is mapped for reading alone.
-    values = torch.from_numpy(array if array.flags.writeable else array.copy())
+    values = _dequantise(path, tensor)
+    if less:
+        values -= less
     if not rotated_heads:
         return values
     pairs = values.reshape(rotated_heads, -1, 2, *values.shape[1:])
     return pairs.transpose(1, 2).reshape(values.shape)
+
+
+def _dequantise(path: Path, tensor: GgufTensor) -> Tensor:
+    """One tensor as float32, in memory of its own."""
+    stored = np.memmap(path, mode="r", offset=tensor.start, shape=(tensor.nbytes,))
+    array = quants.dequantize(stored.reshape(*tensor.shape[:-1], -1), tensor.kind)
+    # A float32 tensor comes as it lies in the file, which is mapped for reading alone.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -1,101 +1,133 @@
 """Put a checkpoint's tensors into a model one at a time, quantising as they arrive.
 
-Beside the model no more than the tensor under way is in memory. Every mismatch is an error that names the tensor and
+Beside the model no more than the weight under way is in memory. Every mismatch is an error that names the tensor and
 the file. Where tensors come from is `models.files`'; what the model is, `models.decoder`'s and `models.hf`'s.
 """
 
 import sys
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
+from jebi.config import Storage
 from jebi.errors import WeightsError
 from jebi.models.families import read_config
 from jebi.models.files import ModelFiles, StoredTensor
 from jebi.models.hf import JebiForCausalLM
+from jebi.models.prequantised import joined, read_scheme
 from jebi.models.rope import read_rotary
-from jebi.nn.linear import Linear
+from jebi.nn.linear import Linear, PackedWeight
+from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
 
 _HARMLESS = ("rotary_emb.inv_freq",)
 """Endings of names that old checkpoints carry and no model needs."""
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size",
+)  # fmt: skip
+
+_Form = Storage | Literal["as stored"]
+"""How a weight is held; "as stored": as NF4 where it comes so, else dense."""
+
 
 def load_model(
-    files: ModelFiles, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, load_in_4bit: bool
+    files: ModelFiles, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, storage: Storage
 ) -> JebiForCausalLM:
     """Build the model of ``config`` and fill it from ``files``.
 
     Args:
         files: the checkpoint.
-        config: its config, possibly with RoPE scaled since.
+        config: its config, possibly with RoPE scaled since. What it says of the checkpoint's quantisation is taken
+            out of it: it is not the model's.
         dtype: compute dtype, and storage of everything that is not quantised.
         device: where the model is to live.
-        load_in_4bit: store the layers' projections as NF4; embedding, norms and head stay in ``dtype``.
+        storage: how the layers' projections are held: "nf4", "int8", or "dense" in ``dtype``. Embedding, norms and
+            head are dense. A checkpoint that is NF4 already is held as it is, where "nf4" is asked for.
 
     Raises:
-        ModelError: the family is not supported; raised before any weight is read.
+        ModelError: the family or the checkpoint's quantisation is not supported; raised before any weight is read.
         WeightsError: a tensor is missing, is one too many, has another shape, or its file is broken.
     """
     shape = read_config(config)
+    scheme = read_scheme(config)
+    vars(config).pop("quantization_config", None)
     model = JebiForCausalLM(config, shape, dtype, read_rotary(config, device))
     awaited = dict(model.named_parameters(remove_duplicate=False))
     if shape.tied:
         awaited.pop("lm_head.weight")
     total = len(awaited)
-    for stored in _progress(files.tensors(), total):
+    # Where a checkpoint in the form asked for has a dense projection, its makers had their reasons.
+    form: _Form = "as stored" if scheme and scheme.as_stored and storage == "nf4" else storage
+    tensors = files.tensors() if scheme is None else joined(files.tensors(), scheme)
+    for stored in _progress(tensors, total):
         if stored.name.endswith(_HARMLESS) or (shape.tied and stored.name == "lm_head.weight"):
             continue
-        _install(model, stored, awaited, (dtype, device), load_in_4bit)
+        _check(stored, awaited.pop(stored.name, None), config)
+        owner_name, _, leaf = stored.name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        if leaf == "weight" and isinstance(owner, Linear) and owner_name != "lm_head":
+            owner.store(_read(stored, dtype, device, form))
+        else:
+            setattr(owner, leaf, _read(stored, dtype, device, "dense"))
     if awaited:
         raise WeightsError(
             f"'{files.path}' lacks {len(awaited)} of the {total} tensors its config calls for, "
-            f"first '{min(awaited)}'. The file is incomplete or its config is another model's."
+            f"first '{min(awaited)}'. The file is incomplete or its config is another model's ({_sizes(config)})."
         )
     if shape.tied:
         embedding = model.model.embed_tokens.weight
         assert isinstance(embedding, nn.Parameter)
         model.lm_head.weight = embedding
+    model.source = files
     model.eval()
     return model
 
 
-def _install(
-    model: nn.Module,
-    stored: StoredTensor,
-    awaited: dict[str, nn.Parameter],
-    place: tuple[torch.dtype, torch.device],
-    quantise: bool,
-) -> None:
-    expected = awaited.pop(stored.name, None)
+def _check(stored: StoredTensor, expected: nn.Parameter | None, config: PretrainedConfig) -> None:
     if expected is None:
-        raise WeightsError(f"'{stored.file}' holds tensor '{stored.name}', for which the model has no place.")
+        raise WeightsError(
+            f"'{stored.file}' holds tensor '{stored.name}', for which the model has no place "
+            f"(its config: {_sizes(config)})."
+        )
     if stored.shape != tuple(expected.shape):
         raise WeightsError(
             f"'{stored.file}': tensor '{stored.name}' has shape {list(stored.shape)}; "
-            f"the config calls for {list(expected.shape)}."
+            f"the config calls for {list(expected.shape)} ({_sizes(config)})."
         )
-    dtype, device = place
-    value = _read(stored).to(device)
-    owner_name, _, leaf = stored.name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    if quantise and leaf == "weight" and isinstance(owner, Linear) and owner_name != "lm_head":
-        try:
-            owner.store(NF4Weight.quantize(value.to(dtype)))
-        except WeightsError as error:
-            raise WeightsError(f"'{stored.file}': tensor '{stored.name}': {error}") from error
-    else:
-        setattr(owner, leaf, nn.Parameter(value.to(dtype), requires_grad=False))
 
 
-def _read(stored: StoredTensor) -> Tensor:
+def _sizes(config: PretrainedConfig) -> str:
+    """The config's numbers that decide which tensors there are and their shapes, for messages."""
+    found = [f"{name} {value}" for name in _SIZES if (value := getattr(config, name, None)) is not None]
+    return ", ".join(found)
+
+
+def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device, form: _Form) -> nn.Parameter | PackedWeight:
+    """Read one tensor and bring it into the form it is held in."""
     try:
-        return stored.read()
+        value = stored.read().to(device)
+        if isinstance(value, NF4Weight):
+            if form in ("nf4", "as stored"):
+                return value
+            value = value.dense(dtype)
+        if value.dtype not in _FLOATS:
+            raise WeightsError(f"it is of dtype {value.dtype}, and nothing in the config says how it is quantised")
+        value = value.to(dtype)
+        if form == "nf4":
+            return NF4Weight.quantize(value)
+        if form == "int8":
+            return Int8Weight.quantize(value)
     except (OSError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"'{stored.file}': tensor '{stored.name}' cannot be read: {error}") from error
+        raise WeightsError(f"'{stored.file}': tensor '{stored.name}' cannot be used: {error}") from error
+    return nn.Parameter(value, requires_grad=False)
 
 
 def _progress(tensors: Iterable[StoredTensor], total: int) -> Iterable[StoredTensor]:

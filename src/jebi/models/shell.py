@@ -15,8 +15,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from jebi.errors import ModelError
 from jebi.models.decoder import Decoder
+from jebi.models.files import ModelFiles
 from jebi.models.writing import write_checkpoint
 from jebi.nn.linear import Linear
+from jebi.nn.trained_copy import originals_in_place
 
 
 class Adapter(Protocol):
@@ -32,6 +34,8 @@ class JebiPreTrainedModel(PreTrainedModel):
 
     model: Decoder
     adapter: Adapter | None = None
+    source: ModelFiles | None = None
+    """The checkpoint it was filled from."""
 
     config_class = PretrainedConfig
     base_model_prefix = "model"
@@ -101,21 +105,16 @@ class JebiPreTrainedModel(PreTrainedModel):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within it the model is the base model, trained biases put aside as well."""
+        """Within it the model is the base model: adapters off, the originals of whatever is trained in place."""
         loras = [(linear.lora, linear.lora.enabled) for _, linear in self.linears() if linear.lora is not None]
-        biases = [(linear, linear.bias) for _, linear in self.linears() if linear.base_bias is not None]
         for lora, _ in loras:
             lora.enabled = False
-        for linear, _ in biases:
-            assert linear.base_bias is not None
-            linear.bias = nn.Parameter(linear.base_bias, requires_grad=False)
         try:
-            yield
+            with originals_in_place(self):
+                yield
         finally:
             for lora, enabled in loras:
                 lora.enabled = enabled
-            for linear, bias in biases:
-                linear.bias = bias
 
     def trainable_parameters(self) -> tuple[int, int]:
         """How many numbers are trained, and how many there are; a 4-bit weight counts its values, not its bytes."""

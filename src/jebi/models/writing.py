@@ -1,49 +1,91 @@
 """Write a whole model as a Hugging Face checkpoint: config.json and safetensors, sharded when large.
 
-Adapters and tokenizers are written by others; a 4-bit base is not written: its 16-bit original is the better copy.
+A 4-bit model becomes a bitsandbytes checkpoint, its bytes as they are. Adapters and tokenizers are written by others.
 """
 
+import copy
 import json
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from jebi.errors import ModelError
-from jebi.quant.nf4 import NF4Weight
+from jebi.quant.int8 import Int8Weight
+from jebi.quant.nf4 import NF4Weight, to_bitsandbytes
 
 if TYPE_CHECKING:
     from jebi.models.shell import JebiPreTrainedModel
 
 _SHARD_SIZE = "5GB"
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def write_checkpoint(model: "JebiPreTrainedModel", folder: Path) -> None:
     """Write config, generation config and weights into ``folder``.
 
     Raises:
-        ModelError: the model's weights are 4-bit.
+        ModelError: the model's weights are held in 8 bits.
     """
-    if any(isinstance(linear.weight, NF4Weight) for _, linear in model.linears()):
-        raise ModelError(
-            "a 4-bit model without an adapter is not saved: keep its original checkpoint, "
-            "or load with load_in_4bit=False to write a copy."
-        )
     tensors = {name: value.detach().contiguous() for name, value in model.named_parameters()}
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=_SHARD_SIZE)
-    for file, names in plan.filename_to_tensors.items():
-        _write_atomically({name: tensors[name] for name in names}, folder / file)
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    model.config.save_pretrained(folder)
+    packed: dict[str, NF4Weight] = {}
+    for name, linear in model.linears():
+        if isinstance(linear.weight, Int8Weight):
+            raise ModelError(
+                "a model held in 8 bits is not saved, as other libraries do not know its blocks: load it with "
+                "load_in_4bit=False to write 16 bits, or with load_in_4bit=True to write bitsandbytes' 4."
+            )
+        if isinstance(linear.weight, NF4Weight):
+            packed[name] = linear.weight
+            tensors |= to_bitsandbytes(linear.weight, f"{name}.weight")
+    write_weights(tensors, folder)
+    config = model.config
+    if packed:
+        config = copy.deepcopy(config)
+        dense = [name for name, linear in model.linears() if isinstance(linear.weight, nn.Parameter)]
+        config.quantization_config = _quantization(packed, dense, config.dtype)
+    config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
 
 
-def _write_atomically(tensors: dict[str, Tensor], path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(path)
+def write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write ``tensors`` as safetensors, with an index where they take several files; all of them or none.
+
+    Weight files that an earlier, differently divided checkpoint left in ``folder`` are removed: readers would mix them.
+    """
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=_SHARD_SIZE)
+    partials = {file: folder / f"{file}.partial" for file in plan.filename_to_tensors}
+    try:
+        for file, names in plan.filename_to_tensors.items():
+            save_file({name: tensors[name] for name in names}, partials[file], metadata={"format": "pt"})
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            partials[_INDEX] = folder / f"{_INDEX}.partial"
+            partials[_INDEX].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for file, partial in partials.items():
+            partial.replace(folder / file)
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.name not in partials and (path.name == _INDEX or _WEIGHTS.fullmatch(path.name)):
+            path.unlink()
+
+
+def _quantization(packed: dict[str, NF4Weight], dense: list[str], dtype: object) -> dict[str, Any]:
+    """What config.json says of a bitsandbytes 4-bit checkpoint, as transformers' ``BitsAndBytesConfig`` reads it."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": any(weight.nested_absmax is not None for weight in packed.values()),
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": dense,
+    }

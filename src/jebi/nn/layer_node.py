@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from jebi.kernels.glu import glu_backward, glu_forward
+from jebi.kernels.glu import glu_backward_, glu_forward
 from jebi.kernels.rms_norm import rms_norm_apply, rms_norm_backward, rms_norm_forward, rms_norm_weight_grad
 from jebi.kernels.rope import rope
 from jebi.nn.attention import attend_rows
@@ -160,10 +160,10 @@ def _feed_forward_backward(layer: DecoderLayer, kept: _Kept, dout_TD: Tensor, gr
     act_TF = glu_forward(kept.gate_TF, kept.up_TF, layer.shape.activation)
     xa_down = kept.xa.get(down)
     if xa_down is None and down.adapter is not None:
-        xa_down = act_TF @ down.adapter.A_rK.to(act_TF.dtype).t()
+        xa_down = down.adapter.compress(act_TF)
     dact_TF = project_backward(down, dblock_TD, act_TF, xa_down, grads, None)
     del act_TF
-    dgate_up = list(glu_backward(dact_TF, kept.gate_TF, kept.up_TF, layer.shape.activation))
+    _, *dgate_up = glu_backward_(dact_TF, kept.gate_TF, kept.up_TF, layer.shape.activation)
     x_TD = _norm_apply(layer.middle_norm, kept.middle_TD, kept.rstd_mid_T1)
     dx_TD = _project_all_backward(layer.gate_up(), dgate_up, x_TD, kept.xa, grads)
     middle = _Normed(kept.middle_TD, kept.rstd_mid_T1)

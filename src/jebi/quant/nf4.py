@@ -1,10 +1,10 @@
-"""NF4 weights with double quantisation: QLoRA's 4-bit storage of a frozen matrix, in plain torch.
+"""NF4 weights: QLoRA's 4-bit storage of a frozen matrix, in plain torch.
 
 Each value is one of 16 levels (the quantiles of a normal distribution) times the largest magnitude of its
-block of 64; those magnitudes, less their mean, are themselves stored in 8 bits in blocks of 256. That is
-4.127 bits a value (QLoRA, arXiv:2305.14314, sections 2 and 3). The bytes are those of bitsandbytes 0.50's
-``quantize_4bit(..., quant_type="nf4", compress_statistics=True)`` on CPU, and weights are exchanged with it
-under its names in a state dict.
+block of 64; those magnitudes, less their mean, are themselves stored in 8 bits in blocks of 256 ("double
+quantisation"). That is 4.127 bits a value (QLoRA, arXiv:2305.14314, sections 2 and 3). The bytes are those of
+bitsandbytes 0.50's ``quantize_4bit(..., quant_type="nf4", compress_statistics=True)`` on CPU, and weights are
+exchanged with it under its names in a state dict, those without double quantisation as well.
 
 The 8-bit format is ``quant.dynamic8``'s business; layers that multiply by the dense weight live in ``nn``.
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from jebi.errors import WeightsError
 from jebi.quant import dynamic8
+from jebi.quant.blocks import move_buffers, stretch, stretches
 
 # arXiv:2305.14314, appendix E.
 LEVELS = (
@@ -34,29 +35,31 @@ _ZERO = LEVELS.index(0.0)
 _BINS = 256  # of [-1, 1]; finer than the levels' spacing, so that a bin holds one threshold at most
 _TINY = 1e-38  # divides where a block is all zeros
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_QUANT_STATE = "quant_state.bitsandbytes__nf4"
+QUANT_STATE = "quant_state.bitsandbytes__nf4"
+"""The tensor beside a bitsandbytes 4-bit weight that holds its facts."""
 
 
 class NF4Weight(nn.Module):
     """A matrix of shape [N, K] held as NF4.
 
     Buffers: ``packed`` uint8 [P], two levels a byte, the first in the high half; ``absmax`` uint8 [B];
-    ``nested_absmax`` float32 [D]; ``offset`` float32 []. They follow ``.to(device)`` but keep their dtypes
-    under ``.to(dtype)``, ``.half()`` and the like, as rounded scales would be another weight. ``shape``,
-    ``dtype`` (what the matrix had before) and ``block`` are plain attributes, absent from ``state_dict()``.
+    ``nested_absmax`` float32 [D]; ``offset`` float32 []. Without double quantisation, as some checkpoints have it,
+    ``absmax`` is float32 and the last two are None. They follow ``.to(device)`` but keep their dtypes under
+    ``.to(dtype)``, ``.half()`` and the like, as rounded scales would be another weight. ``shape``, ``dtype``
+    (what the matrix had before) and ``block`` are plain attributes, absent from ``state_dict()``.
     """
 
     packed: Tensor
     absmax: Tensor
-    nested_absmax: Tensor
-    offset: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
 
     def __init__(
         self,
         packed: Tensor,
         absmax: Tensor,
-        nested_absmax: Tensor,
-        offset: Tensor,
+        nested_absmax: Tensor | None,
+        offset: Tensor | None,
         *,
         shape: tuple[int, int],
         dtype: torch.dtype,
@@ -82,7 +85,7 @@ class NF4Weight(nn.Module):
         packed_P = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
         scales_B = torch.empty(-(-flat.numel() // block), dtype=torch.float32, device=flat.device)
         edge = flat.numel() // block * block
-        step = max(1, _stretch(flat.device) // block) * block
+        step = max(1, stretch(flat.device) // block) * block
         for start in range(0, edge, step):
             stop = min(start + step, edge)
             _encode(flat[start:stop], block, packed_P[start // 2 :], scales_B[start // block :])
@@ -105,21 +108,17 @@ class NF4Weight(nn.Module):
             out = torch.empty(self.shape, dtype=dtype, device=device)
         assert (out.shape, out.dtype, out.device) == (self.shape, dtype, device)
         scales_B = self.scales()
-        columns = self.shape[1]
-        # Whole rows and whole blocks at a time, so that a stretch fits any strides of `out`.
-        unit = self.block // math.gcd(columns, self.block)
-        rows = max(1, _stretch(device) // max(1, unit * columns)) * unit
-        for top in range(0, self.shape[0], rows):
-            part = out[top : top + rows]
-            start = top * columns
+        for part, first in stretches(out, self.block):
+            start = first * self.block
             packed = self.packed[start // 2 : (start + part.numel() + 1) // 2]
-            first = start // self.block
             scales = scales_B[first : first - (-part.numel() // self.block)]
             part.copy_(_decode(packed, scales, self.block)[: part.numel()].view(part.shape))
         return out
 
     def scales(self) -> Tensor:
-        """Return the blocks' scales: float32 [B]."""
+        """Return the blocks' scales: float32 [B]; not to be written to."""
+        if self.nested_absmax is None or self.offset is None:
+            return self.absmax
         return dynamic8.dequantize(self.absmax, self.nested_absmax).add_(self.offset)
 
     @property
@@ -132,10 +131,7 @@ class NF4Weight(nn.Module):
         return f"shape={self.shape}, dtype={self.dtype}, block={self.block}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Weight":
-        # Every move and cast of a module comes through here: keep the move, drop the cast.
-        for name, buffer in self.named_buffers():
-            moved = fn(buffer)
-            self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        move_buffers(self, fn)
         return self
 
 
@@ -144,86 +140,91 @@ def to_bitsandbytes(weight: NF4Weight, name: str = "weight") -> dict[str, Tensor
 
     The packed bytes are [P, 1]; ``NAME.quant_state.bitsandbytes__nf4`` is a JSON text as uint8.
     """
-    facts = {
+    facts: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": weight.block,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "shape": list(weight.shape),
-        "nested_blocksize": dynamic8.BLOCK,
-        "nested_dtype": "float32",
-        "nested_offset": weight.offset.item(),
     }
     device = weight.packed.device
-    return {
+    tensors = {
         name: weight.packed.view(-1, 1),
         f"{name}.absmax": weight.absmax,
         f"{name}.quant_map": torch.tensor(LEVELS, dtype=torch.float32, device=device),
-        f"{name}.nested_absmax": weight.nested_absmax,
-        f"{name}.nested_quant_map": dynamic8.dynamic_code(signed=True).to(device),
-        f"{name}.{_QUANT_STATE}": torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8),
     }
+    if weight.nested_absmax is not None and weight.offset is not None:
+        facts |= {
+            "nested_blocksize": dynamic8.BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": weight.offset.item(),
+        }
+        tensors |= {
+            f"{name}.nested_absmax": weight.nested_absmax,
+            f"{name}.nested_quant_map": dynamic8.dynamic_code(signed=True).to(device),
+        }
+    tensors[f"{name}.{QUANT_STATE}"] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+    return tensors
 
 
 def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str = "weight") -> NF4Weight:
     """Build the weight called ``name`` from the tensors of a bitsandbytes state dict; it shares their memory.
 
-    Raises ``WeightsError`` when one is missing, or when it is not NF4 with double quantisation.
+    Raises ``WeightsError`` when one is missing, or when it is not NF4.
     """
-    facts = _facts(tensors, name)
-    packed, absmax, levels, nested_absmax, nested_code = (
-        _take(tensors, name + part) for part in ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-    )
-    if not _same_table(levels, torch.tensor(LEVELS)) or not _same_table(
-        nested_code, dynamic8.dynamic_code(signed=True)
-    ):
+    facts = quant_facts(tensors, name)
+    # Stored as another dtype (bnb_4bit_quant_storage) the bytes are the same.
+    packed = _take(tensors, name).reshape(-1).view(torch.uint8)
+    absmax, levels = (_take(tensors, name + part) for part in (".absmax", ".quant_map"))
+    nested_absmax = offset = None
+    other_levels = not _same_table(levels, torch.tensor(LEVELS))
+    if "nested_offset" in facts:
+        nested_absmax, nested_code = (_take(tensors, name + part) for part in (".nested_absmax", ".nested_quant_map"))
+        offset = torch.tensor(facts["nested_offset"], dtype=torch.float32, device=packed.device)
+        other_levels |= not _same_table(nested_code, dynamic8.dynamic_code(signed=True))
+    if other_levels:
         raise WeightsError(f"{name} was quantised with other levels than NF4's; load the unquantised model")
     rows, columns = facts["shape"]
     values, block = rows * columns, facts["blocksize"]
     blocks = -(-values // block)
-    expected = ((values + 1) // 2, blocks, -(-blocks // dynamic8.BLOCK))
-    if (packed.numel(), absmax.numel(), nested_absmax.numel()) != expected:
+    sizes = [packed.numel(), absmax.numel(), -(-blocks // dynamic8.BLOCK)]
+    if nested_absmax is not None:
+        sizes[2] = nested_absmax.numel()
+    if sizes != [(values + 1) // 2, blocks, -(-blocks // dynamic8.BLOCK)]:
         raise WeightsError(f"{name} is {rows} by {columns}, but its stored bytes are of another size")
-    offset = torch.tensor(facts["nested_offset"], dtype=torch.float32, device=packed.device)
-    return NF4Weight(
-        packed.reshape(-1),
-        absmax,
-        nested_absmax,
-        offset,
-        shape=(rows, columns),
-        dtype=_DTYPES[facts["dtype"]],
-        block=block,
-    )
+    if absmax.dtype != (torch.float32 if nested_absmax is None else torch.uint8):
+        raise WeightsError(f"{name}.absmax is of dtype {absmax.dtype}, which does not fit its quant_state")
+    dtype = _DTYPES[facts["dtype"]]
+    return NF4Weight(packed, absmax, nested_absmax, offset, shape=(rows, columns), dtype=dtype, block=block)
 
 
-def _facts(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:
-    text = bytes(_take(tensors, f"{name}.{_QUANT_STATE}").tolist())
+def quant_facts(tensors: Mapping[str, Tensor], name: str = "weight") -> dict[str, Any]:
+    """What ``NAME.quant_state.bitsandbytes__nf4`` says: ``shape``, ``dtype``, ``blocksize`` and the like.
+
+    Raises ``WeightsError`` when it is missing, broken, or says what jebi does not have.
+    """
+    text = bytes(_take(tensors, f"{name}.{QUANT_STATE}").tolist())
     try:
         facts: dict[str, Any] = json.loads(text)
     except ValueError as error:
-        raise WeightsError(f"{name}.{_QUANT_STATE} is no JSON text; the file is damaged") from error
-    if facts.get("nested_blocksize") != dynamic8.BLOCK or "nested_offset" not in facts:
+        raise WeightsError(f"{name}.{QUANT_STATE} is no JSON text; the file is damaged") from error
+    if facts.get("nested_blocksize", dynamic8.BLOCK) != dynamic8.BLOCK:
         raise WeightsError(
-            f"{name} has no double quantisation in blocks of {dynamic8.BLOCK}; save it with "
-            "bnb_4bit_use_double_quant=True, or load the unquantised model"
+            f"{name} is doubly quantised in blocks of {facts['nested_blocksize']}, not {dynamic8.BLOCK}; "
+            "load the unquantised model"
         )
     if facts.get("dtype") not in _DTYPES or len(facts.get("shape", ())) != 2 or "blocksize" not in facts:
-        raise WeightsError(f"{name}.{_QUANT_STATE} lacks a matrix's shape, dtype or block size: {facts}")
+        raise WeightsError(f"{name}.{QUANT_STATE} lacks a matrix's shape, dtype or block size: {facts}")
     return facts
 
 
 def _take(tensors: Mapping[str, Tensor], key: str) -> Tensor:
     if key not in tensors:
-        raise WeightsError(f"{key} is missing; a bitsandbytes NF4 weight with double quantisation has it")
+        raise WeightsError(f"{key} is missing; a bitsandbytes NF4 weight has it")
     return tensors[key]
 
 
 def _same_table(stored: Tensor, expected: Tensor) -> bool:
     return stored.shape == expected.shape and torch.allclose(stored.float().cpu(), expected, atol=1e-6)
-
-
-def _stretch(device: torch.device) -> int:
-    """Values handled at a time: what a CPU's cache holds; elsewhere as many as keep launches few."""
-    return 1 << 18 if device.type == "cpu" else 1 << 24
 
 
 def _encode(values_V: Tensor, block: int, packed_out: Tensor, scales_out: Tensor) -> None:

@@ -6,7 +6,6 @@ Every field of `TrainingArguments` either works or is refused here by name; none
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -22,6 +21,12 @@ class SFTConfig(TrainingArguments):
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
     packing: bool = field(default=False, metadata={"help": "Fill sequences with several rows, kept apart."})
     pass_tokens: int | None = field(default=None, metadata={"help": "Most tokens of a pass; None plans it."})
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "Learning rate of the matrices B as a multiple of A's (LoRA+); 16 is usual."}
+    )
+    embedding_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of a wholly trained embedding and head; None takes the rest's."}
+    )
 
 
 _LOSS_ALONE = "evaluation gives the loss alone, since predictions would be all the logits"
@@ -79,16 +84,6 @@ def refuse(args: TrainingArguments) -> None:
         raise ConfigError("every_n_layers is not supported: jebi recomputes every layer or none. Remove it.")
     if isinstance(args, SFTConfig) and args.pass_tokens is not None and args.pass_tokens < 1:
         raise ConfigError(f"pass_tokens must be at least 1, not {args.pass_tokens}; None plans it.")
-
-
-def suit_processes(args: TrainingArguments, model: nn.Module) -> None:
-    """Settle what is left open about several processes: 4-bit weights are not sent anew every step, and every adapter
-    takes part in every pass.
-    """
-    if args.ddp_broadcast_buffers is None and next(model.buffers(), None) is not None:
-        args.ddp_broadcast_buffers = False
-    if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = False
 
 
 def _check_optimizer(args: TrainingArguments) -> None:

@@ -28,9 +28,11 @@ from jebi.data.rows import FormattingFunc, tokenize
 from jebi.errors import ConfigError, DivergedError
 from jebi.models.hf import JebiForCausalLM
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, choose
-from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, suit_processes
+from jebi.training import processes
+from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check
 from jebi.training.checkpoints import complete_checkpoint, note_best, require_writable
 from jebi.training.interrupt import StopOnInterrupt
+from jebi.training.loraplus import check_rates, split_rates
 from jebi.training.optimizer import AdamW8bit
 from jebi.training.report import Meter, Report, free_bytes
 
@@ -77,8 +79,7 @@ class SFTTrainer(Trainer):
         args = args if args is not None else SFTConfig(output_dir="outputs")
         if notice := check(args, model.dtype, model.device):
             logger.warning(notice)
-        if model.device.type == "cpu":
-            args.dataloader_pin_memory = False  # torch warns where there is no card to pin for
+        processes.suit(args, model)
         require_writable(Path(str(args.output_dir)))
         tokenizer = processing_class if processing_class is not None else tokenizer
         config = args if isinstance(args, SFTConfig) else None
@@ -91,6 +92,8 @@ class SFTTrainer(Trainer):
         field = _first(dataset_text_field, config and config.dataset_text_field, "text")
         workers = _first(dataset_num_proc, config and config.dataset_num_proc)
         packed = bool(_first(packing, config and config.packing))
+        rates = (config.loraplus_lr_ratio, config.embedding_learning_rate) if config else (None, None)
+        check_rates(*rates, has_optimizer=optimizers[0] is not None)
 
         def prepare(dataset: Any) -> Any:
             if dataset is None:
@@ -102,12 +105,10 @@ class SFTTrainer(Trainer):
             rows = tokenize(dataset, tokenizer, field, formatting_func, row_limit, workers)
             return pack(rows, row_limit) if packed else rows
 
-        if args.n_gpu > 1:
-            args._n_gpu = 1  # One process trains on one card; Trainer would copy the model to all of them each step.
-        suit_processes(args, model)
         self._prepare = prepare
         self._longest = row_limit
         self._pass_tokens = config.pass_tokens if config else None
+        self._rates = rates
         self._bag: list[Batch] = []
         self._trained_tokens = self._trained_steps = 0
         self._interrupt = StopOnInterrupt()
@@ -142,7 +143,7 @@ class SFTTrainer(Trainer):
         with self._interrupt.listening():
             output = super().train(*args, **kwargs)
         chosen = {"pass_tokens": self._plan.tokens, "checkpointing": self._plan.checkpointing}
-        (tokens,) = self._over_ranks(self._trained_tokens)
+        (tokens,) = processes.summed(self.accelerator, self._trained_tokens)
         self.report = meter.report(self._trained_steps, int(tokens), chosen)
         if self.args.should_save:
             self.report.write(Path(str(self.args.output_dir)) / "report.json", self.state.log_history)
@@ -153,18 +154,12 @@ class SFTTrainer(Trainer):
         return output
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """As Trainer's; rows given to `evaluate` itself are tokenised as the others were.
-
-        Ranks may get unequal numbers of rows: made equal by repeating some, those would count twice.
-        """
+        """As Trainer's; rows given to `evaluate` itself are tokenised as the others were."""
         raw = isinstance(eval_dataset, Dataset | IterableDataset)
         if raw and "lengths" not in (eval_dataset.column_names or ()):
             eval_dataset = self._prepare(eval_dataset)
-        evened, self.accelerator.even_batches = self.accelerator.even_batches, False
-        try:
+        with processes.uneven(self.accelerator):
             return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.accelerator.even_batches = evened
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -243,15 +238,9 @@ class SFTTrainer(Trainer):
         total, learnt = summed_loss(
             self.model, counted(), self._current_plan().tokens, self.args.label_smoothing_factor
         )
-        all_loss, all_learnt, all_rows = self._over_ranks(total, learnt, seen)
+        all_loss, all_learnt, all_rows = processes.summed(self.accelerator, total, learnt, seen)
         metrics = {f"{metric_key_prefix}_loss": all_loss / max(all_learnt, 1)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(all_rows))  # type: ignore[arg-type]
-
-    def _over_ranks(self, *numbers: float) -> list[float]:
-        """Each number summed over all processes; every one of them has to ask."""
-        sums = torch.tensor(numbers, dtype=torch.float64, device=self.args.device)
-        summed: list[float] = self.accelerator.reduce(sums, "sum").tolist()
-        return summed
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Not available: predictions are logits, which jebi never makes for whole data sets."""
@@ -275,6 +264,14 @@ class SFTTrainer(Trainer):
         plan = choose(backbone.shape, element, free_bytes(device), self._longest, asked, limit)
         backbone.checkpointing = plan.checkpointing
         return plan if self._pass_tokens is None else PassPlan(plan.checkpointing, self._pass_tokens)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As Trainer's; LoRA+ and trained embeddings have learning rates of their own."""
+        fresh = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*([] if model is None else [model]))
+        if fresh:
+            split_rates(optimizer, self.model, *self._rates)
+        return optimizer
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:

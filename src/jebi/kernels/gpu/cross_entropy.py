@@ -1,0 +1,97 @@
+"""Cross-entropy of ready logits and its gradient, in place: one program a token, the row read twice.
+
+Shapes: C tokens of a chunk, V vocabulary.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 4096
+
+
+def loss_and_grad_(
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    counts_C: Tensor | None,
+    losses_C: Tensor,
+    settings: tuple[float, float | None, bool],
+) -> None:
+    """Write each token's loss times its count into ``losses_C``, and over the logits their gradient.
+
+    Args:
+        logits_CV: contiguous, any float dtype; overwritten where a gradient is wanted.
+        labels_C: int64; a negative label has no loss and no gradient.
+        counts_C: float32, how often each token counts; once when None.
+        losses_C: float32.
+        settings: label smoothing, the cap of the logits or None, and whether a gradient is wanted.
+    """
+    smoothing, softcap, wants_grad = settings
+    tokens, vocabulary = logits_CV.shape
+    _cross_entropy[(tokens,)](
+        logits_CV, labels_C, losses_C if counts_C is None else counts_C, losses_C,
+        vocabulary, smoothing, softcap or 0.0,
+        COUNTED=counts_C is not None, CAPPED=softcap is not None, SMOOTHED=smoothing > 0, GRAD=wants_grad,
+        BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)), num_warps=8,
+    )  # fmt: skip
+
+
+@triton.jit
+def _tanh(x):
+    """By its exponential, which no infinity spoils."""
+    return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+
+
+@triton.jit
+def _cross_entropy(
+    logits_ptr, labels_ptr, counts_ptr, losses_ptr, vocabulary, smoothing, softcap,
+    COUNTED: tl.constexpr, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row)
+    count = tl.load(counts_ptr + row) if COUNTED else 1.0
+    count = tl.where(label < 0, 0.0, count)
+    logits_ptr += row * vocabulary
+    # One running maximum and sum a lane, joined at the end.
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    plain = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + columns, columns < vocabulary, other=float("-inf")).to(tl.float32)
+        if CAPPED:
+            x = tl.where(columns < vocabulary, _tanh(x / softcap) * softcap, float("-inf"))
+        higher = tl.maximum(top, x)
+        # A lane that has seen nothing yet adds nothing: exp(-inf - -inf) would be NaN.
+        total = total * tl.where(top == float("-inf"), 0.0, tl.exp(top - higher)) + tl.where(
+            x == float("-inf"), 0.0, tl.exp(x - higher)
+        )
+        top = higher
+        if SMOOTHED:
+            plain += tl.where(columns < vocabulary, x, 0.0)
+    highest = tl.max(top, 0)
+    normaliser = highest + tl.log(tl.sum(total * tl.where(top == float("-inf"), 0.0, tl.exp(top - highest)), 0))
+    hit = tl.load(logits_ptr + tl.maximum(label, 0)).to(tl.float32)
+    if CAPPED:
+        hit = _tanh(hit / softcap) * softcap
+    loss = normaliser - hit
+    if SMOOTHED:
+        loss = (1.0 - smoothing) * loss + smoothing * (normaliser - tl.sum(plain, 0) / vocabulary)
+    tl.store(losses_ptr + row, loss * count)
+    if GRAD:
+        # Every thread has read the label's logit before any of them is written over.
+        tl.debug_barrier()
+        for start in range(0, vocabulary, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < vocabulary
+            x = tl.load(logits_ptr + columns, inside, other=0.0).to(tl.float32)
+            tanh = x
+            if CAPPED:
+                tanh = _tanh(x / softcap)
+                x = tanh * softcap
+            grad = tl.exp(x - normaliser) - tl.where(columns == label, 1.0 - smoothing, 0.0)
+            if SMOOTHED:
+                grad -= smoothing / vocabulary
+            if CAPPED:
+                grad *= 1.0 - tanh * tanh
+            tl.store(logits_ptr + columns, (grad * count).to(logits_ptr.dtype.element_ty), inside)

@@ -1,0 +1,87 @@
+"""Compile every Triton kernel for every card it has to run on; no card is needed.
+
+Prints, for each, what it takes of a block's shared memory, and fails where a card has less.
+"""
+
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from jebi.kernels.gpu import adamw8bit, cross_entropy, glu, nf4, rms_norm, rope
+
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""Shared memory that one block may have, by compute capability (CUDA programming guide, technical specifications)."""
+
+LONG, FLOAT, SCALAR = "i64", "*fp32", "fp32"
+
+
+def cases(value: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """Each kernel with the types and constants of a Llama 3.1 8B layer, and its warps; ``value`` is a pointer."""
+    norm = {"x_ptr": value, "weight_ptr": value, "y_ptr": value, "rstd_ptr": FLOAT}
+    rows = {"x_stride": "i32", "y_stride": "i32", "width": "i32", "eps": SCALAR}
+    found = [
+        (rms_norm._forward, norm | rows, {"UNIT_OFFSET": True, "APPLY": apply, "BLOCK": block}, 8)
+        for apply in (False, True)
+        for block in (4096, 8192)
+    ]
+    back = {
+        "dy_ptr": value,
+        "x_ptr": value,
+        "rstd_ptr": FLOAT,
+        "weight_ptr": value,
+        "added_ptr": value,
+        "dx_ptr": value,
+    }
+    back |= {"dy_stride": "i32", "x_stride": "i32", "added_stride": "i32", "width": "i32"}
+    found.append((rms_norm._backward, back, {"UNIT_OFFSET": False, "ADD": True, "BLOCK": 4096}, 8))
+    turn = {"x_ptr": value, "cos_ptr": value, "sin_ptr": value, "out_ptr": value}
+    turn |= dict.fromkeys(("x_token", "x_head", "out_token", "out_head", "heads", "half", "rest"), "i32")
+    found.append((rope._rotate, turn | {"sign": SCALAR}, {"HEADS": 4, "HALF": 64, "REST": 64}, 2))
+    strides = {"gate_stride": "i32", "up_stride": "i32"}
+    for kind in range(3):
+        constants = {"KIND": kind, "BLOCK": 1024}
+        forward = {"gate_ptr": value, "up_ptr": value, "out_ptr": value, "out_stride": "i32", "width": "i32"}
+        found.append((glu._forward, forward | strides, constants, 4))
+        backward = {"da_ptr": value, "gate_ptr": value, "up_ptr": value, "da_stride": "i32", "width": "i32"}
+        found.append((glu._backward, backward | strides, constants, 4))
+    dense = {"packed_ptr": "*u8", "absmax_ptr": "*u8", "nested_ptr": FLOAT, "offset_ptr": FLOAT, "levels_ptr": FLOAT}
+    dense |= {"codes_ptr": FLOAT, "out_ptr": value, "values": "i32", "out_stride": "i32"}
+    found.append((nf4._dequantize, dense, {"COLUMNS": 14336, "VALUES": 1024}, 4))
+    entropy = {"logits_ptr": value, "labels_ptr": "*i64", "counts_ptr": FLOAT, "losses_ptr": FLOAT}
+    entropy |= {"vocabulary": "i32", "smoothing": SCALAR, "softcap": SCALAR}
+    flags = {"COUNTED": True, "CAPPED": True, "SMOOTHED": True, "GRAD": True, "BLOCK": 4096}
+    found.append((cross_entropy._cross_entropy, entropy, flags, 8))
+    step = {"param_ptr": FLOAT, "grad_ptr": FLOAT, "state1_ptr": "*u8", "state2_ptr": "*u8"}
+    step |= {"absmax1_ptr": FLOAT, "absmax2_ptr": FLOAT, "codes1_ptr": FLOAT, "nearest1_ptr": "*u8"}
+    step |= {"codes2_ptr": FLOAT, "nearest2_ptr": "*u8", "values": "i32"}
+    step |= dict.fromkeys(("beta1", "beta2", "eps", "decay", "rate", "correction2"), SCALAR)
+    found.append((adamw8bit._step, step, {"BLOCK": 256}, 2))
+    return found
+
+
+def main() -> None:
+    """Compile them all."""
+    for capability, limit in SHARED_KIB.items():
+        target = GPUTarget("cuda", capability, 32)
+        worst = 0
+        for value in ("*fp16",) if capability < 80 else ("*fp16", "*bf16"):
+            for kernel, types, constants, warps in cases(value):
+                names = kernel.arg_names
+                missing = set(names) - set(types) - set(constants)
+                assert not missing, f"{kernel.__name__} takes {missing} too"
+                signature = {name: types.get(name, "constexpr") for name in names}
+                source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+                compiled = triton.compile(source, target=target, options={"num_warps": warps})
+                worst = max(worst, compiled.metadata.shared)
+                if compiled.metadata.shared > limit * 1024:
+                    sys.exit(
+                        f"{kernel.__name__} takes {compiled.metadata.shared} bytes of shared memory on {capability}"
+                    )
+        print(f"compute capability {capability / 10}: {len(cases('*fp16'))} kernels, at most {worst} bytes shared")
+
+
+if __name__ == "__main__":
+    main()
