@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from jebi.kernels.rope import rope_tables
 from jebi.nn.attention import AttentionForm, attend_rows
+from jebi.nn.group import Scratch
 from jebi.nn.layer import DecoderLayer, LayerShape
 from jebi.nn.layer_node import Keep, run_layer, serves
 from jebi.nn.lora import Lora
@@ -197,21 +198,25 @@ def run(
 @pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_output_and_gradients(at_most_twice, dtype: torch.dtype, setup: Setup, trained_input: bool) -> None:
-    def results(keep: Keep | Literal["plain", "exact"]) -> dict[str, Tensor | None]:
+    def results(keep: str) -> dict[str, Tensor | None]:
         """Over three draws: of one alone a small gradient's error may by chance be twice another's."""
         draws = []
         for seed in (1, 2, 3):
             values = inputs(dtype, seed)
             if keep == "exact":
                 draws.append(exact(build(setup, dtype), values[0], trained_input, values[1]))
-            else:
-                form = None if keep == "plain" else keep
-                draws.append(run(build(setup, dtype), values[0], trained_input, values[1], form))
+                continue
+            layer = build(setup, dtype)
+            if keep.startswith("stacked"):
+                layer.stack(Scratch() if "dequantised" in keep else None)
+                assert layer.stacked is not None
+            form = {"plain": None}.get(keep, "all" if keep.startswith("stacked") else keep)
+            draws.append(run(layer, values[0], trained_input, values[1], form))
         names = draws[0]
         return {n: None if names[n] is None else torch.stack([draw[n] for draw in draws]) for n in names}
 
     plain, fine = results("plain"), results("exact")
-    for keep in ("all", "input", "input_on_host"):
+    for keep in ("all", "input", "input_on_host", "stacked", "stacked, dequantised at every use"):
         ours = results(keep)
         assert ours.keys() == plain.keys()
         for name, value in ours.items():

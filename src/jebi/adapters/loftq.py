@@ -68,10 +68,10 @@ def originals(model: JebiPreTrainedModel, targets: Mapping[str, Linear]) -> Iter
         if leaf != "weight" or path not in left:
             continue
         linear = left.pop(path)
-        weight = stored.read()
-        if not isinstance(weight, Tensor) or stored.shape != (linear.out_features, linear.in_features):
+        original = stored.read()
+        if stored.shape != (linear.out_features, linear.in_features) or isinstance(original, NF4Weight):
             raise ConfigError(f"LoftQ needs the original weights, and '{stored.file}' holds '{path}' quantised.")
-        yield path, weight.to(model.device, torch.float32)
+        yield path, original.to(model.device, torch.float32)
     assert not left, "a model holds every weight of its checkpoint"
 
 

@@ -15,12 +15,13 @@ from transformers import PretrainedConfig
 
 from jebi.config import Storage
 from jebi.errors import WeightsError
+from jebi.kernels.dequantize import PackedWeight
 from jebi.models.families import read_config
 from jebi.models.files import ModelFiles, StoredTensor
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.prequantised import joined, read_scheme
 from jebi.models.rope import read_rotary
-from jebi.nn.linear import Linear, PackedWeight
+from jebi.nn.linear import Linear
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
 

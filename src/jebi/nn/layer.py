@@ -17,6 +17,7 @@ from jebi.kernels.glu import Activation, glu
 from jebi.kernels.rms_norm import rms_norm
 from jebi.kernels.rope import rope
 from jebi.nn.attention import AttentionForm
+from jebi.nn.group import Group, Scratch, Separate, Stacked, stacks
 from jebi.nn.linear import Linear
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -112,6 +113,16 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(shape.ffn, shape.width, shape.mlp_bias, dtype)
 
 
+@dataclass(frozen=True)
+class LayerGroups:
+    """A layer's maps by their inputs."""
+
+    qkv: Group
+    o: Group
+    gate_up: Group
+    down: Group
+
+
 class DecoderLayer(nn.Module):
     """Norm, attention, residual; norm, feed-forward, residual."""
 
@@ -128,6 +139,21 @@ class DecoderLayer(nn.Module):
         if shape.sandwich:
             self.pre_feedforward_layernorm = Norm(shape.width, shape, dtype)
             self.post_feedforward_layernorm = Norm(shape.width, shape, dtype)
+        self.stacked: LayerGroups | None = None
+        """Its maps laid together for a card, where they are."""
+
+    def groups(self) -> LayerGroups:
+        """Its maps by their inputs, as the hand-written form calls them."""
+        if self.stacked is not None:
+            return self.stacked
+        o, down = [self.self_attn.o_proj], [self.mlp.down_proj]
+        return LayerGroups(Separate(self.qkv()), Separate(o), Separate(self.gate_up()), Separate(down))
+
+    def stack(self, scratch: Scratch | None) -> None:
+        """Lay its maps together, where `nn.group.stacks` allows; ``scratch`` as in `Stacked`."""
+        maps = [self.qkv(), [self.self_attn.o_proj], self.gate_up(), [self.mlp.down_proj]]
+        if all(stacks(group) for group in maps):
+            self.stacked = LayerGroups(*(Stacked(group, scratch) for group in maps))
 
     def forward(self, hidden: Tensor, tables: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """The layer in differentiable torch; every option works here.

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from jebi.kernels.glu import glu_backward_, glu_forward
 from jebi.kernels.rms_norm import rms_norm_apply, rms_norm_backward, rms_norm_forward, rms_norm_weight_grad
-from jebi.kernels.rope import rope
+from jebi.kernels.rope import rope_, rope_into
+from jebi.nn import group
 from jebi.nn.attention import attend_rows
 from jebi.nn.layer import DecoderLayer, Norm, parts
-from jebi.nn.linear import Grads, Linear, adapter_backward, project, project_backward
+from jebi.nn.linear import Grads
 from jebi.nn.rows import Rows
 
 Keep = Literal["all", "input", "input_on_host"]
@@ -62,8 +63,8 @@ class _Kept:
     rstd_mid_T1: Tensor
     gate_TF: Tensor
     up_TF: Tensor
-    xa: dict[Linear, Tensor | None]
-    """Each projection's ``x A^T``."""
+    groups: dict[str, group.Kept]
+    """What each group of maps keeps."""
     qk: tuple[_Normed, _Normed] | None
     """Queries and keys before their norms, where they have any."""
     attention_out: _Normed | None
@@ -89,7 +90,7 @@ class _LayerNode(torch.autograd.Function):
         ctx.kept = kept if keep == "all" else None
         ctx.device = hidden_TD.device
         ctx.save_for_backward(_to_host(hidden_TD) if keep == "input_on_host" else hidden_TD)
-        return out_TD.add_(kept.middle_TD)
+        return out_TD
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,18 +107,18 @@ class _LayerNode(torch.autograd.Function):
 
 def _forward(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tensor], rows: Rows) -> _Kept:
     """The layer up to and without the gated product: what a backward needs, kept or recomputed."""
-    shape, attn = layer.shape, layer.self_attn
-    xa: dict[Linear, Tensor | None] = {}
+    shape, attn, groups = layer.shape, layer.self_attn, layer.groups()
+    kept: dict[str, group.Kept] = {}
     x_TD, rstd_in_T1 = _norm(layer.input_layernorm, hidden_TD)
-    q, k, v = (layer.heads(y) for y in parts(_project_all(layer.qkv(), x_TD, xa), shape.qkv_sizes))
+    outputs, kept["qkv"] = groups.qkv.forward(x_TD)
     del x_TD
+    q, k, v = (layer.heads(y) for y in parts(outputs, shape.qkv_sizes))
     qk = None
     if attn.q_norm is not None and attn.k_norm is not None:
         raw = q, k
         (q, rstd_q), (k, rstd_k) = _norm(attn.q_norm, q), _norm(attn.k_norm, k)
         qk = _Normed(raw[0], rstd_q), _Normed(raw[1], rstd_k)
-    # Contiguous, since a part of a fused output would keep all of it.
-    qkv = (rope(q, *tables), rope(k, *tables), v.contiguous())
+    qkv = (rope_(q, *tables), rope_(k, *tables), v)
     with torch.enable_grad():
         qkv = (
             qkv[0].detach().requires_grad_(),
@@ -125,49 +126,53 @@ def _forward(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tenso
             qkv[2].detach().requires_grad_(),
         )
         mixed_THd = attend_rows(*qkv, rows, shape.attention)
-    o_TD, xa[attn.o_proj] = project(attn.o_proj, mixed_THd.detach().flatten(-2))
+    mixed_TD = mixed_THd.detach().flatten(-2)
     attention_out = None
-    if layer.attention_out_norm is not None:
-        raw_TD = o_TD
-        o_TD, rstd = _norm(layer.attention_out_norm, raw_TD)
+    if layer.attention_out_norm is None:
+        (middle_TD,), kept["o"] = groups.o.forward(mixed_TD, hidden_TD)
+    else:
+        (raw_TD,), kept["o"] = groups.o.forward(mixed_TD)
+        middle_TD, rstd = _norm(layer.attention_out_norm, raw_TD)
         attention_out = _Normed(raw_TD, rstd)
-    middle_TD = o_TD.add_(hidden_TD)
+        middle_TD.add_(hidden_TD)
     x_TD, rstd_mid_T1 = _norm(layer.middle_norm, middle_TD)
-    gate_TF, up_TF = parts(_project_all(layer.gate_up(), x_TD, xa), [shape.ffn, shape.ffn])
-    return _Kept(rstd_in_T1, qkv, mixed_THd, middle_TD, rstd_mid_T1, gate_TF, up_TF, xa, qk, attention_out)
+    outputs, kept["gate_up"] = groups.gate_up.forward(x_TD)
+    gate_TF, up_TF = parts(outputs, [shape.ffn, shape.ffn])
+    return _Kept(rstd_in_T1, qkv, mixed_THd, middle_TD, rstd_mid_T1, gate_TF, up_TF, kept, qk, attention_out)
 
 
 def _feed_forward(layer: DecoderLayer, kept: _Kept) -> Tensor:
-    """The feed-forward block's output, (T, D), belonging to the caller; what a norm after it needs is kept."""
-    down = layer.mlp.down_proj
+    """The layer's output (T, D); what a norm at its end needs is kept."""
     act_TF = glu_forward(kept.gate_TF, kept.up_TF, layer.shape.activation)
-    out_TD, kept.xa[down] = project(down, act_TF)
-    if layer.out_norm is not None:
-        normed_TD, rstd_T1 = _norm(layer.out_norm, out_TD)
-        kept.out = _Normed(out_TD, rstd_T1)
-        return normed_TD
-    return out_TD
+    down = layer.groups().down
+    if layer.out_norm is None:
+        (out_TD,), kept.groups["down"] = down.forward(act_TF, kept.middle_TD)
+        return out_TD
+    (raw_TD,), kept.groups["down"] = down.forward(act_TF)
+    out_TD, rstd_T1 = _norm(layer.out_norm, raw_TD)
+    kept.out = _Normed(raw_TD, rstd_T1)
+    return out_TD.add_(kept.middle_TD)
 
 
 def _feed_forward_backward(layer: DecoderLayer, kept: _Kept, dout_TD: Tensor, grads: Grads) -> Tensor:
     """Gradient of the residual stream between the blocks."""
-    down, dblock_TD = layer.mlp.down_proj, dout_TD
+    groups, dblock_TD = layer.groups(), dout_TD
     if layer.out_norm is not None:
         if kept.out is None:
             _feed_forward(layer, kept)
         assert kept.out is not None
         dblock_TD = _norm_backward(layer.out_norm, dout_TD, kept.out, grads)
-    act_TF = glu_forward(kept.gate_TF, kept.up_TF, layer.shape.activation)
-    xa_down = kept.xa.get(down)
-    if xa_down is None and down.adapter is not None:
-        xa_down = down.adapter.compress(act_TF)
-    dact_TF = project_backward(down, dblock_TD, act_TF, xa_down, grads, None)
-    del act_TF
-    _, *dgate_up = glu_backward_(dact_TF, kept.gate_TF, kept.up_TF, layer.shape.activation)
-    x_TD = _norm_apply(layer.middle_norm, kept.middle_TD, kept.rstd_mid_T1)
-    dx_TD = _project_all_backward(layer.gate_up(), dgate_up, x_TD, kept.xa, grads)
+    dact_TF, shares = groups.down.backward_input([dblock_TD])
+    assert dact_TF is not None
+    act_TF, *dgate_up = glu_backward_(dact_TF, kept.gate_TF, kept.up_TF, layer.shape.activation)
+    groups.down.backward_trained(shares, act_TF, kept.groups.get("down"), grads)
+    del act_TF, dact_TF, shares
+    dx_TD, shares = groups.gate_up.backward_input(dgate_up)
+    assert dx_TD is not None
     middle = _Normed(kept.middle_TD, kept.rstd_mid_T1)
-    return _norm_backward(layer.middle_norm, dx_TD, middle, grads).add_(dout_TD)
+    x_TD = _norm_apply(layer.middle_norm, middle)
+    groups.gate_up.backward_trained(shares, x_TD, kept.groups["gate_up"], grads)
+    return _norm_backward(layer.middle_norm, dx_TD, middle, grads, dout_TD)
 
 
 def _attention_backward(
@@ -180,68 +185,58 @@ def _attention_backward(
     needs_input: bool,
 ) -> Tensor | None:
     """Gradient of the layer's input; None where nothing below the layer is trained."""
-    attn, dblock_TD = layer.self_attn, dmiddle_TD
+    groups, dblock_TD = layer.groups(), dmiddle_TD
     if layer.attention_out_norm is not None:
         assert kept.attention_out is not None
         dblock_TD = _norm_backward(layer.attention_out_norm, dmiddle_TD, kept.attention_out, grads)
-    mixed_TD = kept.mixed_THd.detach().flatten(-2)
-    dmixed_TD = project_backward(attn.o_proj, dblock_TD, mixed_TD, kept.xa[attn.o_proj], grads, None)
-    dq, dk, dv = torch.autograd.grad(kept.mixed_THd, kept.qkv, layer.heads(dmixed_TD))
-    cos, sin = tables
-    dq, dk = rope(dq, cos, -sin), rope(dk, cos, -sin)
+    dmixed_TD, shares = groups.o.backward_input([dblock_TD])
+    assert dmixed_TD is not None
+    groups.o.backward_trained(shares, kept.mixed_THd.detach().flatten(-2), kept.groups["o"], grads)
+    dqkv = torch.autograd.grad(kept.mixed_THd, kept.qkv, layer.heads(dmixed_TD))
+    turned_back = _before_rope(layer, kept, dqkv, tables, grads)
+    inputs = _Normed(hidden_TD, kept.rstd_in_T1)
+    needs_input = needs_input or layer.input_layernorm.weight.requires_grad
+    dx_TD, shares = groups.qkv.backward_input(turned_back, needs_input)
+    x_TD = _norm_apply(layer.input_layernorm, inputs)
+    groups.qkv.backward_trained(shares, x_TD, kept.groups["qkv"], grads)
+    if dx_TD is None:
+        return None
+    return _norm_backward(layer.input_layernorm, dx_TD, inputs, grads, dmiddle_TD)
+
+
+def _before_rope(
+    layer: DecoderLayer, kept: _Kept, dqkv: tuple[Tensor, ...], tables: tuple[Tensor, Tensor], grads: Grads
+) -> list[Tensor]:
+    """Gradients of the maps' outputs (T, N each) from those of turned queries and keys and of the values."""
+    attn, (dq, dk, dv) = layer.self_attn, dqkv
+    places = layer.groups().qkv.places(layer.shape.qkv_sizes, dq.dtype, dq.shape[0])
     if attn.q_norm is not None and attn.k_norm is not None:
         assert kept.qk is not None
-        dq = _norm_backward(attn.q_norm, dq, kept.qk[0], grads)
-        dk = _norm_backward(attn.k_norm, dk, kept.qk[1], grads)
-    dqkv = [dy.flatten(-2) for dy in (dq, dk, dv)]
-    x_TD = _norm_apply(layer.input_layernorm, hidden_TD, kept.rstd_in_T1)
-    inputs = _Normed(hidden_TD, kept.rstd_in_T1)
-    if not needs_input and not layer.input_layernorm.weight.requires_grad:
-        for proj, dy in zip(layer.qkv(), _whole(dqkv, layer.qkv())):
-            adapter_backward(proj, dy, x_TD, kept.xa[proj], grads, None)
-        return None
-    dx_TD = _project_all_backward(layer.qkv(), dqkv, x_TD, kept.xa, grads)
-    return _norm_backward(layer.input_layernorm, dx_TD, inputs, grads).add_(dmiddle_TD)
-
-
-def _project_all(maps: list[Linear], x_TK: Tensor, xa: dict[Linear, Tensor | None]) -> list[Tensor]:
-    """Each map's output for one input, ``x A^T`` put aside."""
-    outputs = []
-    for linear in maps:
-        y_TN, xa[linear] = project(linear, x_TK)
-        outputs.append(y_TN)
-    return outputs
-
-
-def _project_all_backward(
-    maps: list[Linear], dparts: list[Tensor], x_TK: Tensor, xa: dict[Linear, Tensor | None], grads: Grads
-) -> Tensor:
-    """The gradient of one input of several maps, from the gradients of the parts of their outputs."""
-    dx_TK: Tensor | None = None
-    for linear, dy_TN in zip(maps, _whole(dparts, maps)):
-        dx_TK = project_backward(linear, dy_TN, x_TK, xa[linear], grads, dx_TK)
-    assert dx_TK is not None
-    return dx_TK
-
-
-def _whole(dparts: list[Tensor], maps: list[Linear]) -> list[Tensor]:
-    """Gradients of the maps' outputs: the parts as they are, or laid side by side for the one fused map."""
-    return dparts if len(dparts) == len(maps) else [torch.cat(dparts, dim=-1)]
+        dq = _norm_backward(attn.q_norm, rope_(dq, *tables, backwards=True), kept.qk[0], grads)
+        dk = _norm_backward(attn.k_norm, rope_(dk, *tables, backwards=True), kept.qk[1], grads)
+        return [dy.flatten(-2) for dy in (dq, dk, dv)]
+    if places is None:
+        dq, dk = (rope_(dy, *tables, backwards=True) for dy in (dq, dk))
+        return [dy.flatten(-2) for dy in (dq, dk, dv)]
+    for dy, place in zip((dq, dk), places):
+        rope_into(dy, *tables, layer.heads(place), backwards=True)
+    layer.heads(places[2]).copy_(dv)
+    return places
 
 
 def _norm(norm: Norm, x: Tensor) -> tuple[Tensor, Tensor]:
     return rms_norm_forward(x, norm.weight, norm.eps, norm.unit_offset)
 
 
-def _norm_apply(norm: Norm, x: Tensor, rstd: Tensor) -> Tensor:
-    return rms_norm_apply(x, rstd, norm.weight, norm.unit_offset)
+def _norm_apply(norm: Norm, kept: _Normed) -> Tensor:
+    return rms_norm_apply(kept.x, kept.rstd, norm.weight, norm.unit_offset)
 
 
-def _norm_backward(norm: Norm, dy: Tensor, kept: _Normed, grads: Grads) -> Tensor:
-    """Gradient of a norm's input; a trained weight's goes into ``grads``."""
+def _norm_backward(norm: Norm, dy: Tensor, kept: _Normed, grads: Grads, residual: Tensor | None = None) -> Tensor:
+    """Gradient of a norm's input, ``residual`` added; a trained weight's goes into ``grads``."""
     if norm.weight.requires_grad:
         grads[norm.weight] = rms_norm_weight_grad(dy, kept.x, kept.rstd)
-    return rms_norm_backward(dy, kept.x, kept.rstd, norm.weight, norm.unit_offset)
+    return rms_norm_backward(dy, kept.x, kept.rstd, norm.weight, norm.unit_offset, residual)
 
 
 def _to_host(x: Tensor) -> Tensor:

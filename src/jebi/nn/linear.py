@@ -2,24 +2,22 @@
 
 Weights are named as in Hugging Face checkpoints (``weight``, ``bias``). They are frozen in the compute dtype, or
 trained: float32 master weights then, cast where they are used. Two ways through the map: `Linear.forward`, which
-autograd differentiates, and `project` / `project_backward`, which a hand-written layer calls.
+autograd differentiates, and `project` with `backward_input` and `backward_trained`, for a hand-written layer.
 
 Shapes: T tokens, K inputs, N outputs, r rank, R rank with an adapter's frozen half.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from jebi.kernels import dequantize
+from jebi.kernels.dequantize import PackedWeight
 from jebi.nn import dora
 from jebi.nn.lora import Lora
-from jebi.quant.int8 import Int8Weight
-from jebi.quant.nf4 import NF4Weight
-
-PackedWeight = NF4Weight | Int8Weight
-"""A weight that is not stored dense: a module with ``dense(dtype)``."""
 
 
 class Linear(nn.Module):
@@ -43,7 +41,12 @@ class Linear(nn.Module):
         """The weight (N, K) in the compute dtype: itself, the kept copy, or dequantised into a new tensor."""
         if isinstance(self.weight, nn.Parameter):
             return self.weight.to(self.dtype)
-        return self._kept_NK if self._kept_NK is not None else self.weight.dense(self.dtype)
+        return self._kept_NK if self._kept_NK is not None else dequantize.dense(self.weight, self.dtype)
+
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        weight = self.weight
+        return weight.device if isinstance(weight, nn.Parameter) else next(weight.buffers()).device
 
     def store(self, weight: nn.Parameter | PackedWeight) -> None:
         """Take the checkpoint's weight, in whichever form it is to be held."""
@@ -55,7 +58,7 @@ class Linear(nn.Module):
     def keep_for_decoding(self, dense: bool) -> None:
         """Keep what decoding reads once a token: the adapter's matrices cast; if ``dense``, the weight dequantised."""
         if dense and not isinstance(self.weight, nn.Parameter):
-            self._kept_NK = self.weight.dense(self.dtype)
+            self._kept_NK = dequantize.dense(self.weight, self.dtype)
         for lora in self._adapters():
             lora.keep_cast(self.dtype, dora.gain(lora, self.dense()) if lora.magnitude_N is not None else None)
 
@@ -146,71 +149,78 @@ Grads = dict[nn.Parameter, Tensor]
 """Gradients of trained parameters that one layer's backward has computed."""
 
 
-def project_backward(
-    linear: Linear, dy_TN: Tensor, x_TK: Tensor, xa_TR: Tensor | None, grads: Grads, dx_TK: Tensor | None
-) -> Tensor:
-    """Backward of `project`: fills ``grads`` for everything trained and returns ``dx``.
+@dataclass
+class Share:
+    """What one map's backward has computed by the time its input is needed for the gradients of what is trained."""
+
+    dy_TN: Tensor
+    """Gradient of the products, within DoRA's gain where there is one."""
+    dxa_TR: Tensor | None
+    """Gradient of ``x A^T``."""
+    lengths_N: Tensor | None
+    """DoRA: the present row lengths."""
+
+
+def backward_input(
+    linear: Linear, dy_TN: Tensor, dx_TK: Tensor | None = None, wanted: bool = True
+) -> tuple[Tensor | None, Share]:
+    """First half of the backward of `project`: the gradient of the input, which itself is not needed.
 
     Args:
         linear: the map.
         dy_TN: gradient of its output.
-        x_TK: its input.
+        dx_TK: a gradient to add to, in place, when the input feeds several maps; None starts a new one.
+        wanted: whether the input needs a gradient at all.
+    """
+    lora = linear.adapter
+    measured = lora is not None and lora.magnitude_N is not None
+    weight_NK = linear.dense() if wanted or measured else None
+    lengths_N = None
+    if lora is not None and lora.magnitude_N is not None:
+        assert weight_NK is not None
+        lengths_N = dora.row_lengths(lora, weight_NK)
+        dy_TN = dy_TN * (lora.magnitude_N / lengths_N).to(dy_TN.dtype)
+    dxa_TR = dy_TN @ lora.up(dy_TN.dtype) if lora is not None else None
+    if wanted:
+        assert weight_NK is not None
+        dx_TK = dy_TN @ weight_NK if dx_TK is None else dx_TK.addmm_(dy_TN, weight_NK)
+        if lora is not None and dxa_TR is not None:
+            dx_TK.addmm_(dxa_TR, lora.down(dy_TN.dtype))
+    return dx_TK, Share(dy_TN, dxa_TR, lengths_N)
+
+
+def backward_trained(
+    linear: Linear, dy_TN: Tensor, share: Share, x_TK: Tensor, xa_TR: Tensor | None, grads: Grads
+) -> None:
+    """Second half: fills ``grads`` for everything that is trained.
+
+    Args:
+        linear: the map.
+        dy_TN: gradient of its output.
+        share: what `backward_input` returned.
+        x_TK: the map's input.
         xa_TR: what `project` returned beside the output.
         grads: filled in.
-        dx_TK: a gradient to add to, in place, when the input feeds several maps; None starts a new one.
     """
-    weight_NK = linear.dense()
-    dy_TN = _outer_backward(linear, weight_NK, dy_TN, x_TK, xa_TR, grads)
-    dx_TK = dy_TN @ weight_NK if dx_TK is None else dx_TK.addmm_(dy_TN, weight_NK)
-    _inner_backward(linear, dy_TN, x_TK, xa_TR, grads, dx_TK)
-    return dx_TK
-
-
-def adapter_backward(
-    linear: Linear, dy_TN: Tensor, x_TK: Tensor, xa_TR: Tensor | None, grads: Grads, dx_TK: Tensor | None
-) -> None:
-    """The trained part of `project_backward`; adds the adapter's share to ``dx_TK`` where one is wanted."""
-    dy_TN = _outer_backward(linear, None, dy_TN, x_TK, xa_TR, grads)
-    _inner_backward(linear, dy_TN, x_TK, xa_TR, grads, dx_TK)
+    if linear.bias is not None and linear.bias.requires_grad:
+        grads[linear.bias] = dy_TN.sum(0, dtype=torch.float32)
+    if isinstance(linear.weight, nn.Parameter) and linear.weight.requires_grad:
+        grads[linear.weight] = (share.dy_TN.t() @ x_TK).float()
+    lora = linear.adapter
+    if lora is None:
+        return
+    assert xa_TR is not None
+    assert share.dxa_TR is not None
+    if lora.magnitude_N is not None:
+        assert share.lengths_N is not None
+        # The products are made again: keeping them would cost as much memory as the outputs.
+        unscaled_TN = _unscaled(lora, linear.dense(), x_TK, xa_TR)
+        grads[lora.magnitude_N] = unscaled_TN.mul_(dy_TN).sum(0, dtype=torch.float32).div_(share.lengths_N)
+    rank = lora.A_rK.shape[0]
+    grads[lora.B_Nr] = (share.dy_TN.t() @ xa_TR[:, :rank]).float().mul_(lora.scale)
+    grads[lora.A_rK] = (share.dxa_TR[:, :rank].t() @ x_TK).float()
 
 
 def _unscaled(lora: Lora, weight_NK: Tensor, x_TK: Tensor, xa_TR: Tensor) -> Tensor:
     """What DoRA's gain multiplies (T, N)."""
     return (x_TK @ weight_NK.t()).addmm_(xa_TR, lora.up(x_TK.dtype).t())
-
-
-def _outer_backward(
-    linear: Linear, weight_NK: Tensor | None, dy_TN: Tensor, x_TK: Tensor, xa_TR: Tensor | None, grads: Grads
-) -> Tensor:
-    """Gradients of the bias and of DoRA's lengths; returns the gradient of the products within.
-
-    The products are made again for the lengths: keeping them would cost as much memory as the outputs.
-    """
-    if linear.bias is not None and linear.bias.requires_grad:
-        grads[linear.bias] = dy_TN.sum(0, dtype=torch.float32)
-    lora = linear.adapter
-    if lora is None or lora.magnitude_N is None:
-        return dy_TN
-    assert xa_TR is not None
-    weight_NK = linear.dense() if weight_NK is None else weight_NK
-    lengths_N = dora.row_lengths(lora, weight_NK)
-    unscaled_TN = _unscaled(lora, weight_NK, x_TK, xa_TR)
-    grads[lora.magnitude_N] = unscaled_TN.mul_(dy_TN).sum(0, dtype=torch.float32).div_(lengths_N)
-    return dy_TN * (lora.magnitude_N / lengths_N).to(dy_TN.dtype)
-
-
-def _inner_backward(
-    linear: Linear, dy_TN: Tensor, x_TK: Tensor, xa_TR: Tensor | None, grads: Grads, dx_TK: Tensor | None
-) -> None:
-    """Gradients of a trained weight and of the adapter's matrices; adds the adapter's share to ``dx_TK``."""
-    if isinstance(linear.weight, nn.Parameter) and linear.weight.requires_grad:
-        grads[linear.weight] = (dy_TN.t() @ x_TK).float()
-    lora = linear.adapter
-    if lora is None or xa_TR is None:
-        return
-    rank = lora.A_rK.shape[0]
-    dxa_TR = dy_TN @ lora.up(dy_TN.dtype)
-    grads[lora.B_Nr] = (dy_TN.t() @ xa_TR[:, :rank]).float().mul_(lora.scale)
-    grads[lora.A_rK] = (dxa_TR[:, :rank].t() @ x_TK).float()
-    if dx_TK is not None:
-        dx_TK.addmm_(dxa_TR, lora.down(dy_TN.dtype))

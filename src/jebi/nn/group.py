@@ -1,0 +1,265 @@
+"""The linear maps of one input (q, k and v; gate and up; o; down), as a hand-written layer calls them.
+
+Two forms. `Separate` is one map after the other and serves everything a `Linear` can be. `Stacked` is for a card: the
+weights lie below each other in one matrix and the adapters' too, so that a group costs one large product and a few thin
+ones, and what is 4-bit is dequantised into that matrix, kept or again at every use.
+
+Shapes: T tokens, K inputs, N outputs of all maps, R ranks of all adapters.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from jebi.kernels.dequantize import dense_into
+from jebi.nn.linear import Grads, Linear, Share, backward_input, backward_trained, project
+
+
+class Group(Protocol):
+    """Maps of one input; outputs and their gradients are lists with one tensor a part (see `layer.parts`)."""
+
+    def forward(self, x_TK: Tensor, residual_TN: Tensor | None = None) -> tuple[list[Tensor], "Kept"]:
+        """Outputs, ``residual_TN`` added to the only one where given, and what the backward needs beside the input."""
+        ...
+
+    def places(self, sizes: list[int], dtype: torch.dtype, tokens: int) -> list[Tensor] | None:
+        """Where gradients of the parts are best written: columns of one matrix; None where it is all the same."""
+        ...
+
+    def backward_input(self, dparts: list[Tensor], wanted: bool = True) -> tuple[Tensor | None, "Shares"]:
+        """Gradient of the input, which itself is not needed; None where it is not ``wanted``."""
+        ...
+
+    def backward_trained(self, shares: "Shares", x_TK: Tensor, kept: "Kept | None", grads: Grads) -> None:
+        """Gradients of everything trained into ``grads``; ``kept`` is made again where it is None."""
+        ...
+
+
+@dataclass
+class Kept:
+    """What a group's forward keeps for its backward."""
+
+    xa: list[Tensor | None]
+    """Each map's ``x A^T``, or that of all of them at once."""
+
+
+@dataclass
+class Shares:
+    """What a group's first half of the backward leaves for the second."""
+
+    dy: list[Tensor]
+    """Gradients of the outputs, one tensor a map, or one for all."""
+    maps: list[Share]
+    """Each map's share, or one for all."""
+
+
+class Separate:
+    """One map after the other."""
+
+    def __init__(self, maps: list[Linear]):
+        self.maps = maps
+
+    def forward(self, x_TK: Tensor, residual_TN: Tensor | None = None) -> tuple[list[Tensor], Kept]:
+        """See `Group`."""
+        outputs, kept = [], Kept([])
+        for linear in self.maps:
+            y_TN, xa_TR = project(linear, x_TK)
+            outputs.append(y_TN)
+            kept.xa.append(xa_TR)
+        if residual_TN is not None:
+            outputs[0].add_(residual_TN)
+        return outputs, kept
+
+    def places(self, sizes: list[int], dtype: torch.dtype, tokens: int) -> None:
+        """See `Group`."""
+
+    def backward_input(self, dparts: list[Tensor], wanted: bool = True) -> tuple[Tensor | None, Shares]:
+        """See `Group`."""
+        dy = dparts if len(dparts) == len(self.maps) else [joined(dparts)]
+        dx_TK, shares = None, []
+        for linear, dy_TN in zip(self.maps, dy):
+            dx_TK, share = backward_input(linear, dy_TN, dx_TK, wanted)
+            shares.append(share)
+        return dx_TK, Shares(dy, shares)
+
+    def backward_trained(self, shares: Shares, x_TK: Tensor, kept: Kept | None, grads: Grads) -> None:
+        """See `Group`."""
+        for number, (linear, dy_TN, share) in enumerate(zip(self.maps, shares.dy, shares.maps)):
+            if kept is not None:
+                xa_TR = kept.xa[number]
+            else:
+                xa_TR = linear.adapter.compress(x_TK) if linear.adapter is not None else None
+            backward_trained(linear, dy_TN, share, x_TK, xa_TR, grads)
+
+
+class Scratch:
+    """One buffer for weights that are dequantised at every use, as large as the largest of them."""
+
+    def __init__(self) -> None:
+        self._flat: Tensor | None = None
+
+    def matrix(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A (rows, columns) matrix in the buffer; what was in it before is lost."""
+        size = rows * columns
+        if self._flat is None or self._flat.numel() < size:
+            self._flat = torch.empty(size, dtype=dtype, device=device)
+        return self._flat[:size].view(rows, columns)
+
+
+def stacks(maps: list[Linear]) -> bool:
+    """Whether `Stacked` serves these maps: frozen weights, and adapters that are low-rank products and no more."""
+    for linear in maps:
+        if isinstance(linear.weight, nn.Parameter) and linear.weight.requires_grad:
+            return False
+        for lora in (linear.lora, linear.lora and linear.lora.stand_in):
+            if lora is not None and (lora.magnitude_N is not None or lora.dropout > 0):
+                return False
+    return True
+
+
+class Stacked:
+    """All maps of one input as one matrix."""
+
+    def __init__(self, maps: list[Linear], scratch: Scratch | None):
+        """Lay the maps below each other.
+
+        Args:
+            maps: of one input; `stacks` says whether they can be.
+            scratch: where 4-bit and 8-bit weights are dequantised at every use; None keeps them dequantised. Weights
+                that are dense already move into the one matrix, of which the maps' own become parts.
+        """
+        self.maps = maps
+        self.rows = [0]
+        for linear in maps:
+            self.rows.append(self.rows[-1] + linear.out_features)
+        self.columns = maps[0].in_features
+        self.dtype = maps[0].dtype
+        packed = any(not isinstance(linear.weight, nn.Parameter) for linear in maps)
+        self._scratch = scratch if packed else None
+        self._weight_NK = None if self._scratch is not None else self._lay(maps[0].device())
+        self._state: list[object] = []
+        self._down_RK: Tensor | None = None
+        self._up_NR: Tensor | None = None
+        self._ranks: list[tuple[Linear, int, int]] = []
+
+    def forward(self, x_TK: Tensor, residual_TN: Tensor | None = None) -> tuple[list[Tensor], Kept]:
+        """See `Group`."""
+        self.refresh()
+        weight_KN = self._weight().t()
+        y_TN = x_TK @ weight_KN if residual_TN is None else torch.addmm(residual_TN, x_TK, weight_KN)
+        for linear, start, end in zip(self.maps, self.rows, self.rows[1:]):
+            if linear.bias is not None:
+                y_TN[:, start:end] += linear.bias.to(y_TN.dtype)
+        xa_TR = self._compress(x_TK)
+        if xa_TR is not None and self._up_NR is not None:
+            y_TN.addmm_(xa_TR, self._up_NR.t())
+        return [y_TN], Kept([xa_TR])
+
+    def places(self, sizes: list[int], dtype: torch.dtype, tokens: int) -> list[Tensor]:
+        """See `Group`."""
+        whole_TN = torch.empty(tokens, self.rows[-1], dtype=dtype, device=self.maps[0].device())
+        return list(whole_TN.split(sizes, dim=1))
+
+    def backward_input(self, dparts: list[Tensor], wanted: bool = True) -> tuple[Tensor | None, Shares]:
+        """See `Group`."""
+        dy_TN = joined(dparts)
+        dxa_TR = dy_TN @ self._up_NR if self._up_NR is not None else None
+        dx_TK = None
+        if wanted:
+            dx_TK = dy_TN @ self._weight()
+            if dxa_TR is not None and self._down_RK is not None:
+                dx_TK.addmm_(dxa_TR, self._down_RK)
+        return dx_TK, Shares([dy_TN], [Share(dy_TN, dxa_TR, None)])
+
+    def backward_trained(self, shares: Shares, x_TK: Tensor, kept: Kept | None, grads: Grads) -> None:
+        """See `Group`."""
+        dy_TN, dxa_TR = shares.dy[0], shares.maps[0].dxa_TR
+        for linear, start, end in zip(self.maps, self.rows, self.rows[1:]):
+            if linear.bias is not None and linear.bias.requires_grad:
+                grads[linear.bias] = dy_TN[:, start:end].sum(0, dtype=torch.float32)
+        xa_TR = kept.xa[0] if kept is not None else self._compress(x_TK)
+        if xa_TR is None or dxa_TR is None:
+            return
+        ddown_RK, dup_NR = _product32(dxa_TR.t(), x_TK), _product32(dy_TN.t(), xa_TR)
+        for linear, start, column in self._ranks:
+            lora = linear.adapter
+            assert lora is not None
+            # Of a frozen half the columns lie behind the trained ones.
+            part = slice(column, column + lora.A_rK.shape[0])
+            grads[lora.A_rK] = ddown_RK[part]
+            grads[lora.B_Nr] = dup_NR[start : start + linear.out_features, part] * lora.scale
+
+    def refresh(self) -> None:
+        """Cast the adapters' matrices anew where they have changed; the one thing here that looks at their values."""
+        adapters = [linear.adapter for linear in self.maps]
+        state = [(a, a.A_rK._version, a.B_Nr._version) if a is not None else None for a in adapters]
+        if state == self._state:
+            return
+        self._state = list(state)
+        self._ranks, rank = [], 0
+        for linear, start, lora in zip(self.maps, self.rows, adapters):
+            if lora is not None:
+                self._ranks.append((linear, start, rank))
+                rank += lora.up(self.dtype).shape[1]
+        if not rank:
+            self._down_RK = self._up_NR = None
+            return
+        if self._down_RK is None or self._down_RK.shape[0] != rank:
+            device = self.maps[0].device()
+            self._down_RK = torch.zeros(rank, self.columns, dtype=self.dtype, device=device)
+            self._up_NR = torch.zeros(self.rows[-1], rank, dtype=self.dtype, device=device)
+        assert self._up_NR is not None
+        for linear, start, column in self._ranks:
+            assert linear.adapter is not None
+            down, up = linear.adapter.down(self.dtype), linear.adapter.up(self.dtype)
+            with torch.no_grad():
+                self._down_RK[column : column + down.shape[0]] = down
+                self._up_NR[start : start + up.shape[0], column : column + up.shape[1]] = up
+
+    def _compress(self, x_TK: Tensor) -> Tensor | None:
+        return x_TK @ self._down_RK.t() if self._down_RK is not None else None
+
+    def _weight(self) -> Tensor:
+        if self._weight_NK is not None:
+            return self._weight_NK
+        assert self._scratch is not None
+        weight_NK = self._scratch.matrix(self.rows[-1], self.columns, self.dtype, self.maps[0].device())
+        self._fill(weight_NK)
+        return weight_NK
+
+    def _lay(self, device: torch.device) -> Tensor:
+        """All weights in one matrix; dense ones become parts of it, so that they are not held twice."""
+        if len(self.maps) == 1 and isinstance(self.maps[0].weight, nn.Parameter):
+            return self.maps[0].weight.detach()
+        weight_NK = torch.empty(self.rows[-1], self.columns, dtype=self.dtype, device=device)
+        self._fill(weight_NK)
+        for linear, start, end in zip(self.maps, self.rows, self.rows[1:]):
+            if isinstance(linear.weight, nn.Parameter):
+                linear.store(nn.Parameter(weight_NK[start:end], requires_grad=False))
+        return weight_NK
+
+    def _fill(self, weight_NK: Tensor) -> None:
+        for linear, start, end in zip(self.maps, self.rows, self.rows[1:]):
+            if isinstance(linear.weight, nn.Parameter):
+                weight_NK[start:end] = linear.weight
+            else:
+                dense_into(linear.weight, weight_NK[start:end])
+
+
+def joined(dparts: list[Tensor]) -> Tensor:
+    """The parts side by side: the matrix whose columns they are, or a new one."""
+    first, widths = dparts[0], [part.shape[1] for part in dparts]
+    offsets = [(part.data_ptr() - first.data_ptr()) // first.element_size() for part in dparts]
+    adjacent = all(offset == sum(widths[:n]) for n, offset in enumerate(offsets))
+    if adjacent and all(part.stride() == first.stride() for part in dparts) and first.stride(0) >= sum(widths):
+        return first.as_strided((first.shape[0], sum(widths)), first.stride())
+    return torch.cat(dparts, dim=1) if len(dparts) > 1 else first
+
+
+def _product32(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` in float32, from whichever dtype."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
