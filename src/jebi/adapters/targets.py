@@ -10,7 +10,7 @@ import re
 
 from jebi.config import ALL_LINEAR, LoraConfig
 from jebi.errors import ConfigError
-from jebi.models.hf import JebiForCausalLM
+from jebi.models.shell import JebiPreTrainedModel
 from jebi.nn.linear import Linear
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ _FUSED = {
 _HEAD = "lm_head"
 
 
-def resolve(model: JebiForCausalLM, config: LoraConfig) -> tuple[LoraConfig, dict[str, Linear]]:
+def resolve(model: JebiPreTrainedModel, config: LoraConfig) -> tuple[LoraConfig, dict[str, Linear]]:
     """The settings with names that this model has, and the projections to adapt, by path.
 
     Raises:

@@ -45,6 +45,8 @@ class Decoder(nn.Module):
         """
         super().__init__()
         self.shape = shape
+        self.loaded_vocabulary = shape.vocabulary
+        """Tokens that the checkpoint knows."""
         self.embed_tokens = Embedding(shape.vocabulary, shape.layer.width, shape.embedding_scale, dtype)
         self.layers = nn.ModuleList(DecoderLayer(layer, dtype) for layer in shape.layers)
         self.norm = Norm(shape.layer.width, shape.layer, dtype)
