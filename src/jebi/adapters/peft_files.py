@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from jebi.adapters import loftq
 from jebi.adapters.peft_config import CONFIG_FILE, WEIGHTS_FILE, as_scorer, header_note, takes_from_base, to_peft
