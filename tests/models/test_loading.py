@@ -149,7 +149,7 @@ def test_so_it_does_from_a_quantised_checkpoint(tmp_path: Path, load, kind: str)
         load(tmp_path / "plain", load_in_4bit=True).save_pretrained(tmp_path / kind)
     else:
         as_fp8(tmp_path / "plain", tmp_path / kind)
-    before, peak, final = probe(tmp_path / kind)
+    before, peak, final = probe(tmp_path / kind, 20)  # there is less to do, so less time to look
     # 4-bit bytes stay where the file is mapped; float8 is made dense, one matrix at a time, before it is quantised.
     assert peak - final < SLACK + (0 if kind == "bitsandbytes" else 2 * LARGEST)
     dense = LAYERS * LARGEST * 3
@@ -178,7 +178,7 @@ def as_fp8(source: Path, target: Path) -> None:
     (target / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fbgemm_fp8"}}))
 
 
-def probe(folder: Path) -> tuple[int, int, int]:
+def probe(folder: Path, samples_at_least: int = 50) -> tuple[int, int, int]:
     """Load ``folder`` as NF4 in a process of its own: its anonymous memory in bytes before, at its peak, and after."""
     result = subprocess.run(
         [sys.executable, "-c", PROBE, str(folder)],
@@ -189,7 +189,7 @@ def probe(folder: Path) -> tuple[int, int, int]:
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
     )
     before, peak, final, samples = map(int, result.stdout.split())
-    assert samples > 20
+    assert samples > samples_at_least
     return before, peak, final
 
 
