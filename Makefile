@@ -26,13 +26,19 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/jebi demo
 
-test: $(STAMP) $(DATA)/pyrit/refusal.csv
+test: $(STAMP) $(DATA)/pyrit/refusal.csv $(DATA)/lm-eval/.installed
 	@echo "test: pytest on 2 workers"
 	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 $(DATA)/pyrit/refusal.csv: $(STAMP)
 	@echo "test: human-labelled refusals out of the pyrit package (10 MB, MIT)"
 	@$(BIN)/python tests/fetch_refusals.py $(DATA)/pyrit
+
+$(DATA)/lm-eval/.installed: tests/ecosystem/lm_eval_requirements.txt $(STAMP)
+	@echo "test: lm-eval and what it needs, into $(DATA)/lm-eval (270 MB)"
+	@rm -rf $(@D)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(@D) -r $<
+	@touch $@
 
 lint: $(STAMP)
 	@$(BIN)/ruff check src tests benchmarks examples

@@ -4,12 +4,12 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from jebi.adapters import pissa
+from jebi.adapters import pissa, reference
 from jebi.adapters.lora import attach, detach
 from jebi.adapters.peft_config import CONFIG_FILE, base_of, read_config, takes_from_base
 from jebi.adapters.peft_files import read_weights, stored_vocabulary
@@ -21,10 +21,14 @@ from jebi.models.device import default_device, default_dtype
 from jebi.models.files import find
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.loading import load_model
+from jebi.models.reward import JebiForSequenceClassification
 from jebi.models.rope import scale_context
+from jebi.models.shell import JebiPreTrainedModel
 from jebi.models.tokenizer import ready
 
 logger = logging.getLogger(__name__)
+
+_Model = TypeVar("_Model", bound=JebiPreTrainedModel)
 
 _CHECKPOINTING: dict[Any, Checkpointing] = {
     False: "none",
@@ -94,10 +98,10 @@ class FastLanguageModel:
         return model, tokenizer
 
     @staticmethod
-    def put_adapter(model: JebiForCausalLM, adapter: str | Path) -> JebiForCausalLM:
+    def put_adapter(model: _Model, adapter: str | Path) -> _Model:
         """Put a trained adapter, in PEFT's format, on a loaded base model; it can be trained further.
 
-        A vocabulary that was resized for it is resized here too.
+        A vocabulary that was resized for it is resized here too, and a scoring model takes its score head from it.
 
         Raises:
             AdapterError: the folder holds no LoRA adapter, or one made for another model.
@@ -166,6 +170,19 @@ class FastLanguageModel:
         model.model.checkpointing = _CHECKPOINTING[use_gradient_checkpointing]
         model.auto_checkpointing = use_gradient_checkpointing == "auto"
         return model
+
+    @staticmethod
+    def reference_of(model: JebiForCausalLM, with_adapter: bool = True) -> JebiForCausalLM:
+        """The model as it answers now, frozen, without a second copy of its weights: ``ref_model`` for TRL's trainers.
+
+        ``with_adapter=False`` gives the base model instead; at the start of a fresh adapter both answer alike.
+        """
+        return reference.reference_of(model, with_adapter)
+
+    @staticmethod
+    def reward_model_of(model: JebiForCausalLM, random_state: int = 3407) -> JebiForSequenceClassification:
+        """A model with a score head on the same layers and adapter, as TRL's RewardTrainer trains it."""
+        return JebiForSequenceClassification(model, random_state)
 
     @staticmethod
     def for_inference(model: JebiForCausalLM) -> JebiForCausalLM:

@@ -11,13 +11,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from jebi.adapters.lora import attach
 from jebi.adapters.peft_files import adapter_tensors
 from jebi.config import LoraConfig
 from jebi.models.families import FAMILIES
 from jebi.models.hf import JebiForCausalLM
+from jebi.models.reward import JebiForSequenceClassification
 
 BAR = 1e-4
 NAMES = (
@@ -174,6 +175,22 @@ def test_peft_reads_the_adapter(name: str, twins, rows, note, difference, checkp
         value = difference(ours(**inputs, return_logits=True).logits, theirs(**inputs, use_cache=False).logits)
     note(name, "PEFT", value)
     assert value < BAR
+
+
+@every
+@torch.no_grad()
+def test_the_scoring_model_is_transformers(name: str, checkpoint, load, rows, difference, tmp_path: Path) -> None:
+    """Saved whole, it is loaded as the family's own sequence classifier."""
+    ours = JebiForSequenceClassification(load(checkpoint(name)))
+    ours.save_pretrained(tmp_path)
+    theirs, report = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    inputs = {key: value for key, value in rows(name, "right").items() if key != "labels"}
+    # transformers knows a row's end by its pad tokens.
+    inputs["input_ids"] = inputs["input_ids"].where(inputs["attention_mask"] == 1, theirs.config.pad_token_id)
+    assert difference(ours(**inputs).logits, theirs(**inputs).logits) <= BAR
 
 
 def test_every_checkpoint_is_here(checkpoint_names: list[str], model_types: set[str]) -> None:

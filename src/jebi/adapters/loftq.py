@@ -20,7 +20,7 @@ from torch import Tensor
 from jebi.adapters.low_rank import best_factors, require_rank
 from jebi.adapters.peft_config import read_config
 from jebi.errors import AdapterError, ConfigError
-from jebi.models.hf import JebiForCausalLM
+from jebi.models.shell import JebiPreTrainedModel
 from jebi.nn.linear import Linear
 from jebi.nn.lora import Lora
 from jebi.quant.nf4 import NF4Weight
@@ -32,7 +32,7 @@ SHIFT_FILE = "jebi_loftq.safetensors"
 
 
 @torch.no_grad()
-def start(model: JebiForCausalLM, targets: Mapping[str, Linear], rounds: int) -> None:
+def start(model: JebiPreTrainedModel, targets: Mapping[str, Linear], rounds: int) -> None:
     """Start the adapters of ``targets``, one projection after the other.
 
     Raises:
@@ -56,7 +56,7 @@ def start(model: JebiForCausalLM, targets: Mapping[str, Linear], rounds: int) ->
         lora.stand_in = stand_in
 
 
-def originals(model: JebiForCausalLM, targets: Mapping[str, Linear]) -> Iterator[tuple[str, Tensor]]:
+def originals(model: JebiPreTrainedModel, targets: Mapping[str, Linear]) -> Iterator[tuple[str, Tensor]]:
     """The original weights (N, K) of 4-bit projections, float32 on the model's device, one at a time."""
     if not all(isinstance(linear.weight, NF4Weight) for linear in targets.values()):
         raise ConfigError("LoftQ corrects what 4 bits lose: load the model with load_in_4bit=True, or leave LoftQ.")
@@ -76,7 +76,7 @@ def originals(model: JebiForCausalLM, targets: Mapping[str, Linear]) -> Iterator
     assert not left, "a model holds every weight of its checkpoint"
 
 
-def stand_ins(model: JebiForCausalLM) -> dict[str, Lora]:
+def stand_ins(model: JebiPreTrainedModel) -> dict[str, Lora]:
     """What was taken out of the base, by path."""
     return {
         path: linear.lora.stand_in
@@ -85,7 +85,7 @@ def stand_ins(model: JebiForCausalLM) -> dict[str, Lora]:
     }
 
 
-def shift_tensors(model: JebiForCausalLM) -> dict[str, Tensor]:
+def shift_tensors(model: JebiPreTrainedModel) -> dict[str, Tensor]:
     """The same as `SHIFT_FILE` holds it; empty where the base is as it was loaded."""
     tensors: dict[str, Tensor] = {}
     for path, lora in stand_ins(model).items():
@@ -93,7 +93,7 @@ def shift_tensors(model: JebiForCausalLM) -> dict[str, Tensor]:
     return tensors
 
 
-def make_base_for(model: JebiForCausalLM, folder: Path) -> None:
+def make_base_for(model: JebiPreTrainedModel, folder: Path) -> None:
     """Give the model the base that the adapter in ``folder`` was trained on, where LoftQ started it.
 
     Raises:
@@ -113,7 +113,7 @@ def make_base_for(model: JebiForCausalLM, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _read_shift(model: JebiForCausalLM, adapted: dict[str, Linear], path: Path) -> None:
+def _read_shift(model: JebiPreTrainedModel, adapted: dict[str, Linear], path: Path) -> None:
     try:
         stored = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -146,7 +146,7 @@ def warn_of_shift(folder: Path) -> None:
 
 
 @torch.no_grad()
-def undo(model: JebiForCausalLM) -> None:
+def undo(model: JebiPreTrainedModel) -> None:
     """Quantise the original weights again where the base was made without a part of them."""
     shifted = stand_ins(model)
     if not shifted:

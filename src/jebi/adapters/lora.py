@@ -14,7 +14,7 @@ from jebi.adapters.peft_files import write_adapter
 from jebi.adapters.targets import resolve
 from jebi.config import LoraConfig
 from jebi.errors import AdapterError, ConfigError
-from jebi.models.hf import JebiForCausalLM
+from jebi.models.shell import JebiPreTrainedModel
 from jebi.nn import dora
 from jebi.nn.linear import Linear
 from jebi.nn.lora import Lora
@@ -29,11 +29,11 @@ class LoraAdapter:
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         """Write the adapter of ``model`` in PEFT's format."""
-        assert isinstance(model, JebiForCausalLM)
+        assert isinstance(model, JebiPreTrainedModel)
         write_adapter(model, self.config, folder)
 
 
-def attach(model: JebiForCausalLM, config: LoraConfig, fresh: bool = True) -> None:
+def attach(model: JebiPreTrainedModel, config: LoraConfig, fresh: bool = True) -> None:
     """Give every targeted projection an adapter.
 
     A fresh one is started as the settings say, and the model then computes what it did before, or with LoftQ what it
@@ -69,7 +69,7 @@ def attach(model: JebiForCausalLM, config: LoraConfig, fresh: bool = True) -> No
         raise
 
 
-def detach(model: JebiForCausalLM) -> None:
+def detach(model: JebiPreTrainedModel) -> None:
     """Take the adapter off again; the model is the base model."""
     loftq.undo(model)
     for _, linear in model.linears():
@@ -78,7 +78,7 @@ def detach(model: JebiForCausalLM) -> None:
     model.adapter = None
 
 
-def _start(model: JebiForCausalLM, targets: dict[str, Linear], config: LoraConfig) -> None:
+def _start(model: JebiPreTrainedModel, targets: dict[str, Linear], config: LoraConfig) -> None:
     method = config.init_lora_weights
     generator = torch.Generator().manual_seed(config.random_state)
     for path, linear in targets.items():
@@ -109,7 +109,7 @@ def _make_room(targets: dict[str, Linear], config: LoraConfig) -> None:
             lora.magnitude_N = nn.Parameter(torch.ones_like(lora.B_Nr[:, 0]))
 
 
-def _thaw_biases(model: JebiForCausalLM, targets: dict[str, Linear], mode: str) -> None:
+def _thaw_biases(model: JebiPreTrainedModel, targets: dict[str, Linear], mode: str) -> None:
     """Make the chosen biases trainable, as float32 master copies like the adapter's matrices."""
     chosen = {"none": {}, "lora_only": targets, "all": dict(model.linears())}[mode]
     for linear in chosen.values():
@@ -117,7 +117,7 @@ def _thaw_biases(model: JebiForCausalLM, targets: dict[str, Linear], mode: str) 
             train_copy(linear, "bias")
 
 
-def _trained_wholly(model: JebiForCausalLM, names: list[str]) -> list[nn.Module]:
+def _trained_wholly(model: JebiPreTrainedModel, names: list[str]) -> list[nn.Module]:
     """The modules that ``modules_to_save`` means: as in PEFT, those whose paths end with one of the names."""
     modules: dict[str, nn.Module] = {}
     for name in names:

@@ -37,6 +37,9 @@ _UNSUPPORTED = {
 }
 """Settings of an adapter_config.json that change what it computes and that jebi does not have."""
 
+_SCORE_HEADS = ["classifier", "score"]
+"""What PEFT trains whole in a SEQ_CLS adapter, whichever of the two a model has."""
+
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` that leave the base model as it is; others take something out of its weights."""
 
@@ -75,6 +78,12 @@ def to_peft(config: LoraConfig, base: str | None) -> dict[str, Any]:
     }
 
 
+def as_scorer(document: dict[str, Any]) -> dict[str, Any]:
+    """What differs in ``document`` for a model with a score head, which PEFT trains whole."""
+    wholly = document["modules_to_save"] or []
+    return {"task_type": "SEQ_CLS", "modules_to_save": [*wholly, *_SCORE_HEADS]}
+
+
 def header_note(config: LoraConfig) -> dict[str, str]:
     """What the header of the weights file says beside; nothing where PEFT's settings say it all."""
     if not _is_pissa(config) and config.init_lora_weights != "loftq":
@@ -105,6 +114,10 @@ def read_config(folder: Path) -> LoraConfig:
     if not isinstance(targets, list | str):
         raise AdapterError(f"adapter '{folder}': target_modules must be names or an expression, not {targets!r}.")
     settings = {name: document[name] for name in _SAME if document.get(name) is not None}
+    if document.get("task_type") == "SEQ_CLS":
+        # The score head belongs to the model, and is among the tensors awaited.
+        wholly = [name for name in settings.get("modules_to_save", []) if name not in _SCORE_HEADS]
+        settings["modules_to_save"] = wholly or None
     if start == "pissa":
         settings["init_lora_weights"] = start
     if missing := {"r", "lora_alpha"} - settings.keys():

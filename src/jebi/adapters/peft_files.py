@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from jebi.adapters import loftq
-from jebi.adapters.peft_config import CONFIG_FILE, WEIGHTS_FILE, header_note, takes_from_base, to_peft
+from jebi.adapters.peft_config import CONFIG_FILE, WEIGHTS_FILE, as_scorer, header_note, takes_from_base, to_peft
 from jebi.config import LoraConfig
 from jebi.errors import AdapterError
-from jebi.models.hf import JebiForCausalLM
+from jebi.models.reward import JebiForSequenceClassification
+from jebi.models.shell import JebiPreTrainedModel
 from jebi.nn.linear import Linear
 from jebi.nn.trained_copy import copies
 
@@ -25,7 +26,7 @@ _DOUBLED = (".modules_to_save.weight", ".original_module.weight")
 """Endings of what PEFT writes once more, under its wrappers' names, of trained tables of a resized vocabulary."""
 
 
-def write_adapter(model: JebiForCausalLM, config: LoraConfig, folder: Path) -> None:
+def write_adapter(model: JebiPreTrainedModel, config: LoraConfig, folder: Path) -> None:
     """Write the model's adapter into ``folder``, each file under a temporary name first."""
     folder.mkdir(parents=True, exist_ok=True)
     halves = _frozen_halves(model)
@@ -41,6 +42,8 @@ def write_adapter(model: JebiForCausalLM, config: LoraConfig, folder: Path) -> N
     weights, settings, shift = folder / WEIGHTS_FILE, folder / CONFIG_FILE, folder / loftq.SHIFT_FILE
     shifted = loftq.shift_tensors(model)
     document = to_peft(config, model.config.name_or_path)
+    if isinstance(model, JebiForSequenceClassification):
+        document |= as_scorer(document)
     try:
         save_file(tensors, _partial(weights), metadata={"format": "pt"} | header_note(config))
         _partial(settings).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -71,7 +74,7 @@ def stored_vocabulary(folder: Path) -> int | None:
     return None
 
 
-def read_weights(model: JebiForCausalLM, folder: Path) -> None:
+def read_weights(model: JebiPreTrainedModel, folder: Path) -> None:
     """Copy an adapter's tensors into the adapter that ``model`` has already, and make the base it stands on.
 
     Raises:
@@ -112,7 +115,7 @@ def read_weights(model: JebiForCausalLM, folder: Path) -> None:
                 target.copy_(stored[name])
 
 
-def adapter_tensors(model: JebiForCausalLM) -> dict[str, Tensor]:
+def adapter_tensors(model: JebiPreTrainedModel) -> dict[str, Tensor]:
     """Everything trained, under PEFT's names."""
     tensors: dict[str, Tensor] = {}
     for path, linear in model.linears():
@@ -125,10 +128,12 @@ def adapter_tensors(model: JebiForCausalLM) -> dict[str, Tensor]:
         # PEFT wraps an adapted module, so what is trained of it beside the adapter moves one level down.
         wrapped = ".base_layer" if isinstance(module, Linear) and module.lora is not None else ""
         tensors[f"{_PREFIX}{path}{wrapped}.{leaf}"] = getattr(module, leaf)
+    if isinstance(model, JebiForSequenceClassification):
+        tensors[f"{_PREFIX}score.weight"] = model.score.weight
     return tensors
 
 
-def _frozen_halves(model: JebiForCausalLM) -> dict[str, Tensor]:
+def _frozen_halves(model: JebiPreTrainedModel) -> dict[str, Tensor]:
     """What is stored behind the trained matrices of the same names (`Lora.freeze_start`)."""
     tensors: dict[str, Tensor] = {}
     for path, linear in model.linears():
@@ -139,9 +144,11 @@ def _frozen_halves(model: JebiForCausalLM) -> dict[str, Tensor]:
     return tensors
 
 
-def _tables(model: JebiForCausalLM) -> dict[str, Tensor]:
+def _tables(model: JebiPreTrainedModel) -> dict[str, Tensor]:
     """Embedding and head, which a file carries, untrained too, when the vocabulary is no longer the base's."""
-    named = {"model.embed_tokens": model.model.embed_tokens, "lm_head": model.lm_head}
+    named: dict[str, nn.Module] = {"model.embed_tokens": model.get_input_embeddings()}
+    if (head := model.get_output_embeddings()) is not None:
+        named["lm_head"] = head
     return {f"{_PREFIX}{path}.weight": module.get_parameter("weight") for path, module in named.items()}
 
 

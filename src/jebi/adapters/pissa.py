@@ -12,7 +12,7 @@ from torch import nn
 
 from jebi.adapters.low_rank import best_factors, near_factors, require_rank
 from jebi.errors import AdapterError
-from jebi.models.hf import JebiForCausalLM
+from jebi.models.shell import JebiPreTrainedModel
 from jebi.nn.linear import Linear
 
 
@@ -36,7 +36,7 @@ def start(path: str, linear: Linear, method: str, seed: int) -> None:
     lora.freeze_start(A_rK * lora.scale**-0.5, B_Nr * lora.scale**-0.5)
 
 
-def require_dense(model: JebiForCausalLM, folder: Path) -> None:
+def require_dense(model: JebiPreTrainedModel, folder: Path) -> None:
     """For PEFT's own files, whose adapter counts on weights that it was taken out of before they lost any bits.
 
     Raises:

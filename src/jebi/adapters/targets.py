@@ -10,7 +10,7 @@ import re
 
 from jebi.config import ALL_LINEAR, LoraConfig
 from jebi.errors import ConfigError
-from jebi.models.hf import JebiForCausalLM
+from jebi.models.shell import JebiPreTrainedModel
 from jebi.nn.linear import Linear
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ _FUSED = {
 _HEAD = "lm_head"
 
 
-def resolve(model: JebiForCausalLM, config: LoraConfig) -> tuple[LoraConfig, dict[str, Linear]]:
+def resolve(model: JebiPreTrainedModel, config: LoraConfig) -> tuple[LoraConfig, dict[str, Linear]]:
     """The settings with names that this model has, and the projections to adapt, by path.
 
     Raises:
@@ -45,6 +45,9 @@ def resolve(model: JebiForCausalLM, config: LoraConfig) -> tuple[LoraConfig, dic
         raise ConfigError(
             "no projection is left to adapt: look at layers_to_transform, exclude_modules and modules_to_save."
         )
+    # Maps of one name together: the order in which a seed's numbers are drawn.
+    kinds = list(dict.fromkeys(path.rpartition(".")[2] for path in maps))
+    chosen = dict(sorted(chosen.items(), key=lambda item: kinds.index(item[0].rpartition(".")[2])))
     for setting in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, setting):
             if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in chosen):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jebi.data.passes import Batch, Pass, cut, longest
 from jebi.data.templates import Template
-from jebi.models.unpadding import IGNORED
+from jebi.models.unpadding import IGNORED, learnt_of
 
 
 class Model(Protocol):
@@ -36,9 +36,8 @@ def inputs_of(part: Pass, device: torch.device) -> dict[str, Any]:
     """A pass as the model's keywords, on its device."""
     return {
         "input_ids": part.input_ids.to(device),
-        "shift_labels": part.shift_labels.to(device),
-        "counts": part.counts.to(device),
         "rows": part.rows.to(device),
+        "learnt": learnt_of(part.shift_labels, part.counts).to(device),
     }
 
 

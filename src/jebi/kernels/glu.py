@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jebi.kernels.low_rank import LowRank, added
+
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 """``x sigmoid(x)``; the tanh approximation of gelu (arXiv:1606.08415, section 2); gelu by the error function."""
 
@@ -22,30 +24,39 @@ def glu(gate_TF: Tensor, up_TF: Tensor, activation: Activation) -> Tensor:
     return _activated(gate_TF, activation) * up_TF
 
 
-def glu_forward(gate_TF: Tensor, up_TF: Tensor, activation: Activation, out_TF: Tensor | None = None) -> Tensor:
-    """The same without a graph and with one new buffer, or none where ``out_TF`` takes it; rows may be strided."""
+Thin = tuple[LowRank | None, LowRank | None]
+"""What is still to be added to gate and to up."""
+
+
+def glu_forward(gate_TF: Tensor, up_TF: Tensor, activation: Activation, thin: Thin = (None, None)) -> Tensor:
+    """The same without a graph and with one new buffer; rows may be strided."""
     if gate_TF.is_cuda:
         from jebi.kernels.gpu import glu as gpu
 
-        out_TF = torch.empty(gate_TF.shape, dtype=gate_TF.dtype, device=gate_TF.device) if out_TF is None else out_TF
-        gpu.forward(gate_TF, up_TF, activation, out_TF)
+        out_TF = torch.empty(gate_TF.shape, dtype=gate_TF.dtype, device=gate_TF.device)
+        gpu.forward(gate_TF, up_TF, activation, out_TF, thin)
         return out_TF
-    act_TF = _activated(gate_TF, activation).mul_(up_TF)
-    return act_TF if out_TF is None else out_TF.copy_(act_TF)
+    return _activated(added(gate_TF, thin[0]), activation).mul_(added(up_TF, thin[1]))
 
 
 def glu_backward_(
-    da_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: Activation
+    da_TF: Tensor,
+    gate_TF: Tensor,
+    up_TF: Tensor,
+    activation: Activation,
+    thin: Thin = (None, None),
+    da_thin: LowRank | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gated product once more, and the gradients of gate and up.
 
-    May write over all three inputs, which must not be used afterwards.
+    May write over the first three, which must not be used afterwards. ``da_thin`` is still to be added to ``da_TF``.
     """
     if da_TF.is_cuda:
         from jebi.kernels.gpu import glu as gpu
 
-        gpu.backward_(da_TF, gate_TF, up_TF, activation)
+        gpu.backward_(da_TF, gate_TF, up_TF, activation, thin, da_thin)
         return da_TF, gate_TF, up_TF
+    da_TF, gate_TF, up_TF = added(da_TF, da_thin), added(gate_TF, thin[0]), added(up_TF, thin[1])
     act_TF = _activated(gate_TF, activation)
     dup_TF = act_TF * da_TF
     act_TF.mul_(up_TF)

@@ -87,22 +87,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = chunk_tokens(w_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], step):
             part = slice(start, start + step)
-            logits_CV = (hidden_ND[part] @ w_VD.t()).float()
-            slope_CV = _cap_(logits_CV, form.softcap) if form.softcap is not None else None
-            losses_C = _token_losses_(logits_CV, labels_N[part], form.label_smoothing)
-            total += losses_C.sum() if counts_N is None else losses_C @ counts_N[part]
-            if not (needs_hidden or needs_weight):
-                continue
-            dlogits_CV = _loss_grad_(logits_CV, labels_N[part], form.label_smoothing)
-            if counts_N is not None:
-                dlogits_CV.mul_(counts_N[part, None])
-            if slope_CV is not None:
-                dlogits_CV.mul_(slope_CV)
-            rounded_CV = dlogits_CV.to(w_VD.dtype)
+            counts_C = counts_N[part] if counts_N is not None else None
+            logits_CV = hidden_ND[part] @ w_VD.t()
+            loss, dlogits_CV = _chunk_(logits_CV, labels_N[part], counts_C, form, needs_hidden or needs_weight)
+            total += loss
             if grad_ND is not None:
-                torch.mm(rounded_CV, w_VD, out=grad_ND[part])
+                torch.mm(dlogits_CV, w_VD, out=grad_ND[part])
             if grad_VD is not None:
-                grad_VD += rounded_CV.t() @ hidden_ND[part]
+                grad_VD += dlogits_CV.t() @ hidden_ND[part]
         ctx.weight_dtype = weight_VD.dtype
         ctx.save_for_backward(grad_ND, grad_VD)
         return total
@@ -114,6 +106,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scaled_ND = None if grad_ND is None else grad_ND.float().mul_(grads[0]).to(grad_ND.dtype)
         scaled_VD = None if grad_VD is None else (grad_VD * grads[0]).to(ctx.weight_dtype)
         return scaled_ND, scaled_VD, None, None, None
+
+
+def _chunk_(
+    logits_CV: Tensor, labels_C: Tensor, counts_C: Tensor | None, form: LossForm, wants_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """A chunk's summed loss and its gradient by the logits in their dtype, which may be written over them."""
+    if logits_CV.is_cuda:
+        from jebi.kernels.gpu import cross_entropy as gpu
+
+        losses_C = torch.empty(logits_CV.shape[0], dtype=torch.float32, device=logits_CV.device)
+        settings = form.label_smoothing, form.softcap, wants_grad
+        gpu.loss_and_grad_(logits_CV, labels_C, counts_C, losses_C, settings)
+        return losses_C.sum(), logits_CV
+    dtype = logits_CV.dtype
+    logits_CV = logits_CV.float()
+    slope_CV = _cap_(logits_CV, form.softcap) if form.softcap is not None else None
+    losses_C = _token_losses_(logits_CV, labels_C, form.label_smoothing)
+    loss = losses_C.sum() if counts_C is None else losses_C @ counts_C
+    if not wants_grad:
+        return loss, logits_CV
+    dlogits_CV = _loss_grad_(logits_CV, labels_C, form.label_smoothing)
+    if counts_C is not None:
+        dlogits_CV.mul_(counts_C[:, None])
+    if slope_CV is not None:
+        dlogits_CV.mul_(slope_CV)
+    return loss, dlogits_CV.to(dtype)
 
 
 def _cap_(logits_CV: Tensor, softcap: float) -> Tensor:

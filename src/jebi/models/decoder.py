@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from jebi.models.families import DecoderShape
 from jebi.nn.attention import AttentionForm, attend_cached, attend_rows, seen
 from jebi.nn.embedding import Embedding
+from jebi.nn.group import Scratch, Stacked
 from jebi.nn.layer import DecoderLayer, Norm
 from jebi.nn.layer_node import Keep, run_layer, serves
 from jebi.nn.rotary import Rotary, Tables
@@ -44,6 +45,8 @@ class Decoder(nn.Module):
         """
         super().__init__()
         self.shape = shape
+        self.loaded_vocabulary = shape.vocabulary
+        """Tokens that the checkpoint knows."""
         self.embed_tokens = Embedding(shape.vocabulary, shape.layer.width, shape.embedding_scale, dtype)
         self.layers = nn.ModuleList(DecoderLayer(layer, dtype) for layer in shape.layers)
         self.norm = Norm(shape.layer.width, shape.layer, dtype)
@@ -60,7 +63,7 @@ class Decoder(nn.Module):
         """Embedded rows laid end to end -> final hidden states (T, D)."""
         tables = self._tables(lambda rotary: rotary.of_rows(rows, hidden_TD.dtype))
         training = torch.is_grad_enabled() and self.training
-        for layer in self._layers():
+        for layer in self.decoder_layers():
             turned = tables[layer.shape.kind]
             if torch.is_grad_enabled() and not self.plain and serves(layer):
                 hidden_TD = run_layer(layer, hidden_TD, turned, rows, _KEEP[self.checkpointing])
@@ -84,7 +87,7 @@ class Decoder(nn.Module):
         past, new = cache.get_seq_length(), hidden_BSD.shape[1]
         windows = {layer.attention.window for layer in self.shape.layers}
         masks = {window: _mask(mask_BL, new, past, window, hidden_BSD.device) for window in windows}
-        for index, layer in enumerate(self._layers()):
+        for index, layer in enumerate(self.decoder_layers()):
             form = layer.shape.attention
 
             def attend(q: Tensor, k: Tensor, v: Tensor, index: int = index, form: AttentionForm = form) -> Tensor:
@@ -95,7 +98,31 @@ class Decoder(nn.Module):
         out_BSD: Tensor = self.norm(hidden_BSD)
         return out_BSD
 
-    def _layers(self) -> Iterator[DecoderLayer]:
+    def stack(self, keep: bool) -> None:
+        """Lay every layer's maps together for a card; ``keep`` says whether packed weights are kept dequantised."""
+        scratch = None if keep else Scratch()
+        for layer in self.decoder_layers():
+            layer.stack(scratch)
+
+    def unstack(self) -> None:
+        """Forget what `stack` laid together; dense weights stay parts of one matrix."""
+        for layer in self.decoder_layers():
+            layer.stacked = None
+
+    def cast_adapters(self, again: bool) -> None:
+        """Cast the adapters of stacked layers to the compute dtype.
+
+        ``again`` launches the casts whatever has changed; without it they are only noted as done, for a caller that
+        replays them.
+        """
+        for layer in self.decoder_layers():
+            if layer.stacked is not None:
+                for group in (layer.stacked.qkv, layer.stacked.o, layer.stacked.gate_up, layer.stacked.down):
+                    assert isinstance(group, Stacked)
+                    group.cast() if again else group.note()
+
+    def decoder_layers(self) -> Iterator[DecoderLayer]:
+        """The layers, typed."""
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             yield layer

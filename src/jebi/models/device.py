@@ -1,11 +1,20 @@
 """Where a model goes and what it computes in, when the user leaves it open."""
 
+import os
+
 import torch
 
 
 def default_device() -> torch.device:
-    """The CUDA card where there is one, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """The CUDA card where there is one, else the CPU.
+
+    Under a launcher that starts a process a card (``LOCAL_RANK``), it is the process's own, or all models would be
+    loaded onto the first one.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    own = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+    return torch.device("cuda", own if own < torch.cuda.device_count() else torch.cuda.current_device())
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -1,21 +1,17 @@
 """The shell that transformers knows: a `PreTrainedModel` around the decoder and its head.
 
 It takes what `transformers.Trainer`, TRL and `generate` pass, lays padded batches out as flat rows and back, and
-computes the loss over labelled tokens without ever making all logits. Adapter files are written by whatever the
-`adapters` room put into ``adapter``.
+computes the loss over labelled tokens without ever making all logits. What a model does whatever its head is
+`models.shell`'s.
 
 Shapes: B batch, S tokens of a padded row, T real tokens, D width, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from os import PathLike
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -24,22 +20,12 @@ from jebi.kernels.linear_cross_entropy import LossForm, linear_cross_entropy, so
 from jebi.models.cache import growing_cache
 from jebi.models.decoder import Decoder
 from jebi.models.families import DecoderShape
-from jebi.models.files import ModelFiles
-from jebi.models.unpadding import IGNORED, Layout, lay_out, shift_labels
+from jebi.models.shell import JebiPreTrainedModel
+from jebi.models.unpadding import IGNORED, Layout, Learnt, lay_out, learnt_of, shift_labels
 from jebi.models.vocabulary import resize
-from jebi.models.writing import write_base, write_checkpoint
 from jebi.nn.linear import Linear
 from jebi.nn.rotary import Rotary
 from jebi.nn.rows import Rows
-from jebi.nn.trained_copy import originals_in_place
-
-
-class Adapter(Protocol):
-    """What the model needs of the adapter it carries."""
-
-    def save(self, model: PreTrainedModel, folder: Path) -> None:
-        """Write the adapter's files into ``folder``."""
-        ...
 
 
 class Backbone(Decoder):
@@ -85,34 +71,23 @@ class Backbone(Decoder):
         return BaseModelOutputWithPast(last_hidden_state=out_BSD, past_key_values=cache)
 
 
-class JebiForCausalLM(PreTrainedModel, GenerationMixin):
+class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
     """jebi's decoder with its language-model head."""
 
     model: Backbone
     lm_head: Linear
     max_seq_length: int
     """Longest row it was loaded for; set by `FastLanguageModel`."""
-    source: ModelFiles | None
-    """The checkpoint it was filled from, where that holds the weights as they were before any quantisation."""
     auto_checkpointing: bool
     """Whether a training may choose what layers keep."""
 
-    config_class = PretrainedConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
-    _supports_sdpa = True
-    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012  (transformers reads a list here)
 
     def __init__(self, config: PretrainedConfig, shape: DecoderShape, dtype: torch.dtype, rotary: dict[str, Rotary]):
         super().__init__(config)
         config.dtype = dtype
         self.model = Backbone(shape, dtype, rotary)
         self.lm_head = Linear(shape.layer.width, shape.vocabulary, False, dtype)
-        self.adapter: Adapter | None = None
-        self.source = None
-        self._loaded_vocabulary = shape.vocabulary
         self.auto_checkpointing = False
         self.loss_type = "ForCausalLM"
         self.post_init()
@@ -121,9 +96,6 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
     def dtype(self) -> torch.dtype:
         """What it computes in; trained weights are float32 whatever that is."""
         return self.lm_head.dtype
-
-    def init_weights(self) -> None:
-        """Nothing: the weights come from a checkpoint."""
 
     def forward(
         self,
@@ -141,7 +113,8 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
 
         With labels only the loss is returned, since making the logits would cost more memory than the training;
         ``return_logits=True`` asks for both. ``shift_labels`` (already shifted), ``num_items_in_batch``,
-        ``label_smoothing``, ``rows`` and ``counts`` (how often each token counts in the loss) are taken as keywords.
+        ``label_smoothing``, ``rows``, ``counts`` (how often each token counts in the loss) and ``learnt`` (all of that
+        at once) are taken as keywords.
 
         Raises:
             ModelError: hidden states or attention weights were asked for, which jebi never holds.
@@ -160,15 +133,8 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
                 kwargs.get("rows"),
             )
             hidden_BSD = outputs.last_hidden_state
-            loss = None
-            shifted_BS = kwargs.get("shift_labels")
-            if labels is not None and shifted_BS is None:
-                shifted_BS = shift_labels(labels, position_ids)
-            if shifted_BS is not None and attention_mask is not None:
-                # Padding in front of a row predicts nothing, not even the row's first token.
-                shifted_BS = shifted_BS.masked_fill(attention_mask == 0, IGNORED)
-            if shifted_BS is not None:
-                loss = self._loss(hidden_BSD, shifted_BS, kwargs)
+            learnt = self._learnt(labels, attention_mask, position_ids, kwargs)
+            loss = self._loss(hidden_BSD, learnt, kwargs) if learnt is not None else None
             logits = None
             if loss is None or kwargs.get("return_logits"):
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -196,25 +162,37 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         # Typed for the same protocol as below.
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
 
-    def _loss(self, hidden_BSD: Tensor, shifted_BS: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        learnt_BS = shifted_BS != IGNORED
-        counts_BS = kwargs.get("counts")
+    def _learnt(
+        self, labels: Tensor | None, mask_BS: Tensor | None, positions_BS: Tensor | None, kwargs: dict[str, Any]
+    ) -> Learnt | None:
+        """What is to be learnt, however the caller says it; None where nothing is said."""
+        if (given := kwargs.get("learnt")) is not None:
+            assert isinstance(given, Learnt)
+            return given
+        shifted_BS = kwargs.get("shift_labels")
+        if shifted_BS is None:
+            if labels is None:
+                return None
+            shifted_BS = shift_labels(labels, positions_BS)
+        if mask_BS is not None:
+            # Padding in front of a row predicts nothing, not even the row's first token.
+            shifted_BS = shifted_BS.masked_fill(mask_BS == 0, IGNORED)
+        return learnt_of(shifted_BS, kwargs.get("counts"))
+
+    def _loss(self, hidden_BSD: Tensor, learnt: Learnt, kwargs: dict[str, Any]) -> Tensor:
         head = self.lm_head.weight
         total = linear_cross_entropy(
-            hidden_BSD[learnt_BS],
+            hidden_BSD.flatten(0, 1).index_select(0, learnt.index_N),
             head if isinstance(head, nn.Parameter) else self.lm_head.dense(),
-            shifted_BS[learnt_BS],
+            learnt.labels_N,
             LossForm(kwargs.get("label_smoothing", 0.0), self.model.shape.logit_softcap),
-            None if counts_BS is None else counts_BS[learnt_BS],
+            learnt.counts_N,
         )
         items = kwargs.get("num_items_in_batch")
         if items is None:
-            items = (learnt_BS.sum() if counts_BS is None else counts_BS[learnt_BS].sum()).clamp(min=1)
+            counts_N = learnt.counts_N
+            items = max(1, len(learnt.labels_N)) if counts_N is None else counts_N.sum().clamp(min=1)
         return total / items
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding module."""
-        return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:
         """The head module."""
@@ -234,114 +212,3 @@ class JebiForCausalLM(PreTrainedModel, GenerationMixin):
         step = pad_to_multiple_of or 1
         resize(self, -(-size // step) * step)
         return self.model.embed_tokens
-
-    @property
-    def is_resized(self) -> bool:
-        """Whether the vocabulary is no longer the checkpoint's."""
-        return self.model.shape.vocabulary != self._loaded_vocabulary
-
-    def gradient_checkpointing_enable(
-        self,
-        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-        **_: Any,
-    ) -> None:
-        """Recompute activations in the backward, with ``offload`` from layer inputs in host memory.
-
-        A mode that recomputes already stays. `activation_checkpointing_enable` comes here too.
-        """
-        if every_n_layers != 1:
-            raise ModelError("every_n_layers is not available: jebi recomputes all layers or none. Leave it 1.")
-        if self.model.checkpointing == "none":
-            self.model.checkpointing = "offload" if offload else "recompute"
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations."""
-        self.model.checkpointing = "none"
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether activations are recomputed."""
-        return self.model.checkpointing != "none"
-
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        """The same under transformers' newer name."""
-        return self.is_gradient_checkpointing
-
-    def train(self, mode: bool = True) -> "JebiForCausalLM":
-        """As any module's; training drops the copies that were kept for decoding, which it would make stale."""
-        if mode:
-            self.drop_kept()
-        super().train(mode)
-        return self
-
-    def drop_kept(self) -> None:
-        """Drop the copies that were kept for decoding."""
-        for _, linear in self.linears():
-            linear.drop_kept()
-
-    def shares_beginnings(self, longest: int) -> bool:
-        """Whether beginnings that rows of up to ``longest`` tokens have in common may be computed once."""
-        return self.model.shares_beginnings(longest)
-
-    def linears(self) -> Iterator[tuple[str, Linear]]:
-        """Every linear map with its full name in the checkpoint."""
-        for name, module in self.named_modules():
-            if isinstance(module, Linear):
-                yield name, module
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within it the model is the base model: adapters off, the originals of whatever is trained in place."""
-        loras = [(linear.lora, linear.lora.enabled) for _, linear in self.linears() if linear.lora is not None]
-        for lora, _ in loras:
-            lora.enabled = False
-        try:
-            with originals_in_place(self):
-                yield
-        finally:
-            for lora, enabled in loras:
-                lora.enabled = enabled
-
-    def trainable_parameters(self) -> tuple[int, int]:
-        """How many numbers are trained, and how many there are; a 4-bit weight counts its values, not its bytes."""
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        quantised = sum(
-            m.in_features * m.out_features for _, m in self.linears() if not isinstance(m.weight, nn.Parameter)
-        )
-        return trained, sum(p.numel() for p in self.parameters()) + quantised
-
-    def print_trainable_parameters(self) -> None:
-        """Print how much of the model is trained, in PEFT's words."""
-        trained, everything = self.trainable_parameters()
-        print(
-            f"trainable params: {trained:,d} || all params: {everything:,d} || "
-            f"trainable%: {100 * trained / everything:.4f}"
-        )
-
-    def save_pretrained(
-        self,
-        save_directory: str | PathLike[str],
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        *_: Any,
-        **__: Any,
-    ) -> None:
-        """Write the adapter in PEFT's format, or the whole model in Hugging Face's where there is no adapter.
-
-        The whole model is written in its compute dtype; ``state_dict``, where given, as it is.
-        """
-        if not is_main_process:
-            return
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.adapter is not None:
-            self.adapter.save(self, folder)
-        else:
-            write_checkpoint(self, folder, state_dict)
-
-    def save_base(self, folder: str | PathLike[str]) -> None:
-        """Write the model without its adapter, as `writing.write_base` does."""
-        write_base(self, Path(folder))

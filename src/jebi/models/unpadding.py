@@ -19,6 +19,30 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
+class Learnt:
+    """The tokens whose next token is learnt: the head and the loss see only those."""
+
+    index_N: Tensor
+    """Their places among the flat tokens, int64."""
+    labels_N: Tensor
+    """Their next tokens; a negative one is not learnt after all."""
+    counts_N: Tensor | None
+    """How often each counts, float32; once when None."""
+
+    def to(self, device: torch.device) -> "Learnt":
+        """The same on another device."""
+        counts_N = None if self.counts_N is None else self.counts_N.to(device, non_blocking=True)
+        return Learnt(self.index_N.to(device, non_blocking=True), self.labels_N.to(device, non_blocking=True), counts_N)
+
+
+def learnt_of(shifted: Tensor, counts: Tensor | None) -> Learnt:
+    """Those of labels that are shifted already, in any shape."""
+    flat = shifted.flatten()
+    index_N = (flat != IGNORED).nonzero().flatten()
+    return Learnt(index_N, flat[index_N], None if counts is None else counts.flatten()[index_N])
+
+
+@dataclass(frozen=True)
 class Layout:
     """How a (B, S) batch maps to T flat tokens."""
 

@@ -19,14 +19,14 @@ from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight, to_bitsandbytes
 
 if TYPE_CHECKING:
-    from jebi.models.hf import JebiForCausalLM
+    from jebi.models.shell import JebiPreTrainedModel
 
 _SHARD_SIZE = "5GB"
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
-def write_checkpoint(model: "JebiForCausalLM", folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+def write_checkpoint(model: "JebiPreTrainedModel", folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write config, generation config and weights into ``folder``.
 
     The weights are the model's in its compute dtype, or those given, as they are.
@@ -54,11 +54,11 @@ def write_checkpoint(model: "JebiForCausalLM", folder: Path, weights: dict[str, 
         dense = [name for name, linear in model.linears() if isinstance(linear.weight, nn.Parameter)]
         config.quantization_config = _quantization(packed, dense, config.dtype)
     config.save_pretrained(folder)
-    if model.generation_config is not None:
+    if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
 
 
-def write_base(model: "JebiForCausalLM", folder: Path) -> None:
+def write_base(model: "JebiPreTrainedModel", folder: Path) -> None:
     """Write the model without its adapter, 4-bit weights in bitsandbytes' format.
 
     That is what an adapter stands on where the checkpoint is not: after several rounds of LoftQ, or with a vocabulary

@@ -14,22 +14,37 @@ import torch
 from torch import Tensor, nn
 
 from jebi.kernels.dequantize import dense_into
+from jebi.kernels.low_rank import LowRank
 from jebi.nn.linear import Grads, Linear, Share, backward_input, backward_trained, project
 
 
 class Group(Protocol):
     """Maps of one input; outputs and their gradients are lists with one tensor a part (see `layer.parts`)."""
 
-    def forward(self, x_TK: Tensor, residual_TN: Tensor | None = None) -> tuple[list[Tensor], "Kept"]:
-        """Outputs, ``residual_TN`` added to the only one where given, and what the backward needs beside the input."""
+    def forward(
+        self, x_TK: Tensor, residual_TN: Tensor | None = None, whole: bool = True
+    ) -> tuple[list[Tensor], "Kept"]:
+        """Outputs, ``residual_TN`` added to the only one where given, and what the backward needs beside the input.
+
+        Without ``whole`` the adapters' share may be left out; `thin` then says what is to be added.
+        """
+        ...
+
+    def thin(self, kept: "Kept", sizes: list[int]) -> list[LowRank | None]:
+        """What is still to be added to each part, of these sizes, after a forward without ``whole``."""
         ...
 
     def places(self, sizes: list[int], dtype: torch.dtype, tokens: int) -> list[Tensor] | None:
         """Where gradients of the parts are best written: columns of one matrix; None where it is all the same."""
         ...
 
-    def backward_input(self, dparts: list[Tensor], wanted: bool = True) -> tuple[Tensor | None, "Shares"]:
-        """Gradient of the input, which itself is not needed; None where it is not ``wanted``."""
+    def backward_input(
+        self, dparts: list[Tensor], wanted: bool = True, whole: bool = True
+    ) -> tuple[Tensor | None, "Shares"]:
+        """Gradient of the input, which itself is not needed; None where it is not ``wanted``.
+
+        Without ``whole`` the adapters' share may be left out; ``Shares.thin`` is then to be added.
+        """
         ...
 
     def backward_trained(self, shares: "Shares", x_TK: Tensor, kept: "Kept | None", grads: Grads) -> None:
@@ -53,6 +68,8 @@ class Shares:
     """Gradients of the outputs, one tensor a map, or one for all."""
     maps: list[Share]
     """Each map's share, or one for all."""
+    thin: LowRank | None = None
+    """What is still to be added to the gradient of the input."""
 
 
 class Separate:
@@ -61,7 +78,7 @@ class Separate:
     def __init__(self, maps: list[Linear]):
         self.maps = maps
 
-    def forward(self, x_TK: Tensor, residual_TN: Tensor | None = None) -> tuple[list[Tensor], Kept]:
+    def forward(self, x_TK: Tensor, residual_TN: Tensor | None = None, whole: bool = True) -> tuple[list[Tensor], Kept]:
         """See `Group`."""
         outputs, kept = [], Kept([])
         for linear in self.maps:
@@ -72,10 +89,16 @@ class Separate:
             outputs[0].add_(residual_TN)
         return outputs, kept
 
+    def thin(self, kept: Kept, sizes: list[int]) -> list[LowRank | None]:
+        """See `Group`."""
+        return [None] * len(sizes)
+
     def places(self, sizes: list[int], dtype: torch.dtype, tokens: int) -> None:
         """See `Group`."""
 
-    def backward_input(self, dparts: list[Tensor], wanted: bool = True) -> tuple[Tensor | None, Shares]:
+    def backward_input(
+        self, dparts: list[Tensor], wanted: bool = True, whole: bool = True
+    ) -> tuple[Tensor | None, Shares]:
         """See `Group`."""
         dy = dparts if len(dparts) == len(self.maps) else [joined(dparts)]
         dx_TK, shares = None, []
@@ -144,7 +167,7 @@ class Stacked:
         self._up_NR: Tensor | None = None
         self._ranks: list[tuple[Linear, int, int]] = []
 
-    def forward(self, x_TK: Tensor, residual_TN: Tensor | None = None) -> tuple[list[Tensor], Kept]:
+    def forward(self, x_TK: Tensor, residual_TN: Tensor | None = None, whole: bool = True) -> tuple[list[Tensor], Kept]:
         """See `Group`."""
         self.refresh()
         weight_KN = self._weight().t()
@@ -153,25 +176,36 @@ class Stacked:
             if linear.bias is not None:
                 y_TN[:, start:end] += linear.bias.to(y_TN.dtype)
         xa_TR = self._compress(x_TK)
-        if xa_TR is not None and self._up_NR is not None:
+        if whole and xa_TR is not None and self._up_NR is not None:
             y_TN.addmm_(xa_TR, self._up_NR.t())
         return [y_TN], Kept([xa_TR])
+
+    def thin(self, kept: Kept, sizes: list[int]) -> list[LowRank | None]:
+        """See `Group`."""
+        xa_TR, up_NR = kept.xa[0], self._up_NR
+        if xa_TR is None or up_NR is None:
+            return [None] * len(sizes)
+        return [LowRank(xa_TR, up_nR.t()) for up_nR in up_NR.split(sizes)]
 
     def places(self, sizes: list[int], dtype: torch.dtype, tokens: int) -> list[Tensor]:
         """See `Group`."""
         whole_TN = torch.empty(tokens, self.rows[-1], dtype=dtype, device=self.maps[0].device())
         return list(whole_TN.split(sizes, dim=1))
 
-    def backward_input(self, dparts: list[Tensor], wanted: bool = True) -> tuple[Tensor | None, Shares]:
+    def backward_input(
+        self, dparts: list[Tensor], wanted: bool = True, whole: bool = True
+    ) -> tuple[Tensor | None, Shares]:
         """See `Group`."""
         dy_TN = joined(dparts)
         dxa_TR = dy_TN @ self._up_NR if self._up_NR is not None else None
-        dx_TK = None
-        if wanted:
-            dx_TK = dy_TN @ self._weight()
-            if dxa_TR is not None and self._down_RK is not None:
+        dx_TK = dy_TN @ self._weight() if wanted else None
+        thin = None
+        if dx_TK is not None and dxa_TR is not None and self._down_RK is not None:
+            if whole:
                 dx_TK.addmm_(dxa_TR, self._down_RK)
-        return dx_TK, Shares([dy_TN], [Share(dy_TN, dxa_TR, None)])
+            else:
+                thin = LowRank(dxa_TR, self._down_RK)
+        return dx_TK, Shares([dy_TN], [Share(dy_TN, dxa_TR, None)], thin)
 
     def backward_trained(self, shares: Shares, x_TK: Tensor, kept: Kept | None, grads: Grads) -> None:
         """See `Group`."""
@@ -192,31 +226,45 @@ class Stacked:
             grads[lora.B_Nr] = dup_NR[start : start + linear.out_features, part] * lora.scale
 
     def refresh(self) -> None:
-        """Cast the adapters' matrices anew where they have changed; the one thing here that looks at their values."""
-        adapters = [linear.adapter for linear in self.maps]
-        state = [(a, a.A_rK._version, a.B_Nr._version) if a is not None else None for a in adapters]
-        if state == self._state:
-            return
-        self._state = list(state)
+        """Cast the adapters' matrices anew where they have changed since."""
+        if self._now() != self._state:
+            self._arrange()
+            self.cast()
+            self.note()
+
+    def note(self) -> None:
+        """Take what is cast for what the matrices are now."""
+        self._state = self._now()
+
+    def _now(self) -> list[object]:
+        adapters = (linear.adapter for linear in self.maps)
+        return [(a, a.A_rK._version, a.B_Nr._version) if a is not None else None for a in adapters]
+
+    def _arrange(self) -> None:
+        """Find which maps have adapters, and make room for these."""
         self._ranks, rank = [], 0
-        for linear, start, lora in zip(self.maps, self.rows, adapters):
-            if lora is not None:
+        for linear, start in zip(self.maps, self.rows):
+            if linear.adapter is not None:
                 self._ranks.append((linear, start, rank))
-                rank += lora.up(self.dtype).shape[1]
+                rank += linear.adapter.rank
         if not rank:
             self._down_RK = self._up_NR = None
-            return
-        if self._down_RK is None or self._down_RK.shape[0] != rank:
+        elif self._down_RK is None or self._down_RK.shape[0] != rank:
             device = self.maps[0].device()
             self._down_RK = torch.zeros(rank, self.columns, dtype=self.dtype, device=device)
             self._up_NR = torch.zeros(self.rows[-1], rank, dtype=self.dtype, device=device)
-        assert self._up_NR is not None
+
+    @torch.no_grad()
+    def cast(self) -> None:
+        """Cast the adapters' matrices, whether or not they have changed."""
         for linear, start, column in self._ranks:
-            assert linear.adapter is not None
-            down, up = linear.adapter.down(self.dtype), linear.adapter.up(self.dtype)
-            with torch.no_grad():
-                self._down_RK[column : column + down.shape[0]] = down
-                self._up_NR[start : start + up.shape[0], column : column + up.shape[1]] = up
+            lora = linear.adapter
+            assert lora is not None
+            assert self._down_RK is not None
+            assert self._up_NR is not None
+            down_RK = self._down_RK[column : column + lora.rank]
+            up_NR = self._up_NR[start : start + linear.out_features, column : column + lora.rank]
+            lora.cast_into(down_RK, up_NR)
 
     def _compress(self, x_TK: Tensor) -> Tensor | None:
         return x_TK @ self._down_RK.t() if self._down_RK is not None else None

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from jebi.kernels.glu import glu_backward_, glu_forward
+from jebi.kernels.glu import Thin, glu_backward_, glu_forward
 from jebi.kernels.rms_norm import rms_norm_apply, rms_norm_backward, rms_norm_forward, rms_norm_weight_grad
 from jebi.kernels.rope import rope_, rope_into
 from jebi.nn import group
@@ -62,6 +62,7 @@ class _Kept:
     """The residual stream between the two blocks."""
     rstd_mid_T1: Tensor
     gate_TF: Tensor
+    """Without what `_thin` says is still to be added; likewise up."""
     up_TF: Tensor
     groups: dict[str, group.Kept]
     """What each group of maps keeps."""
@@ -136,14 +137,14 @@ def _forward(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tenso
         attention_out = _Normed(raw_TD, rstd)
         middle_TD.add_(hidden_TD)
     x_TD, rstd_mid_T1 = _norm(layer.middle_norm, middle_TD)
-    outputs, kept["gate_up"] = groups.gate_up.forward(x_TD)
+    outputs, kept["gate_up"] = groups.gate_up.forward(x_TD, whole=False)
     gate_TF, up_TF = parts(outputs, [shape.ffn, shape.ffn])
     return _Kept(rstd_in_T1, qkv, mixed_THd, middle_TD, rstd_mid_T1, gate_TF, up_TF, kept, qk, attention_out)
 
 
 def _feed_forward(layer: DecoderLayer, kept: _Kept) -> Tensor:
     """The layer's output (T, D); what a norm at its end needs is kept."""
-    act_TF = glu_forward(kept.gate_TF, kept.up_TF, layer.shape.activation)
+    act_TF = glu_forward(kept.gate_TF, kept.up_TF, layer.shape.activation, _thin(layer, kept))
     down = layer.groups().down
     if layer.out_norm is None:
         (out_TD,), kept.groups["down"] = down.forward(act_TF, kept.middle_TD)
@@ -154,6 +155,12 @@ def _feed_forward(layer: DecoderLayer, kept: _Kept) -> Tensor:
     return out_TD.add_(kept.middle_TD)
 
 
+def _thin(layer: DecoderLayer, kept: _Kept) -> Thin:
+    """What is still to be added to gate and up."""
+    gate, up = layer.groups().gate_up.thin(kept.groups["gate_up"], [layer.shape.ffn] * 2)
+    return gate, up
+
+
 def _feed_forward_backward(layer: DecoderLayer, kept: _Kept, dout_TD: Tensor, grads: Grads) -> Tensor:
     """Gradient of the residual stream between the blocks."""
     groups, dblock_TD = layer.groups(), dout_TD
@@ -162,9 +169,11 @@ def _feed_forward_backward(layer: DecoderLayer, kept: _Kept, dout_TD: Tensor, gr
             _feed_forward(layer, kept)
         assert kept.out is not None
         dblock_TD = _norm_backward(layer.out_norm, dout_TD, kept.out, grads)
-    dact_TF, shares = groups.down.backward_input([dblock_TD])
+    dact_TF, shares = groups.down.backward_input([dblock_TD], whole=False)
     assert dact_TF is not None
-    act_TF, *dgate_up = glu_backward_(dact_TF, kept.gate_TF, kept.up_TF, layer.shape.activation)
+    act_TF, *dgate_up = glu_backward_(
+        dact_TF, kept.gate_TF, kept.up_TF, layer.shape.activation, _thin(layer, kept), shares.thin
+    )
     groups.down.backward_trained(shares, act_TF, kept.groups.get("down"), grads)
     del act_TF, dact_TF, shares
     dx_TD, shares = groups.gate_up.backward_input(dgate_up)

@@ -71,6 +71,20 @@ class Lora(nn.Module):
         B_Nr = (self.B_Nr * self.scale).to(dtype)
         return B_Nr if self.frozen_B_Nr is None else torch.cat([B_Nr, (self.frozen_B_Nr * self.scale).to(dtype)], 1)
 
+    @property
+    def rank(self) -> int:
+        """R, the frozen half included."""
+        return self.A_rK.shape[0] * (1 if self.frozen_A_rK is None else 2)
+
+    def cast_into(self, down_RK: Tensor, up_NR: Tensor) -> None:
+        """Write `down` and `up` into these, in their dtype; one launch a matrix where there is no frozen half."""
+        rank = self.A_rK.shape[0]
+        down_RK[:rank] = self.A_rK
+        torch.mul(self.B_Nr, self.scale, out=up_NR[:, :rank])
+        if self.frozen_A_rK is not None and self.frozen_B_Nr is not None:
+            down_RK[rank:] = self.frozen_A_rK
+            torch.mul(self.frozen_B_Nr, self.scale, out=up_NR[:, rank:])
+
     def compress(self, x_TK: Tensor) -> Tensor:
         """``x A^T`` (T, R), which `linear.project` makes and its backward needs."""
         return x_TK @ self.down(x_TK.dtype).t()

@@ -26,18 +26,28 @@ class Rows:
     first_U: Tensor | None = None
     """For each held token, where it first stands in the whole rows; None where nothing is shared."""
 
+    cu: Tensor | None = None
+    """The starts as the int32 tensor that variable-length attention takes, where it is given: then it alone decides
+    where rows begin, and ``starts`` only say how many there are at most and how long they may be."""
+
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max((end - start for start, end in pairwise(self.starts)), default=0)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all rows are known to be of one length."""
+        return self.cu is None and len({end - start for start, end in pairwise(self.starts)}) == 1
 
     def spans(self) -> list[tuple[int, int]]:
         """Start and end of every row."""
         return list(pairwise(self.starts))
 
     def to(self, device: torch.device) -> "Rows":
-        """The same rows with their positions on another device."""
-        moved = (None if x is None else x.to(device, non_blocking=True) for x in (self.whole_T, self.first_U))
+        """The same rows with their tensors on another device."""
+        tensors = (self.whole_T, self.first_U, self.cu)
+        moved = (None if x is None else x.to(device, non_blocking=True) for x in tensors)
         return Rows(self.starts, self.positions_U.to(device, non_blocking=True), *moved)
 
     def spread(self, x_UHd: Tensor) -> Tensor:
@@ -50,6 +60,8 @@ class Rows:
 
     def cu_seqlens(self) -> Tensor:
         """The starts as the int32 tensor that variable-length attention takes."""
+        if self.cu is not None:
+            return self.cu
         return torch.tensor(self.starts, dtype=torch.int32, device=self.positions_U.device)
 
 

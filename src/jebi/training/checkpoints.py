@@ -31,14 +31,23 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def note_best(final: Path, state: TrainerState) -> bool:
+    """Where ``state`` names the best checkpoint in the staging folder, name its place under ``final``; tell whether."""
+    if not state.best_global_step:
+        return False
+    best = final / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+    if state.best_global_step != state.global_step and not best.is_dir():
+        return False
+    state.best_model_checkpoint = str(best)
+    return True
+
+
 def complete_checkpoint(staging: Path, final: Path, state: TrainerState, args: TrainingArguments) -> Path:
     """Move the checkpoint that Trainer wrote under ``staging`` to its place under ``final``, then rotate old ones."""
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     target = final / name
-    best = final / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}" if state.best_global_step else None
-    if best is not None and (best == target or best.is_dir()):
+    if note_best(final, state):
         # Trainer noted the staging folder's path, which is gone in a moment.
-        state.best_model_checkpoint = str(best)
         state.save_to_json(str(staging / name / "trainer_state.json"))
     if target.exists():
         shutil.rmtree(target)

@@ -52,7 +52,7 @@ class Report:
     steps: int
     """Optimizer steps made."""
     tokens: int
-    """Tokens of the rows trained on; there is no padding to leave out."""
+    """Tokens of the rows trained on, by all processes; there is no padding to leave out."""
     plan: dict[str, Any]
     """What was chosen: tokens a pass, what layers keep."""
 

@@ -29,8 +29,9 @@ from jebi.errors import ConfigError, DivergedError
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.loading import read_masters
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, TRAINED_BYTES, PassPlan, choose
+from jebi.training import processes
 from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check
-from jebi.training.checkpoints import complete_checkpoint, require_writable
+from jebi.training.checkpoints import complete_checkpoint, note_best, require_writable
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.loraplus import own_rates, split_rates
 from jebi.training.optimizer import AdamW8bit
@@ -79,8 +80,7 @@ class SFTTrainer(Trainer):
         args = args if args is not None else SFTConfig(output_dir="outputs")
         if notice := check(args, model.dtype, model.device):
             logger.warning(notice)
-        if model.device.type == "cpu":
-            args.dataloader_pin_memory = False  # torch warns where there is no card to pin for
+        processes.suit(args, model)
         require_writable(Path(str(args.output_dir)))
         tokenizer = processing_class if processing_class is not None else tokenizer
         config = args if isinstance(args, SFTConfig) else None
@@ -104,8 +104,6 @@ class SFTTrainer(Trainer):
             rows = tokenize(dataset, tokenizer, field, formatting_func, row_limit, workers)
             return pack(rows, row_limit) if packed else rows
 
-        if args.n_gpu > 1:
-            args._n_gpu = 1  # One process trains on one card; Trainer would copy the model to all of them each step.
         self._prepare = prepare
         self._longest = row_limit
         self._pass_tokens = config.pass_tokens if config else None
@@ -144,7 +142,8 @@ class SFTTrainer(Trainer):
         with self._interrupt.listening():
             output = super().train(*args, **kwargs)
         chosen = {"pass_tokens": self._plan.tokens, "checkpointing": self._plan.checkpointing}
-        self.report = meter.report(self._trained_steps, self._trained_tokens, chosen)
+        (tokens,) = processes.summed(self.accelerator, self._trained_tokens)
+        self.report = meter.report(self._trained_steps, int(tokens), chosen)
         if self.args.should_save:
             self.report.write(Path(str(self.args.output_dir)) / "report.json", self.state.log_history)
         if self._interrupt.interrupted:
@@ -158,7 +157,8 @@ class SFTTrainer(Trainer):
         raw = isinstance(eval_dataset, Dataset | IterableDataset)
         if raw and "lengths" not in (eval_dataset.column_names or ()):
             eval_dataset = self._prepare(eval_dataset)
-        return super().get_eval_dataloader(eval_dataset)
+        with processes.uneven(self.accelerator):
+            return super().get_eval_dataloader(eval_dataset)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -237,10 +237,9 @@ class SFTTrainer(Trainer):
         total, learnt = summed_loss(
             self.model, counted(), self._current_plan().tokens, self.args.label_smoothing_factor
         )
-        sums = torch.tensor([total, learnt], dtype=torch.float64, device=self.args.device)
-        total_loss, total_learnt = self.accelerator.reduce(sums, "sum").tolist()
-        metrics = {f"{metric_key_prefix}_loss": total_loss / max(total_learnt, 1)}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=seen)  # type: ignore[arg-type]
+        all_loss, all_learnt, all_rows = processes.summed(self.accelerator, total, learnt, seen)
+        metrics = {f"{metric_key_prefix}_loss": all_loss / max(all_learnt, 1)}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(all_rows))  # type: ignore[arg-type]
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Not available: predictions are logits, which jebi never makes for whole data sets."""
@@ -299,15 +298,18 @@ class SFTTrainer(Trainer):
         self._staging = final / ".partial"
         if self.args.should_save:
             shutil.rmtree(self._staging, ignore_errors=True)  # what a killed run left
+        self.accelerator.wait_for_everyone()  # every process writes its random state there
         try:
             super()._save_checkpoint(model, trial)
         finally:
             staging, self._staging = self._staging, None
         self.accelerator.wait_for_everyone()
+        note_best(final, self.state)
         if self.args.should_save:
             checkpoint = complete_checkpoint(staging, final, self.state, self.args)
             if self.args.push_to_hub:
                 super()._push_from_checkpoint(str(checkpoint))
+        self.accelerator.wait_for_everyone()  # the best one may be read next
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: an upload runs on in the background, so it begins when the folder is in its place."""

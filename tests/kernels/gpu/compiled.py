@@ -40,13 +40,17 @@ def cases(value: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
     turn = {"x_ptr": value, "cos_ptr": value, "sin_ptr": value, "out_ptr": value}
     turn |= dict.fromkeys(("x_token", "x_head", "out_token", "out_head", "heads", "half", "rest"), "i32")
     found.append((rope._rotate, turn | {"sign": SCALAR}, {"HEADS": 4, "HALF": 64, "REST": 64}, 2))
-    strides = {"gate_stride": "i32", "up_stride": "i32"}
+    strides = {"gate_stride": "i32", "up_stride": "i32", "tokens": "i32", "width": "i32"}
+    thin: dict[str, str] = {}
+    for name in ("gate", "up", "da"):
+        thin |= {f"{name}_left": value, f"{name}_right": value, f"{name}_rank": "i32"}
+        thin |= dict.fromkeys((f"{name}_left_stride", f"{name}_right_row", f"{name}_right_column"), "i32")
     for kind in range(3):
-        constants = {"KIND": kind, "BLOCK": 1024}
-        forward = {"gate_ptr": value, "up_ptr": value, "out_ptr": value, "out_stride": "i32", "width": "i32"}
-        found.append((glu._forward, forward | strides, constants, 4))
-        backward = {"da_ptr": value, "gate_ptr": value, "up_ptr": value, "da_stride": "i32", "width": "i32"}
-        found.append((glu._backward, backward | strides, constants, 4))
+        constants = {"KIND": kind, "GATE_RANK": 32, "UP_RANK": 32, "DA_RANK": 16, "TOKENS": 64, "COLUMNS": 128}
+        forward = {"gate_ptr": value, "up_ptr": value, "out_ptr": value, "out_stride": "i32"}
+        found.append((glu._forward, forward | strides | thin, constants, 8))
+        backward = {"da_ptr": value, "gate_ptr": value, "up_ptr": value, "da_stride": "i32"}
+        found.append((glu._backward, backward | strides | thin, constants, 8))
     dense = {"packed_ptr": "*u8", "absmax_ptr": "*u8", "nested_ptr": FLOAT, "offset_ptr": FLOAT, "levels_ptr": FLOAT}
     dense |= {"codes_ptr": FLOAT, "out_ptr": value, "values": "i32", "out_stride": "i32"}
     found.append((nf4._dequantize, dense, {"COLUMNS": 14336, "VALUES": 1024}, 4))
@@ -73,6 +77,7 @@ def main() -> None:
                 missing = set(names) - set(types) - set(constants)
                 assert not missing, f"{kernel.__name__} takes {missing} too"
                 signature = {name: types.get(name, "constexpr") for name in names}
+                constants = {name: constant for name, constant in constants.items() if name in names}
                 source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
                 compiled = triton.compile(source, target=target, options={"num_warps": warps})
                 worst = max(worst, compiled.metadata.shared)

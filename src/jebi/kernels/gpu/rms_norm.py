@@ -70,7 +70,7 @@ def _forward(
     if APPLY:
         rstd = tl.load(rstd_ptr + row)
     else:
-        rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / width + eps)
+        rstd = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
         tl.store(rstd_ptr + row, rstd)
     if UNIT_OFFSET:
         y = x * rstd * (1.0 + weight.to(tl.float32))

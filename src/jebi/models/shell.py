@@ -1,0 +1,163 @@
+"""What transformers asks of every jebi model, whatever stands on its decoder: recomputation, adapters, saving.
+
+The heads are `models.hf`'s and `models.reward`'s. Adapter files are written by whatever the `adapters` room put into
+``adapter``.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from jebi.errors import ModelError
+from jebi.models.decoder import Decoder
+from jebi.models.files import ModelFiles
+from jebi.models.writing import write_base, write_checkpoint
+from jebi.nn.linear import Linear
+from jebi.nn.trained_copy import originals_in_place
+
+
+class Adapter(Protocol):
+    """What the model needs of the adapter it carries."""
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write the adapter's files into ``folder``."""
+        ...
+
+
+class JebiPreTrainedModel(PreTrainedModel):
+    """A decoder that transformers, TRL and PEFT's files know their way around."""
+
+    model: Decoder
+    adapter: Adapter | None = None
+    source: ModelFiles | None = None
+    """The checkpoint it was filled from, where that holds the weights as they were before any quantisation."""
+
+    config_class = PretrainedConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012  (transformers reads a list here)
+
+    def init_weights(self) -> None:
+        """Nothing: the weights come from a checkpoint."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding module."""
+        return self.model.embed_tokens
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+        **_: Any,
+    ) -> None:
+        """Recompute activations in the backward, with ``offload`` from layer inputs in host memory.
+
+        A mode that recomputes already stays. `activation_checkpointing_enable` comes here too.
+        """
+        if every_n_layers != 1:
+            raise ModelError("every_n_layers is not available: jebi recomputes all layers or none. Leave it 1.")
+        if self.model.checkpointing == "none":
+            self.model.checkpointing = "offload" if offload else "recompute"
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations."""
+        self.model.checkpointing = "none"
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed."""
+        return self.model.checkpointing != "none"
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """The same under transformers' newer name."""
+        return self.is_gradient_checkpointing
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module's; training drops the copies that were kept for decoding, which it would make stale."""
+        if mode:
+            self.drop_kept()
+        super().train(mode)
+        return self
+
+    def drop_kept(self) -> None:
+        """Drop the copies that were kept for decoding."""
+        for _, linear in self.linears():
+            linear.drop_kept()
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether the vocabulary is no longer the checkpoint's."""
+        return self.model.shape.vocabulary != self.model.loaded_vocabulary
+
+    def shares_beginnings(self, longest: int) -> bool:
+        """Whether beginnings that rows of up to ``longest`` tokens have in common may be computed once."""
+        return self.model.shares_beginnings(longest)
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        """Every linear map with its full name in the checkpoint."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                yield name, module
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within it the model is the base model: adapters off, the originals of whatever is trained in place."""
+        loras = [(linear.lora, linear.lora.enabled) for _, linear in self.linears() if linear.lora is not None]
+        for lora, _ in loras:
+            lora.enabled = False
+        try:
+            with originals_in_place(self):
+                yield
+        finally:
+            for lora, enabled in loras:
+                lora.enabled = enabled
+
+    def trainable_parameters(self) -> tuple[int, int]:
+        """How many numbers are trained, and how many there are; a 4-bit weight counts its values, not its bytes."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        quantised = sum(
+            m.in_features * m.out_features for _, m in self.linears() if not isinstance(m.weight, nn.Parameter)
+        )
+        return trained, sum(p.numel() for p in self.parameters()) + quantised
+
+    def print_trainable_parameters(self) -> None:
+        """Print how much of the model is trained, in PEFT's words."""
+        trained, everything = self.trainable_parameters()
+        print(
+            f"trainable params: {trained:,d} || all params: {everything:,d} || "
+            f"trainable%: {100 * trained / everything:.4f}"
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Write the adapter in PEFT's format, or the whole model in Hugging Face's where there is no adapter.
+
+        The whole model is written in its compute dtype; ``state_dict``, where given, as it is.
+        """
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.adapter is not None:
+            self.adapter.save(self, folder)
+        else:
+            write_checkpoint(self, folder, state_dict)
+
+    def save_base(self, folder: str | PathLike[str]) -> None:
+        """Write the model without its adapter, as `writing.write_base` does."""
+        write_base(self, Path(folder))

@@ -1,0 +1,236 @@
+"""Training passes captured as CUDA graphs: the host says "again" once a pass instead of launching thousands of kernels.
+
+A pass is padded to one of a few shapes. The first pass of a shape is captured, forward and backward, with its inputs in
+buffers that stay where they are; every further one fills the buffers and replays. Gradients lie in one flat buffer, so
+that a replay finds them where it left them. What is computed is the model's own code, so results are those of a pass
+that is not captured.
+
+Padding stands behind the last row, as a row of its own from which nothing is learnt.
+
+Shapes: U held tokens, T tokens of whole rows, N learnt tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jebi.data.passes import Pass
+from jebi.models.hf import JebiForCausalLM
+from jebi.models.unpadding import IGNORED, Learnt, learnt_of
+from jebi.nn.rows import Rows
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What passes of one graph have in common."""
+
+    tokens: int
+    """U, padding included."""
+    learnt: int
+    """N, padding included."""
+    starts: tuple[int, ...]
+    """Starts of rows of equal length; else as many rows of as many tokens as there may be."""
+    whole: int | None
+    """T where beginnings are shared, padding included."""
+    alike: bool
+    """Whether the rows are of one length and fill the tokens, so that no padding is needed."""
+
+
+class PassGraphs:
+    """Runs training passes of one model by replaying their graphs."""
+
+    def __init__(self, model: JebiForCausalLM, backward: Callable[[Tensor], None], settings: dict[str, Any]):
+        """Nothing is captured yet.
+
+        Args:
+            model: on a card, set up for training.
+            backward: takes a pass's loss and fills the gradients.
+            settings: further keywords for the model.
+        """
+        self._model, self._backward, self._settings = model, backward, settings
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._flat = torch.zeros(sum(_padded(p) for p in self._trained), dtype=torch.float32, device=model.device)
+        self._grads = _views(self._flat, self._trained)
+        self._captured: dict[Shape, _Graph] = {}
+        self._casts: torch.cuda.CUDAGraph | None = None
+        self._pool = torch.cuda.graph_pool_handle()
+        self._warm = False
+
+    @staticmethod
+    def serves(model: JebiForCausalLM) -> bool:
+        """Whether its passes can be captured: layers stacked, float32 masters, no layer's input on the host."""
+        stacked = all(layer.stacked is not None for layer in model.model.decoder_layers())
+        masters = all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+        same_everywhere = all(rotary.reach is None for rotary in model.model.rotary.values())
+        capped = any(shape.attention.softcap is not None for shape in model.model.shape.layers)
+        on_card = model.device.type == "cuda" and model.model.checkpointing != "offload"
+        return stacked and masters and same_everywhere and on_card and not capped
+
+    def run(self, part: Pass, items: Tensor | int) -> Tensor:
+        """Forward and backward of a pass; its loss, which the next pass writes over."""
+        self._begin()
+        shape = shape_of(part)
+        graph = self._captured.get(shape)
+        if graph is None:
+            graph = _Graph(shape, self._model.device)
+            graph.fill(part, items)
+            if not self._warm:
+                # Kernels are compiled and libraries set up at their first use, which must not be captured.
+                self._warm = True
+                return self._pass(graph)
+            self._captured[shape] = graph
+            graph.capture(lambda: self._pass(graph), self._pool)
+        graph.fill(part, items)
+        return graph.replay()
+
+    def _begin(self) -> None:
+        """At a step's first pass, whose gradients were just dropped: empty ones where the graphs expect them."""
+        if all(p.grad is grad for p, grad in zip(self._trained, self._grads)):
+            return
+        self._flat.zero_()
+        for parameter, grad in zip(self._trained, self._grads):
+            parameter.grad = grad
+        self._cast()
+
+    def _cast(self) -> None:
+        """Cast the adapters for the step, in one replay instead of two launches a matrix."""
+        if self._casts is None:
+            if not self._warm:
+                return
+            self._casts = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._casts, pool=self._pool):
+                self._model.model.cast_adapters(again=True)
+        self._model.model.cast_adapters(again=False)
+        self._casts.replay()
+
+    def _pass(self, graph: "_Graph") -> Tensor:
+        loss = self._model(**graph.inputs(), **self._settings).loss
+        assert isinstance(loss, Tensor)
+        self._backward(loss)
+        return loss.detach()
+
+
+class _Graph:
+    """Input buffers of one shape, and the captured pass."""
+
+    def __init__(self, shape: Shape, device: torch.device):
+        self.shape = shape
+
+        def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self._buffers = {
+            "ids": zeros(1, shape.tokens),
+            "positions": zeros(shape.tokens),
+            "index": zeros(shape.learnt),
+            "labels": zeros(shape.learnt),
+            "counts": zeros(shape.learnt, dtype=torch.float32),
+            "items": zeros(dtype=torch.float32),
+        }
+        if not shape.alike:
+            self._buffers["cu"] = zeros(len(shape.starts), dtype=torch.int32)
+        if shape.whole is not None:
+            self._buffers |= {"whole": zeros(shape.whole), "first": zeros(shape.tokens)}
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._loss = zeros(dtype=torch.float32)
+
+    def inputs(self) -> dict[str, Any]:
+        """The model's keywords, made of the buffers."""
+        b = self._buffers
+        rows = Rows(self.shape.starts, b["positions"], b.get("whole"), b.get("first"), b.get("cu"))
+        learnt = Learnt(b["index"], b["labels"], b["counts"])
+        return {"input_ids": b["ids"], "rows": rows, "learnt": learnt, "num_items_in_batch": b["items"]}
+
+    def fill(self, part: Pass, items: Tensor | int) -> None:
+        """Put a pass into the buffers."""
+        shape, rows = self.shape, part.rows
+        learnt = learnt_of(part.shift_labels, part.counts)
+        assert learnt.counts_N is not None
+        spare, missing = shape.tokens - rows.positions_U.shape[0], shape.learnt - learnt.index_N.shape[0]
+        values = {
+            "ids": F.pad(part.input_ids, (0, spare)),
+            "positions": torch.cat([rows.positions_U, torch.arange(spare)]),
+            "index": F.pad(learnt.index_N, (0, missing)),
+            "labels": F.pad(learnt.labels_N, (0, missing), value=IGNORED),
+            "counts": F.pad(learnt.counts_N, (0, missing)),
+        }
+        if not shape.alike:
+            values["cu"] = self._padded_starts(rows, spare)
+        if shape.whole is not None:
+            held = torch.arange(rows.positions_U.shape[0])
+            whole_T = held if rows.whole_T is None else rows.whole_T
+            first_U = held if rows.first_U is None else rows.first_U
+            # Spare held tokens stand in a row of their own, and what room is left in the whole rows repeats the last.
+            spares = torch.arange(shape.tokens - spare, shape.tokens)
+            filled = torch.cat([whole_T, spares])
+            values["whole"] = F.pad(filled, (0, shape.whole - filled.shape[0]), value=shape.tokens - 1)
+            values["first"] = torch.cat([first_U, torch.arange(whole_T.shape[0], whole_T.shape[0] + spare)])
+        for name, value in values.items():
+            buffer = self._buffers[name]
+            buffer.copy_(value.to(buffer.dtype).pin_memory(), non_blocking=True)
+        if isinstance(items, Tensor):
+            self._buffers["items"].copy_(items)
+        else:
+            self._buffers["items"].fill_(items)
+
+    def _padded_starts(self, rows: Rows, spare: int) -> Tensor:
+        """The starts, a row for the spare tokens, one for what is left in the whole rows, and empty rows."""
+        total = self.shape.tokens if self.shape.whole is None else self.shape.whole
+        starts = [*rows.starts]
+        # Spare tokens in rows no longer than the longest that the shape allows.
+        longest = self.shape.starts[1]
+        while starts[-1] < total:
+            starts.append(min(total, starts[-1] + longest))
+        return torch.tensor(starts + [total] * (len(self.shape.starts) - len(starts)), dtype=torch.int32)
+
+    def capture(self, run: Callable[[], Tensor], pool: Any) -> None:
+        """Record what ``run`` launches."""
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._loss.copy_(run())
+
+    def replay(self) -> Tensor:
+        """Run it; the loss."""
+        assert self._graph is not None
+        self._graph.replay()
+        return self._loss
+
+
+def shape_of(part: Pass) -> Shape:
+    """The shape that a pass is padded to."""
+    rows, tokens = part.rows, part.input_ids.shape[1]
+    learnt = _round(int((part.shift_labels != IGNORED).sum()))
+    if rows.alike and rows.whole_T is None:
+        return Shape(tokens, learnt, rows.starts, None, True)
+    held = _round(tokens)
+    longest = max(128, 1 << (rows.longest - 1).bit_length())
+    whole = None if rows.whole_T is None else _round(part.tokens + held - tokens)
+    # Room for the rows and for spare tokens in rows no longer than the longest.
+    most = len(rows.starts) + 2 * _STEP_MOST // longest + 2
+    count = max(16, 1 << (most - 1).bit_length())
+    return Shape(held, learnt, tuple(longest * n for n in range(count + 1)), whole, False)
+
+
+_STEP, _STEP_MOST = 256, 1024
+
+
+def _round(tokens: int) -> int:
+    """Up to a multiple of 256, or of an eighth where that is more: few shapes, little padding."""
+    step = min(_STEP_MOST, max(_STEP, 1 << max(0, tokens.bit_length() - 4)))
+    return max(step, -(-tokens // step) * step)
+
+
+def _padded(parameter: nn.Parameter) -> int:
+    return -(-parameter.numel() // 4) * 4
+
+
+def _views(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    views, start = [], 0
+    for parameter in parameters:
+        views.append(flat[start : start + parameter.numel()].view(parameter.shape))
+        start += _padded(parameter)
+    return views

@@ -1,0 +1,29 @@
+"""``models.device``: which card a process takes."""
+
+import pytest
+import torch
+
+from jebi.models.device import default_device
+
+
+@pytest.mark.parametrize(
+    ("rank", "cards", "expected"),
+    [(None, 4, "cuda:0"), ("2", 4, "cuda:2"), ("2", 1, "cuda:0")],
+    ids=["one process", "a process a card", "a process that sees its card alone"],
+)
+def test_every_process_takes_its_own_card(
+    rank: str | None, cards: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert default_device() == torch.device(expected)
+
+
+def test_without_a_card_it_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert default_device() == torch.device("cpu")
