@@ -212,3 +212,32 @@ def test_counts_in_pefts_words(tiny_llama, capsys: pytest.CaptureFixture[str]) -
         f"trainable params: {trained:,} || all params: {everything:,} || trainable%: {100 * trained / everything:.4f}\n"
     )
     assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lora: {use_dora: true, layers_to_transform: [1], exclude_modules: [k_proj]}",
+        "lora: {init_lora_weights: pissa, rank_pattern: {q_proj: 2}, alpha_pattern: {v_proj: 8}}",
+        "lora: {loftq_config: {loftq_iter: 2}, target_modules: all-linear}",
+        r"lora: {target_modules: '.*\.mlp\..*', modules_to_save: [lm_head]}",
+        "model: {full_finetuning: true}",
+    ],
+)
+def test_what_yaml_says_reaches_the_model(tiny_llama, tmp_path: Path, text: str) -> None:
+    from dataclasses import asdict
+
+    from jebi.config import read_run
+
+    (tmp_path / "run.yaml").write_text(text + "\ndata: {train: rows.jsonl}\n", encoding="utf-8")
+    run = read_run(tmp_path / "run.yaml")
+    model, _ = load(tiny_llama("worded"), full_finetuning=run.model.full_finetuning)
+    if run.model.full_finetuning:
+        assert model.adapter is None
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        return
+    FastLanguageModel.get_peft_model(model, **asdict(run.lora))
+    model.save_pretrained(tmp_path / "adapter")
+    again, _ = load(tmp_path / "adapter")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert again.adapter.config == model.adapter.config

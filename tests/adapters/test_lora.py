@@ -33,6 +33,16 @@ def test_random_state_decides_the_start(tiny_llama, load) -> None:
         assert name.endswith("lora_B.weight") or not torch.equal(tensor, other[name])
 
 
+def test_a_seeds_numbers_are_drawn_for_maps_of_one_name_together(tiny_llama, load) -> None:
+    """An adapter that a seed started once is started by it again: the order of drawing is part of the setting."""
+    generator = torch.Generator().manual_seed(5)
+    model = adapted(load, tiny_llama(), random_state=5, target_modules=["up_proj", "q_proj"])
+    for kind in ("self_attn.q_proj", "mlp.up_proj"):
+        for layer in model.model.layers:
+            drawn = torch.empty(16, 64).uniform_(-1 / 8, 1 / 8, generator=generator)
+            assert torch.equal(layer.get_submodule(kind).lora.A_rK, drawn)
+
+
 def test_attaching_leaves_the_global_generator_alone(tiny_llama, load) -> None:
     before = torch.get_rng_state()
     adapted(load, tiny_llama())

@@ -45,6 +45,9 @@ def resolve(model: JebiPreTrainedModel, config: LoraConfig) -> tuple[LoraConfig,
         raise ConfigError(
             "no projection is left to adapt: look at layers_to_transform, exclude_modules and modules_to_save."
         )
+    # Maps of one name together: the order in which a seed's numbers are drawn.
+    kinds = list(dict.fromkeys(path.rpartition(".")[2] for path in maps))
+    chosen = dict(sorted(chosen.items(), key=lambda item: kinds.index(item[0].rpartition(".")[2])))
     for setting in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, setting):
             if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in chosen):
