@@ -49,6 +49,7 @@ def attach(model: JebiPreTrainedModel, config: LoraConfig, fresh: bool = True) -
         raise ConfigError(
             "the model was loaded with full_finetuning=True and is trained as it is: drop one of the two."
         )
+    model.model.unstack()
     config, targets = resolve(model, config)
     wholly = _trained_wholly(model, config.modules_to_save or [])
     model.adapter = LoraAdapter(config)
@@ -71,6 +72,7 @@ def attach(model: JebiPreTrainedModel, config: LoraConfig, fresh: bool = True) -
 
 def detach(model: JebiPreTrainedModel) -> None:
     """Take the adapter off again; the model is the base model."""
+    model.model.unstack()
     loftq.undo(model)
     for _, linear in model.linears():
         linear.lora = None

@@ -17,6 +17,7 @@ def prepare(model: JebiForCausalLM) -> JebiForCausalLM:
     """
     model.eval()
     model.config.use_cache = True
+    model.model.unstack()
     linears = [linear for _, linear in model.linears()]
     needed = sum(m.in_features * m.out_features for m in linears) * model.dtype.itemsize
     roomy = model.device.type == "cpu" and needed < _SHARE * psutil.virtual_memory().available

@@ -11,8 +11,9 @@ from jebi.models.families import DecoderShape
 
 CPU_PASS_TOKENS = 2048
 """On a CPU longer passes gain nothing: a pass of this many tokens already runs its products at full rate."""
-GPU_PASS_TOKENS = 32_768
-"""On a card passes beyond this gain nothing either, and their buffers only grow."""
+GPU_PASS_TOKENS = 8192
+"""On a card passes beyond this gain nothing either (Llama 8B, H100: 4,096 and 8,192 tokens run at the same rate), and
+their buffers only grow."""
 TRAINED_BYTES = 12
 """What a trained number takes in training beside itself: its gradient and two moments in float32."""
 _SHARE = 0.8
@@ -27,6 +28,8 @@ class PassPlan:
     """What layers do with their activations."""
     tokens: int
     """Most tokens of one pass; a longer row is a pass of its own."""
+    keep_weights: bool = False
+    """Whether 4-bit and 8-bit weights are kept dequantised for all passes, instead of once a use."""
 
 
 def kept_bytes_per_token(shape: DecoderShape, element: int, checkpointing: Checkpointing) -> int:
@@ -65,8 +68,12 @@ def choose(
     longest_row: int,
     asked: Checkpointing | None,
     limit: int,
+    weights: int = 0,
 ) -> PassPlan:
     """The fastest plan that fits: keep everything if passes then still hold the longest row, else recompute.
+
+    Weights are kept dequantised where that leaves room for everything else: a pass of 4,096 tokens spends a twentieth
+    of its time on dequantising them, recomputing a fifth.
 
     Args:
         shape: the decoder.
@@ -75,13 +82,15 @@ def choose(
         longest_row: tokens of the longest row.
         asked: what the user named, which is obeyed; None lets the plan choose.
         limit: most tokens worth having in a pass.
+        weights: bytes that keeping packed weights dequantised would take.
     """
     budget = int(free_bytes * _SHARE) - 2 * CHUNK_BYTES
     least = max(longest_row, limit // 8)
     modes: tuple[Checkpointing, ...] = (asked,) if asked is not None else ("none", "recompute")
     for mode in modes:
         per_token = kept_bytes_per_token(shape, element, mode) + work_bytes_per_token(shape, element)
-        tokens = max(0, budget) // per_token
-        if tokens >= least:
-            return PassPlan(mode, min(tokens, limit))
+        for keep in (True, False) if weights else (False,):
+            tokens = max(0, budget - (weights if keep else 0)) // per_token
+            if tokens >= least:
+                return PassPlan(mode, min(tokens, limit), keep)
     return PassPlan(modes[-1], max(1, min(tokens, limit)))

@@ -5,9 +5,7 @@ them and then run in as few passes as memory allows; evaluation runs the same wa
 at all. Everything else (schedules, logging, callbacks, saving strategies, resuming) is Trainer's own.
 """
 
-import contextlib
 import logging
-import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,21 +19,23 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
 from jebi.adapters.peft_files import read_weights
-from jebi.data.heldout import inputs_of, summed_loss
+from jebi.data.heldout import summed_loss
 from jebi.data.packing import pack
-from jebi.data.passes import Batch, Pass, collate, cut, longest
+from jebi.data.passes import Batch, collate, cut, longest
 from jebi.data.rows import FormattingFunc, tokenize
-from jebi.errors import ConfigError, DivergedError
+from jebi.errors import ConfigError
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.loading import read_masters
-from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, TRAINED_BYTES, PassPlan, choose
+from jebi.plan.passes import PassPlan
 from jebi.training import processes
 from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check
 from jebi.training.checkpoints import complete_checkpoint, note_best, require_writable
+from jebi.training.engine import Engine, Settings, make_plan
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.loraplus import own_rates, split_rates
+from jebi.training.losses import Losses
 from jebi.training.optimizer import AdamW8bit
-from jebi.training.report import Meter, Report, free_bytes
+from jebi.training.report import Meter, Report
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,7 @@ class SFTTrainer(Trainer):
         self._trained_tokens = self._trained_steps = 0
         self._interrupt = StopOnInterrupt()
         self._plan: PassPlan | None = None
+        self._losses = Losses()
         self._staging: Path | None = None
         self.report = None
         super().__init__(
@@ -137,11 +138,15 @@ class SFTTrainer(Trainer):
         self._bag = []
         self._interrupt.interrupted = self._interrupt.saved = False
         self._trained_tokens = self._trained_steps = 0
-        self._plan = self._make_plan()
+        self._plan = None
+        plan = self._current_plan()
+        self._losses.clear()
         meter = Meter(self.model.device)
+        self._engine = Engine(self.model, self._settings(), self.accelerator)
         with self._interrupt.listening():
             output = super().train(*args, **kwargs)
-        chosen = {"pass_tokens": self._plan.tokens, "checkpointing": self._plan.checkpointing}
+        self._losses.require_finite(self.args.output_dir)
+        chosen = {"pass_tokens": plan.tokens, "checkpointing": plan.checkpointing}
         (tokens,) = processes.summed(self.accelerator, self._trained_tokens)
         self.report = meter.report(self._trained_steps, int(tokens), chosen)
         if self.args.should_save:
@@ -181,38 +186,29 @@ class SFTTrainer(Trainer):
         # Tokens held once would also share one dropout mask.
         share = not self._drops_out() and self.model.shares_beginnings(longest(batches))
         passes = cut(batches, self._current_plan().tokens, share)
-        loss = torch.zeros((), device=self.args.device)
-        for index, part in enumerate(passes):
-            last = index == len(passes) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss += self._forward_backward(model, part, num_items_in_batch)
+        loss = self._engine.run(model, passes, num_items_in_batch, self._loss_of)
         self._trained_tokens += sum(part.tokens for part in passes)
         self._trained_steps += 1
-        self._require_finite(loss, batches)
+        rows = [row for batch in batches for row in batch["rows"]]
+        self._losses.add(self.state.global_step + 1, loss, rows)
         if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
             torch.cuda.empty_cache()
         return loss
 
-    def _forward_backward(self, model: nn.Module, part: Pass, items: Tensor | int | None) -> Tensor:
+    def _loss_of(self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int) -> Tensor:
         with self.compute_loss_context_manager():
-            inputs = inputs_of(part, self.args.device) | {"label_smoothing": self.args.label_smoothing_factor}
             loss = self.compute_loss(model, inputs, num_items_in_batch=items)
-            assert isinstance(loss, Tensor)
-        self.accelerator.backward(loss)
-        detached: Tensor = loss.detach()
-        return detached
+        assert isinstance(loss, Tensor)
+        return loss
 
     def _drops_out(self) -> bool:
         return any(linear.adapter is not None and linear.adapter.dropout > 0 for _, linear in self.model.linears())
 
-    def _require_finite(self, loss: Tensor, batches: list[Batch]) -> None:
-        if math.isfinite(loss.item()):
-            return
-        rows = [row for batch in batches for row in batch["rows"]]
-        raise DivergedError(
-            f"the loss is {loss.item()} at step {self.state.global_step + 1}, rows {rows}. Stopped; checkpoints "
-            f"saved before under '{self.args.output_dir}' stay. Look at those rows, or lower learning_rate."
-        )
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; before anything is logged or saved, the losses are looked at."""
+        if self.control.should_log or self.control.should_save or self.control.should_evaluate:
+            self._losses.require_finite(self.args.output_dir)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def evaluation_loop(
         self,
@@ -247,24 +243,21 @@ class SFTTrainer(Trainer):
 
     def _current_plan(self) -> PassPlan:
         if self._plan is None:
-            self._plan = self._make_plan()
+            self._plan = make_plan(self.model, self._settings())
         return self._plan
 
-    def _make_plan(self) -> PassPlan:
-        """Choose the pass size, and what layers keep where the model leaves it open; set it on the model."""
-        backbone, device = self.model.model, self.model.device
-        limit = CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS
-        asked = None if getattr(self.model, "auto_checkpointing", False) else backbone.checkpointing
-        if self.args.gradient_checkpointing and asked in (None, "none"):
-            settings = self.args.gradient_checkpointing_kwargs or {}
-            assert not isinstance(settings, str), "TrainingArguments turns text into a dictionary"
-            asked = "offload" if settings.get("offload") else "recompute"
-        element = self.model.dtype.itemsize
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        free = free_bytes(device) - TRAINED_BYTES * trained
-        plan = choose(backbone.shape, element, free, self._longest, asked, limit)
-        backbone.checkpointing = plan.checkpointing
-        return plan if self._pass_tokens is None else PassPlan(plan.checkpointing, self._pass_tokens)
+    def _settings(self) -> Settings:
+        recompute = self.args.gradient_checkpointing_kwargs or {}
+        assert not isinstance(recompute, str), "TrainingArguments turns text into a dictionary"
+        return Settings(
+            longest=self._longest,
+            pass_tokens=self._pass_tokens,
+            recompute=bool(self.args.gradient_checkpointing),
+            offload=bool(recompute.get("offload")),
+            label_smoothing=self.args.label_smoothing_factor,
+            # A loss of the user's own is computed his way.
+            graphs=type(self).compute_loss is Trainer.compute_loss,
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As Trainer's; LoRA+ and trained embeddings have learning rates of their own."""
