@@ -203,19 +203,27 @@ class _Graph:
 def shape_of(part: Pass) -> Shape:
     """The shape that a pass is padded to."""
     rows, tokens = part.rows, part.input_ids.shape[1]
-    learnt = _round(int((part.shift_labels != IGNORED).sum()))
+    learnt = int((part.shift_labels != IGNORED).sum())
     if rows.alike and rows.whole_T is None:
-        return Shape(tokens, learnt, rows.starts, None, True)
+        return Shape(tokens, _learnt_room(learnt, tokens), rows.starts, None, True)
     held = _round(tokens)
-    longest = max(128, 1 << (rows.longest - 1).bit_length())
+    longest = max(_LONGEST, 1 << (rows.longest - 1).bit_length())
     whole = None if rows.whole_T is None else _round(part.tokens + held - tokens)
     # Room for the rows and for spare tokens in rows no longer than the longest.
     most = len(rows.starts) + 2 * _STEP_MOST // longest + 2
     count = max(16, 1 << (most - 1).bit_length())
-    return Shape(held, learnt, tuple(longest * n for n in range(count + 1)), whole, False)
+    return Shape(held, _learnt_room(learnt, held), tuple(longest * n for n in range(count + 1)), whole, False)
+
+
+def _learnt_room(learnt: int, tokens: int) -> int:
+    """Room for the learnt tokens: all tokens where most are learnt, so that there are not two sizes to a shape."""
+    room = _round(learnt)
+    return tokens if room > tokens // 2 else room
 
 
 _STEP, _STEP_MOST = 256, 1024
+_LONGEST = 1024
+"""Shapes do not tell rows below this apart: attention's empty blocks cost less than a capture."""
 
 
 def _round(tokens: int) -> int:
