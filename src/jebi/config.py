@@ -101,6 +101,14 @@ class DataConfig:
     """What has labels: the whole text, as in the tutorial, or only the answers and their EOS."""
     packing: bool = False
     """Fill sequences of max_seq_length with several rows, kept apart."""
+    long: Literal["cut", "split", "refuse"] = "cut"
+    """A row longer than max_seq_length is cut, split into pieces, or refused by its number."""
+    overlap: int = 0
+    """Tokens that a piece repeats of the piece before it, to read and not to learn; with `long` split."""
+    repair_encoding: bool = False
+    """Turn back text that was read in the wrong encoding, such as Ã© for é."""
+    allow: list[str] = field(default_factory=list)
+    """Codes of the check that shall not stop the training; docs/checks.md has them."""
 
     def __post_init__(self) -> None:
         if not self.train:
@@ -111,6 +119,8 @@ class DataConfig:
             raise ConfigError("data.learn 'answers' needs the answers apart: use a template, not data.text_field.")
         if not 0 <= self.heldout_share < 1:
             raise ConfigError(f"data.heldout_share must be from 0 to below 1, not {self.heldout_share}.")
+        if self.overlap and self.long != "split":
+            raise ConfigError(f"data.overlap does nothing with data.long {self.long}: set data.long to split.")
 
 
 @dataclass
