@@ -7,18 +7,23 @@ import json
 import logging
 import math
 import typing
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from jebi.adapters.peft_files import CONFIG_FILE, base_of, names_base
 from jebi.config import DataConfig, RunConfig, check_type, reject_unknown
+from jebi.data.control_tokens import as_ids
+from jebi.data.findings import Report
+from jebi.data.flat_rows import FlatRows, Ints, flat
 from jebi.data.heldout import answer_rows
+from jebi.data.long_rows import UNCUT, fit
+from jebi.data.mojibake import repair
 from jebi.data.sources import load_rows, require_columns
 from jebi.data.templates import COLUMNS, DEFAULT_TEMPLATE, Template, named
 from jebi.errors import AdapterError, ConfigError
@@ -27,10 +32,11 @@ from jebi.inference.compare import Questions, compare_models
 from jebi.inference.comparison import Comparison
 from jebi.inference.page import render
 from jebi.models.device import default_device, default_dtype
-from jebi.models.files import EMBEDDED
+from jebi.models.files import EMBEDDED, find
 from jebi.models.hf import JebiForCausalLM
 from jebi.training.arguments import SFTConfig, refuse
 from jebi.training.checkpoints import require_writable, write_whole
+from jebi.training.preparation import Preparation
 from jebi.training.trainer import SFTTrainer
 
 logger = logging.getLogger(__name__)
@@ -73,6 +79,9 @@ def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = Fa
 
 _ELSEWHERE = {
     "packing": "data.packing",
+    "long": "data.long",
+    "overlap": "data.overlap",
+    "allow": "data.allow",
     "dataset_text_field": "data.text_field",
     "max_seq_length": "model.max_seq_length",
 }
@@ -99,6 +108,7 @@ def arguments(config: RunConfig, evaluates: bool = False) -> SFTConfig:
     for name, value in config.train.items():
         check_type(hints[name], value, f"train.{name}")
     settings: dict[str, Any] = {"output_dir": "outputs", "report_to": [], "logging_steps": 1, "save_strategy": "no"}
+    settings |= {"long": config.data.long, "overlap": config.data.overlap, "allow": config.data.allow}
     settings |= {"disable_tqdm": False, "eval_strategy": "epoch" if evaluates else "no"} | config.train
     if not torch.cuda.is_available():
         settings.setdefault("use_cpu", True)
@@ -110,6 +120,61 @@ def arguments(config: RunConfig, evaluates: bool = False) -> SFTConfig:
         raise ConfigError(f"section 'train': {error}") from error
     refuse(args)
     return args
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a training would see."""
+
+    rows: FlatRows
+    """Its token rows."""
+    lengths: Ints
+    """Tokens of every row before any is cut or split."""
+    tokenizer: PreTrainedTokenizerBase
+    """Turns them back into text."""
+    report: Report
+    """What is wrong with them."""
+    longest: int
+    """``max_seq_length``."""
+    long: str
+    """What becomes of longer rows."""
+    allowed: list[str]
+    """Codes that do not stop."""
+    steps: str
+    """Optimizer steps, and how they come about."""
+
+
+def inspect(config: RunConfig) -> Inspection:
+    """Prepare the rows as `train` would, and check them; of the model only its tokenizer and configs are read."""
+    given, heldout = _read(config.data)
+    args = arguments(config, evaluates=heldout is not None)
+    files = find(config.model.name, config.model.token)
+    tokenizer, generation = files.tokenizer(), files.generation_config()
+    data, longest = config.data, config.model.max_seq_length
+    field = data.text_field or "text"
+    workers = args.dataset_num_proc
+    preparation = Preparation(tokenizer, field, None, longest, workers, data.packing, data.long, data.overlap)
+    texts = _prepared(given, replace(config, data=replace(data, long="split")), tokenizer)
+    uncut = preparation.tokenized(texts, UNCUT)
+    tokens = fit(uncut, longest, data.long, data.overlap)
+    measured = preparation(_prepared(heldout, config, tokenizer)) if heldout is not None else None
+    report = preparation.check(tokens, texts, measured, as_ids(generation.eos_token_id if generation else None))
+    steps = _steps(args, len(_known(preparation.packed(tokens))))
+    rows, lengths = flat(_known(tokens)).cut(longest), flat(_known(uncut)).lengths
+    return Inspection(rows, lengths, tokenizer, report, longest, data.long, data.allow, steps)
+
+
+def _known(rows: Any) -> Dataset:
+    assert isinstance(rows, Dataset), "rows of a config have a known length"
+    return rows
+
+
+def _steps(args: SFTConfig, sequences: int) -> str:
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    epoch = math.ceil(sequences / batch)
+    if args.max_steps > 0:
+        return f"{args.max_steps:,} of {batch} (max_steps), {args.max_steps / epoch:.1f} epochs"
+    return f"{math.ceil(epoch * args.num_train_epochs):,} of {batch} in {args.num_train_epochs:g} epochs"
 
 
 def compare(
@@ -191,6 +256,9 @@ def _read(data: DataConfig) -> tuple[Dataset, Dataset | None]:
         named(data.template or DEFAULT_TEMPLATE)  # a wrong one is told before anything is loaded
     rows = load_rows(data.train, data.split)
     require_columns(rows, needed, data.train)
+    if data.repair_encoding:
+        rows, mended = repair(rows)
+        logger.warning(f"data.repair_encoding: {mended} of {len(rows)} rows were turned back.")
     if data.heldout:
         heldout = load_rows(data.heldout)
         require_columns(heldout, needed, data.heldout)
@@ -204,15 +272,20 @@ def _read(data: DataConfig) -> tuple[Dataset, Dataset | None]:
 
 
 def _prepared(rows: Dataset, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The rows as the trainer takes them: whole texts with their EOS, or token rows whose answers alone are learnt."""
+    """The rows as the trainer takes them: whole texts with their EOS, or token rows whose answers alone are learnt.
+
+    The columns they were made of stay beside them, for the check to read.
+    """
     data = config.data
     if data.text_field:
         return rows
     template, eos = named(data.template or DEFAULT_TEMPLATE), str(tokenizer.eos_token)
     if data.learn == "answers":
-        return Dataset.from_list(answer_rows(rows, template, tokenizer, config.model.max_seq_length))
+        longest = config.model.max_seq_length if data.long == "cut" else UNCUT
+        tokens = Dataset.from_list(answer_rows(rows, template, tokenizer, longest))
+        return concatenate_datasets([tokens, rows.select_columns(list(COLUMNS))], axis=1)
     texts = [template.row(row["instruction"], row["input"], row["output"], eos) for row in rows]
-    return Dataset.from_dict({"text": texts})
+    return concatenate_datasets([Dataset.from_dict({"text": texts}), rows.select_columns(list(COLUMNS))], axis=1)
 
 
 def _without_secrets(config: RunConfig) -> dict[str, Any]:

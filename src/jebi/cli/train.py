@@ -16,9 +16,14 @@ def command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
     ] = False,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="Code of the check that shall not stop; may be repeated.")
+    ] = None,
 ) -> None:
     """Fine-tune a model as a config file says."""
-    train_and_report(read_run(config, set_), resume)
+    run_config = read_run(config, set_)
+    run_config.data.allow += allow or []
+    train_and_report(run_config, resume)
 
 
 def train_and_report(run_config: RunConfig, resume: bool = False) -> Path:

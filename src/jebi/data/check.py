@@ -42,6 +42,13 @@ _AT_ONCE = 5_000
 """Rows whose tokens are in memory together."""
 
 
+CUT_ABOVE = 0.05
+"""Share of rows cut by ``max_seq_length`` that is worth a finding."""
+
+OTHER_FORM_FROM = 0.5
+"""Share of rows in another form than the chat template's that is; single rows may have been cut before their answer."""
+
+
 @dataclass(frozen=True)
 class Contract:
     """What the rows are checked against."""
@@ -87,11 +94,12 @@ def check_rows(
     seen.faults["duplicates"] = repeated(seen.hashes)
     examined = len(np.unique(seen.numbers))
     tally = {code: (np.unique(seen.numbers[mask]), examined) for code, mask in seen.faults.items()}
-    if len(tally.get("template-mismatch", ([], 0))[0]) < examined / 2:
-        tally.pop("template-mismatch", None)  # single rows may have been cut before their answer
+    for code, share in (("rows-cut", CUT_ABOVE), ("template-mismatch", OTHER_FORM_FROM)):
+        if code in tally and len(tally[code][0]) < share * examined:
+            del tally[code]
     tally["leak"] = _leaked(seen, [_look(part, tokenizer, control, contract) for part in heldout])
-    if texts is not None:
-        tally |= _found_in_texts(texts, rows, seen, control, contract)
+    if texts is not None and (table := _table(texts)) is not None:
+        tally |= _found_in_texts(table, rows, seen, control, contract)
     findings = [
         Finding(code, len(tally[code][0]), tally[code][1], tuple(tally[code][0][:SHOWN].tolist()))
         for code in CODES
@@ -152,9 +160,8 @@ def _leaked(seen: _Seen, heldout: list[_Seen]) -> tuple[Ints, int]:
 
 
 def _found_in_texts(
-    texts: Rows, rows: Rows, seen: _Seen, control: ControlTokens | None, contract: Contract
+    table: pa.Table, rows: Rows, seen: _Seen, control: ControlTokens | None, contract: Contract
 ) -> dict[str, tuple[Ints, int]]:
-    table = _table(texts)
     found = text_faults(table, control.names if control else (), contract.ready)
     found["empty-answers"] = np.union1d(found["empty-answers"], seen.numbers[seen.faults["empty-answers"]])
     # Where tokenising left a row out, it had nothing to learn. What lies behind the last row looked at is not known.
@@ -164,10 +171,14 @@ def _found_in_texts(
     return {code: (hit, table.num_rows) for code, hit in found.items()}
 
 
-def _table(texts: Rows) -> pa.Table:
+def _table(texts: Rows) -> pa.Table | None:
+    """The rows that are looked at; None where streamed ones are of too many kinds for columns."""
     if isinstance(texts, Dataset):
         return texts.with_format("arrow")[: min(len(texts), MOST)]
-    return Dataset.from_list(list(islice(texts, STREAMED))).with_format("arrow")[:]
+    try:
+        return pa.Table.from_pylist(list(islice(texts, STREAMED)))
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return None
 
 
 def _note(rows: Rows) -> str | None:

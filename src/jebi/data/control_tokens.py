@@ -66,6 +66,11 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, eos: Iterable[int] = ()) 
     )
 
 
+def as_ids(eos: int | list[int] | None) -> tuple[int, ...]:
+    """``eos_token_id`` of a generation config, which may be one id, several, or none."""
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+
 def without_blanks(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[int, int | None]:
     """For each token the first of ``ids`` that is the same text but for white space; None for white space alone."""
     first: dict[str, int] = {}

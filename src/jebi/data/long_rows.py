@@ -24,7 +24,9 @@ def require_choice(long: str, overlap: int, longest: int | None) -> None:
     if overlap and long != "split":
         raise ConfigError(f"overlap={overlap} does nothing with long='{long}': set long to split, or drop overlap.")
     if overlap < 0 or (longest is not None and overlap >= longest):
-        raise ConfigError(f"overlap={overlap} must be from 0 to below max_seq_length={longest}.")
+        raise ConfigError(
+            f"overlap={overlap} must be from 0 to below max_seq_length{f'={longest}' if longest else ''}."
+        )
 
 
 def fit(rows: Rows, longest: int, long: str, overlap: int) -> Rows:

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jebi.data.encoding import damaged_rows
 from jebi.data.flat_rows import Ints
+from jebi.data.mojibake import damaged_rows
 from jebi.data.texts import Leaf, answers, leaves
 
 LOST = "\ufffd"

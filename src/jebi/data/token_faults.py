@@ -129,7 +129,8 @@ def repetitive(rows: FlatRows) -> Bools:
     filled = np.zeros((len(rows), _BUCKETS), bool)
     filled[row_T[place], (runs >> np.uint64(55)).astype(np.int64)] = True
     seen = np.bincount(row_T[place], minlength=len(rows))
-    return (seen >= SHORT) & (filled.sum(axis=1) < LOOPS_BELOW * seen)
+    loops: Bools = (seen >= SHORT) & (filled.sum(axis=1) < LOOPS_BELOW * seen)
+    return loops
 
 
 def opened(rows: FlatRows, opening: tuple[int, ...]) -> Bools:

@@ -9,6 +9,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from jebi.data.findings import require_codes
+from jebi.data.long_rows import require_choice
 from jebi.errors import ConfigError
 
 
@@ -20,6 +22,9 @@ class SFTConfig(TrainingArguments):
     max_seq_length: int | None = field(default=None, metadata={"help": "Longest row; None takes the model's."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
     packing: bool = field(default=False, metadata={"help": "Fill sequences with several rows, kept apart."})
+    long: str = field(default="cut", metadata={"help": "Rows beyond max_seq_length: cut, split or refuse."})
+    overlap: int = field(default=0, metadata={"help": "Tokens that a piece of a split row repeats of the last one."})
+    allow: list[str] = field(default_factory=list, metadata={"help": "Codes of the check that shall not stop."})
     pass_tokens: int | None = field(default=None, metadata={"help": "Most tokens of a pass; None plans it."})
 
 
@@ -76,8 +81,11 @@ def refuse(args: TrainingArguments) -> None:
     assert not isinstance(layers, str), "TrainingArguments turns text into a dictionary"
     if (layers.get("every_n_layers") or 1) != 1:
         raise ConfigError("every_n_layers is not supported: jebi recomputes every layer or none. Remove it.")
-    if isinstance(args, SFTConfig) and args.pass_tokens is not None and args.pass_tokens < 1:
-        raise ConfigError(f"pass_tokens must be at least 1, not {args.pass_tokens}; None plans it.")
+    if isinstance(args, SFTConfig):
+        if args.pass_tokens is not None and args.pass_tokens < 1:
+            raise ConfigError(f"pass_tokens must be at least 1, not {args.pass_tokens}; None plans it.")
+        require_choice(args.long, args.overlap, args.max_seq_length)
+        require_codes(args.allow, "allow")
 
 
 def _check_optimizer(args: TrainingArguments) -> None:

@@ -21,10 +21,11 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
 from jebi.adapters.peft_files import read_weights
+from jebi.data.control_tokens import as_ids
+from jebi.data.findings import Report as DataReport
 from jebi.data.heldout import inputs_of, summed_loss
-from jebi.data.packing import pack
 from jebi.data.passes import Batch, Pass, collate, cut, longest
-from jebi.data.rows import FormattingFunc, tokenize
+from jebi.data.rows import FormattingFunc
 from jebi.errors import ConfigError, DivergedError
 from jebi.models.hf import JebiForCausalLM
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, choose
@@ -32,6 +33,7 @@ from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check
 from jebi.training.checkpoints import complete_checkpoint, require_writable
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.optimizer import AdamW8bit
+from jebi.training.preparation import Preparation
 from jebi.training.report import Meter, Report, free_bytes
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ class SFTTrainer(Trainer):
     model: JebiForCausalLM
     report: Report | None
     """Memory and time of the last `train`; also in ``report.json`` under the output folder."""
+    data_report: DataReport | None
+    """What the check of the training rows found when `train` began; None on other processes than the first."""
 
     def __init__(  # noqa: PLR0913  (the script's own argument list)
         self,
@@ -91,20 +95,13 @@ class SFTTrainer(Trainer):
         field = _first(dataset_text_field, config and config.dataset_text_field, "text")
         workers = _first(dataset_num_proc, config and config.dataset_num_proc)
         packed = bool(_first(packing, config and config.packing))
+        long, overlap = (config.long, config.overlap) if config else ("cut", 0)
 
-        def prepare(dataset: Any) -> Any:
-            if dataset is None:
-                return None
-            if isinstance(dataset, dict):
-                return {name: prepare(part) for name, part in dataset.items()}
-            if tokenizer is None:
-                raise ConfigError("tokenizer is missing: pass tokenizer=tokenizer.")
-            rows = tokenize(dataset, tokenizer, field, formatting_func, row_limit, workers)
-            return pack(rows, row_limit) if packed else rows
-
+        self._prepare = Preparation(tokenizer, field, formatting_func, row_limit, workers, packed, long, overlap)
+        tokens = self._prepare.tokens(train_dataset)
+        self._trained_on = tokens, train_dataset
         if args.n_gpu > 1:
             args._n_gpu = 1  # One process trains on one card; Trainer would copy the model to all of them each step.
-        self._prepare = prepare
         self._longest = row_limit
         self._pass_tokens = config.pass_tokens if config else None
         self._bag: list[Batch] = []
@@ -112,13 +109,14 @@ class SFTTrainer(Trainer):
         self._interrupt = StopOnInterrupt()
         self._plan: PassPlan | None = None
         self._staging: Path | None = None
-        self.report = None
+        self.report = self.data_report = None
+        self._allow = config.allow if config else []
         super().__init__(
             model=model,
             args=args,
             data_collator=collate,
-            train_dataset=prepare(train_dataset),
-            eval_dataset=prepare(eval_dataset),
+            train_dataset=self._prepare.packed(tokens),
+            eval_dataset=self._prepare(eval_dataset),
             processing_class=tokenizer,
             callbacks=[*(callbacks or []), self._interrupt],
             optimizers=optimizers,
@@ -128,6 +126,7 @@ class SFTTrainer(Trainer):
         """Train as Trainer does, measure it, and write ``report.json``.
 
         Raises:
+            CheckError: the rows have a fault that makes training on them pointless, and that is not allowed.
             DivergedError: the loss became NaN or infinite; checkpoints written before stay.
             KeyboardInterrupt: Ctrl-C came; the step under way was finished and saved first.
         """
@@ -136,6 +135,7 @@ class SFTTrainer(Trainer):
         self._bag = []
         self._interrupt.interrupted = self._interrupt.saved = False
         self._trained_tokens = self._trained_steps = 0
+        self._check_rows()
         self._plan = self._make_plan()
         meter = Meter(self.model.device)
         with self._interrupt.listening():
@@ -149,6 +149,19 @@ class SFTTrainer(Trainer):
                 self._save_checkpoint(self.model, None)
             raise KeyboardInterrupt
         return output
+
+    def _check_rows(self) -> None:
+        """Tell what is wrong with the rows, once, before anything is computed."""
+        if self.data_report is not None or not self.is_world_process_zero():
+            return
+        tokens, texts = self._trained_on
+        assert tokens is not None, "train has asked for them"
+        eos = as_ids(self.model.generation_config.eos_token_id)
+        report = self._prepare.check(tokens, texts, self.eval_dataset, eos)
+        report.require(self._allow)
+        for line in report.lines(self._allow):
+            logger.warning(line)
+        self.data_report = report
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As Trainer's; rows given to `evaluate` itself are tokenised as the others were."""
