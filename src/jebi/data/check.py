@@ -113,8 +113,9 @@ def _look(
 ) -> _Seen:
     """Some rows at a time, each time with one more, which says whether it goes on from the one before it."""
     parts = []
-    for some, count in _portions(rows):
+    for some, beyond in _portions(rows):
         marked = mark(flat(some).cut(contract.longest), control, tokenizer)
+        count = len(marked.rows) - beyond
         faults = {code: mask[:count] for code, mask in _faults(marked, control, contract).items()}
         parts.append(_Seen(faults, marked.rows.numbers[:count], hashes(marked)[:count]))
     return _Seen(
@@ -125,14 +126,15 @@ def _look(
 
 
 def _portions(rows: Rows) -> Iterator[tuple[Dataset | list[dict[str, Any]], int]]:
+    """Token rows or packed sequences, and how many rows at their end belong to the next portion."""
     if not isinstance(rows, Dataset):
-        some = list(islice(rows, STREAMED))
-        yield some, len(some)
+        yield list(islice(rows, STREAMED)), 0
         return
     last = min(len(rows), MOST)
     for begin in range(0, last, _AT_ONCE):
         end = min(begin + _AT_ONCE, last)
-        yield rows.select(range(begin, min(end + 1, len(rows)))), end - begin
+        beyond = len(rows[end].get("lengths", [0])) if end < len(rows) else 0
+        yield rows.select(range(begin, end + min(beyond, 1))), beyond
 
 
 def _faults(marked: Marked, control: ControlTokens | None, contract: Contract) -> dict[str, Bools]:
