@@ -19,8 +19,9 @@ _BYTES = {bytes([code]).decode("cp1252"): code for code in range(0x80, 0xA0) if 
 
 _INNER = "\u0080-\u00bf" + "".join(_BYTES)
 _UTF8 = f"[\u00c3-\u00df][{_INNER}]|\u00c2[\u00a0-\u00bf]|[\u00e0-\u00ef][{_INNER}]{{2}}|[\u00f0-\u00f4][{_INNER}]{{3}}"
-_EUC_KR = "(?:[\u00b0-\u00c8][\u00a1-\u00fe]){2,}"
+_EUC_KR = "[\u00a1-\u00fe]{4,}"
 _HANJA = "[\u4e00-\u9fff\uf900-\ufaff]"
+_CJK_MARKS = "[\u2000-\u206f\u3000-\u303f\uff00-\uffef]"
 
 CANDIDATES = f"{_UTF8}|{_EUC_KR}|{_HANJA}"
 """A pattern (RE2's and Python's) for texts that are worth a closer look."""
@@ -28,13 +29,15 @@ CANDIDATES = f"{_UTF8}|{_EUC_KR}|{_HANJA}"
 _SURE_LEADS = "\u00c2\u00c3\u00e2"
 """First characters of the mojibake of é, of a no-break space, and of quotes and dashes."""
 
+_READINGS = 3
+"""How often a text may have gone through the wrong reading."""
+
 
 def repaired(text: str) -> str:
     """The text as it was meant; the same text where nothing is wrong with it."""
-    fixed = _as_latin(text)
-    while fixed != text:  # some texts went through the wrong reading more than once
-        text, fixed = fixed, _as_latin(fixed)
-    fixed = re.sub(_EUC_KR, _from_euc_kr, fixed)
+    fixed = re.sub(f"(?<![\u0080-\u00ff]){_EUC_KR}(?![\u0080-\u00ff])", _from_euc_kr, text)
+    for _ in range(_READINGS):
+        fixed = _as_latin(fixed)
     return fixed if fixed != text else _as_cp949(text)
 
 
@@ -44,7 +47,7 @@ def repair(rows: Dataset) -> tuple[Dataset, int]:
     if not damaged:
         return rows, 0
     fixed = rows.map(
-        lambda row, number: _deep(row, repaired) if number in damaged else row, with_indices=True, desc="Repairing"
+        lambda row, number: _deep(dict(row), repaired) if number in damaged else row, with_indices=True, desc="Repairing"
     )
     return fixed, len(damaged)
 
@@ -58,7 +61,7 @@ def damaged_rows(values: Any, rows: Any) -> list[int]:
 def _as_latin(text: str) -> str:
     """Sequences that are UTF-8 byte by byte; one alone may be chance, unless it is of the well-known kind."""
     found = [match for match in re.finditer(_UTF8, text) if _from_utf8(match.group()) is not None]
-    if len(found) == 1:
+    if len(found) == 1 and len(found[0].group()) < 4:
         character = _from_utf8(found[0].group()) or ""
         if found[0].group()[0] not in _SURE_LEADS and not _is_hangul(character):
             return text
@@ -76,11 +79,14 @@ def _from_utf8(sequence: str) -> str | None:
 def _from_euc_kr(match: re.Match[str]) -> str:
     """Hangul where the bytes are nothing else; four different ones at least, since ···· are bytes of Hangul too."""
     run = match.group()
+    if re.fullmatch(f"(?:{_UTF8})+", run):
+        return run
     try:
         meant = run.encode("latin-1").decode("euc_kr")
     except UnicodeDecodeError:
         return run
-    return meant if _is_hangul(meant) and len(set(run)) >= 4 else run
+    words = re.sub(_CJK_MARKS, "", meant)
+    return meant if words and _is_hangul(words) and len(set(run)) >= 4 else run
 
 
 def _as_cp949(text: str) -> str:
