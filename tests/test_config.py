@@ -31,7 +31,10 @@ train: {learning_rate: 2e-4, max_steps: 3}
 FIELDS = {
     ModelConfig: ["name", "max_seq_length", "load_in_4bit", "dtype", "token", "rope_scaling"],
     LoraConfig: ["r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "random_state"],
-    DataConfig: ["train", "split", "heldout", "heldout_share", "template", "text_field", "learn", "packing"],
+    DataConfig: [
+        *("train", "split", "heldout", "heldout_share", "template", "text_field", "learn", "packing"),
+        *("long", "overlap", "repair_encoding", "allow"),
+    ],
     RunConfig: ["model", "lora", "data", "train"],
 }
 """The settings there are. One that is added, renamed or dropped changes users' files: it is to be noticed."""

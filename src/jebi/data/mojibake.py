@@ -47,7 +47,9 @@ def repair(rows: Dataset) -> tuple[Dataset, int]:
     if not damaged:
         return rows, 0
     fixed = rows.map(
-        lambda row, number: _deep(dict(row), repaired) if number in damaged else row, with_indices=True, desc="Repairing"
+        lambda row, number: _deep(dict(row), repaired) if number in damaged else row,
+        with_indices=True,
+        desc="Repairing",
     )
     return fixed, len(damaged)
 

@@ -16,7 +16,7 @@ MOSTLY = 0.9
 """Share of special or unknown tokens from which a row is of almost nothing else."""
 
 LOOPS_BELOW = 0.2
-"""Different runs of `RUN` tokens a token, below which an answer repeats itself; prose has about 0.9."""
+"""Different runs of `RUN` tokens a token, below which an answer repeats itself, as no prose does."""
 
 RUN = 4
 
@@ -54,6 +54,11 @@ class Marked:
         numbers = self.rows.numbers
         return np.concatenate((numbers[:-1] == numbers[1:], [False]))[: len(numbers)]
 
+    @property
+    def inner(self) -> Bools:
+        """(R,) pieces that go on from an earlier piece."""
+        return np.concatenate(([False], self.continued[:-1]))[: len(self.rows)]
+
 
 def mark(rows: FlatRows, control: ControlTokens | None, tokenizer: PreTrainedTokenizerBase | None) -> Marked:
     """Find in the rows what the tokenizer says of their tokens; without one, nothing is special."""
@@ -75,12 +80,10 @@ def bos_faults(marked: Marked, control: ControlTokens) -> dict[str, Bools]:
     """BOS twice, or not where the tokenizer or the template puts it."""
     rows, ids = marked.rows, marked.rows.ids
     begins, twice = _at(rows, 0, ids == control.bos), _at(rows, 1, ids == control.bos)
-    # Pieces of a long row begin in its middle.
-    inner = np.concatenate(([False], marked.continued[:-1]))[: len(rows)]
     expected = np.full(len(rows), control.adds_bos)
     if control.template_adds_bos:
         expected |= opened(rows, control.opening)
-    return {"doubled-bos": begins & twice, "missing-bos": expected & ~begins & ~inner}
+    return {"doubled-bos": begins & twice, "missing-bos": expected & ~begins & ~marked.inner}
 
 
 def eos_faults(marked: Marked, control: ControlTokens, longest: int) -> dict[str, Bools]:
@@ -101,7 +104,7 @@ def empty_answers(marked: Marked) -> Bools:
     rows = marked.rows
     prompted = rows.counts(~rows.learnt) > 1
     answer = rows.counts(rows.learnt & ~marked.special & ~marked.blank)
-    empty: Bools = prompted & (answer == 0) & (rows.counts(rows.learnt) > 0)
+    empty: Bools = prompted & (answer == 0) & (rows.counts(rows.learnt) > 0) & ~marked.inner
     return empty
 
 
