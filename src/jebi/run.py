@@ -5,22 +5,23 @@ Progress goes to stderr; nothing is printed here but what transformers and datas
 
 import json
 import logging
-import math
 import typing
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from jebi.adapters.peft_files import CONFIG_FILE, base_of, names_base
 from jebi.config import DataConfig, RunConfig, check_type, reject_unknown
-from jebi.data.heldout import answer_rows
+from jebi.data import loading, templates
+from jebi.data.conversation import question
+from jebi.data.formatters import load_formatter
+from jebi.data.mixing import read_sources
+from jebi.data.preparation import Preparation
 from jebi.data.sources import load_rows, require_columns
-from jebi.data.templates import COLUMNS, DEFAULT_TEMPLATE, Template, named
 from jebi.errors import AdapterError, ConfigError
 from jebi.fast import FastLanguageModel
 from jebi.inference.compare import Questions, compare_models
@@ -42,7 +43,7 @@ RUN_FILE = "jebi_run.json"
 def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = False) -> SFTTrainer:
     """Train as the config says; adapter, tokenizer, report and config are in the output folder afterwards."""
     rows, heldout = _read(config.data)
-    args = arguments(config, evaluates=heldout is not None)
+    args = arguments(config, evaluates=bool(heldout))
     output = Path(str(args.output_dir))
     require_writable(output)
     if resume and get_last_checkpoint(str(output)) is None:
@@ -51,12 +52,17 @@ def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = Fa
         raise ConfigError(f"train.resume_from_checkpoint: there is no folder '{args.resume_from_checkpoint}'.")
     model, tokenizer = _load(config)
     _adapt(model, config)
+    if config.data.formatter:
+        formatter = load_formatter(config.data.formatter, tokenizer)
+        rows, heldout = loading.formatted(rows, formatter), loading.formatted(heldout, formatter)
+    how = _preparation(config.data, config.model.max_seq_length, args.dataset_num_proc)
+    template = loading.template_of_all(rows + heldout, how)
+    seed = args.seed if args.data_seed is None else args.data_seed
     trainer = SFTTrainer(
         model=model,
         tokenizer=tokenizer,
-        train_dataset=_prepared(rows, config, tokenizer),
-        eval_dataset=_prepared(heldout, config, tokenizer) if heldout is not None else None,
-        dataset_text_field=config.data.text_field or "text",
+        train_dataset=loading.prepare(rows, tokenizer, how, seed, config.data.shuffle_buffer),
+        eval_dataset=loading.prepare(heldout, tokenizer, how, seed) if heldout else None,
         max_seq_length=config.model.max_seq_length,
         packing=config.data.packing,
         args=args,
@@ -67,7 +73,9 @@ def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = Fa
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume or args.resume_from_checkpoint)
     trainer.save_model()
-    write_whole(output / RUN_FILE, json.dumps(_without_secrets(config), indent=2, ensure_ascii=False) + "\n")
+    record = _without_secrets(config)
+    record["data"] |= {"template": template, "text_field": config.data.text_field or (None if template else "text")}
+    write_whole(output / RUN_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return trainer
 
 
@@ -124,7 +132,10 @@ def compare(
     """Ask base and tuned model the same questions; write compare.json and compare.html into ``output``."""
     if not (adapter / CONFIG_FILE).is_file():
         raise AdapterError(f"adapter '{adapter}' has no {CONFIG_FILE}; name a folder that a training wrote.")
-    base, form = base_for(adapter, base), template_of(adapter, template)
+    base, form = (
+        base_for(adapter, base),
+        template_of(adapter, template),
+    )  # what is wrong is said before a model is loaded
     asked = _questions(questions, heldout)
     require_writable(output)
     run = _run_of(adapter)
@@ -134,7 +145,7 @@ def compare(
     comparison = compare_models(
         model,
         tokenizer,
-        form,
+        templates.named(form, tokenizer),
         asked,
         max_new_tokens=max_new_tokens,
         names=(base, str(adapter)),
@@ -162,14 +173,15 @@ def _same_place(one: str, other: str) -> bool:
     return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
-def template_of(adapter: Path | None, named_or_text: str | None) -> Template:
-    """The template asked for, or the one the adapter was trained with, or the tutorial's."""
-    if named_or_text is not None:
-        return named(named_or_text)
-    data = _run_of(adapter).get("data", {}) if adapter is not None else {}
-    if data.get("text_field"):
-        raise ConfigError(f"'{adapter}' was trained on ready texts: say with --template how a question is put.")
-    return named(data.get("template") or DEFAULT_TEMPLATE)
+def template_of(adapter: Path | None, spec: str | None) -> str:
+    """What `templates.named` takes: the template asked for, or the adapter's own, or the tutorial's."""
+    if spec is None:
+        data = _run_of(adapter).get("data", {}) if adapter is not None else {}
+        if data.get("text_field"):
+            raise ConfigError(f"'{adapter}' was trained on ready texts: say with --template how a question is put.")
+        spec = str(data.get("template") or templates.DEFAULTS["alpaca"])
+    templates.check(spec)
+    return spec
 
 
 def _load(config: RunConfig) -> tuple[JebiForCausalLM, PreTrainedTokenizerBase]:
@@ -184,35 +196,34 @@ def _adapt(model: JebiForCausalLM, config: RunConfig) -> None:
     FastLanguageModel.get_peft_model(model, **asdict(config.lora))
 
 
-def _read(data: DataConfig) -> tuple[Dataset, Dataset | None]:
-    """Training rows and held-out rows."""
-    needed = (data.text_field,) if data.text_field else COLUMNS
-    if not data.text_field:
-        named(data.template or DEFAULT_TEMPLATE)  # a wrong one is told before anything is loaded
-    rows = load_rows(data.train, data.split)
-    require_columns(rows, needed, data.train)
+def _read(data: DataConfig) -> tuple[loading.Parts, loading.Parts]:
+    """Training rows and held-out rows; what is wrong with their columns is told before a model is loaded."""
+    if data.template:
+        templates.check(data.template)
+    heldout: loading.Parts = []
+    rows = loading.read(read_sources(data.train, "data.train"), data.split, data.streaming)
     if data.heldout:
-        heldout = load_rows(data.heldout)
-        require_columns(heldout, needed, data.heldout)
-        return rows, heldout
-    if data.heldout_share:
-        if len(rows) - math.ceil(len(rows) * data.heldout_share) < 1:
-            raise ConfigError(f"data.heldout_share={data.heldout_share} of {len(rows)} rows leaves none to train on.")
-        parts = rows.train_test_split(test_size=data.heldout_share, seed=0)
-        return parts["train"], parts["test"]
-    return rows, None
+        heldout = loading.read(read_sources(data.heldout, "data.heldout"), "train")
+        heldout = [(replace(source, weight=1.0), part) for source, part in heldout]
+    elif data.heldout_share:
+        rows, heldout = loading.hold_out(rows, data.heldout_share)
+    if data.formatter is None:
+        loading.template_of_all(rows + heldout, _preparation(data, 1))
+    return rows, heldout
 
 
-def _prepared(rows: Dataset, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The rows as the trainer takes them: whole texts with their EOS, or token rows whose answers alone are learnt."""
-    data = config.data
-    if data.text_field:
-        return rows
-    template, eos = named(data.template or DEFAULT_TEMPLATE), str(tokenizer.eos_token)
-    if data.learn == "answers":
-        return Dataset.from_list(answer_rows(rows, template, tokenizer, config.model.max_seq_length))
-    texts = [template.row(row["instruction"], row["input"], row["output"], eos) for row in rows]
-    return Dataset.from_dict({"text": texts})
+def _preparation(data: DataConfig, max_length: int, workers: int | None = None) -> Preparation:
+    return Preparation(
+        max_length=max_length,
+        text_field=data.text_field,
+        format=data.format,
+        template=data.template,
+        learn=data.learn,
+        special_tokens=None if data.special_tokens_in_text == "auto" else data.special_tokens_in_text,
+        roles=data.roles,
+        skip_bad_rows=data.bad_rows == "skip",
+        workers=workers,
+    )
 
 
 def _without_secrets(config: RunConfig) -> dict[str, Any]:
@@ -226,12 +237,8 @@ def _without_secrets(config: RunConfig) -> dict[str, Any]:
 def _questions(questions: Path, heldout: Path | None) -> Questions:
     harmful = load_rows(str(questions))
     require_columns(harmful, ("instruction",), str(questions))
-    rows: list[dict[str, str]] = []
-    if heldout is not None:
-        table = load_rows(str(heldout))
-        require_columns(table, COLUMNS, str(heldout))
-        rows = list(table)
-    return Questions(harmful=list(harmful), heldout=rows)
+    asked = [question(row["instruction"], row.get("input") or "") for row in harmful]
+    return Questions(asked, [] if heldout is None else loading.conversations(str(heldout)))
 
 
 def _run_of(adapter: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from jebi.data.preparation import Learn
 from jebi.errors import ConfigError
 
 
@@ -19,6 +20,10 @@ class SFTConfig(TrainingArguments):
     dataset_text_field: str = field(default="text", metadata={"help": "Column that holds the rows' texts."})
     max_seq_length: int | None = field(default=None, metadata={"help": "Longest row; None takes the model's."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    assistant_only_loss: bool = field(default=False, metadata={"help": "Learn the answers and their ends alone."})
+    completion_only_loss: bool | None = field(
+        default=None, metadata={"help": "Of prompt and completion learn the completion alone; None does."}
+    )
     packing: bool = field(default=False, metadata={"help": "Fill sequences with several rows, kept apart."})
     pass_tokens: int | None = field(default=None, metadata={"help": "Most tokens of a pass; None plans it."})
 
@@ -64,6 +69,13 @@ def check(args: TrainingArguments, dtype: torch.dtype, device: torch.device) -> 
         if getattr(args, name) and dtype != cast:
             raise ConfigError(f"{name} would cast the model; load it with dtype=torch.{_name(cast)} instead.")
     return _precision(args, dtype, device)
+
+
+def learning_of(args: TrainingArguments) -> Learn:
+    """What is learnt, said in TRL's two settings."""
+    if not isinstance(args, SFTConfig) or not (args.assistant_only_loss or args.completion_only_loss is not None):
+        return "auto"
+    return "answers" if args.assistant_only_loss or args.completion_only_loss else "all"
 
 
 def refuse(args: TrainingArguments) -> None:

@@ -22,16 +22,16 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 
 from jebi.adapters.peft_files import read_weights
 from jebi.data.heldout import inputs_of, summed_loss
-from jebi.data.packing import pack
-from jebi.data.passes import Batch, Pass, collate, cut, longest
-from jebi.data.rows import FormattingFunc, tokenize
+from jebi.data.passes import Batch, Pass, collate, cut, learnt_weight, longest
+from jebi.data.preparation import FormattingFunc, Preparation
 from jebi.errors import ConfigError, DivergedError
 from jebi.models.hf import JebiForCausalLM
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, choose
-from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check
+from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, learning_of
 from jebi.training.checkpoints import complete_checkpoint, require_writable
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.optimizer import AdamW8bit
+from jebi.training.prepared import Prepare
 from jebi.training.report import Meter, Report, free_bytes
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,10 @@ class SFTTrainer(Trainer):
     """Supervised fine-tuning of a jebi model, with the arguments the tutorial's script passes."""
 
     model: JebiForCausalLM
+    prepare: Prepare
+    """Makes token rows of raw ones."""
+    given: tuple[Any, Any]
+    """The rows to train on and to evaluate on, as they were given."""
     report: Report | None
     """Memory and time of the last `train`; also in ``report.json`` under the output folder."""
 
@@ -88,23 +92,18 @@ class SFTTrainer(Trainer):
         if asked is not None and asked > trained:
             raise ConfigError(f"max_seq_length={asked} exceeds the model's {trained}: set it in from_pretrained.")
         row_limit = int(_first(asked, loaded, trained))
-        field = _first(dataset_text_field, config and config.dataset_text_field, "text")
-        workers = _first(dataset_num_proc, config and config.dataset_num_proc)
-        packed = bool(_first(packing, config and config.packing))
-
-        def prepare(dataset: Any) -> Any:
-            if dataset is None:
-                return None
-            if isinstance(dataset, dict):
-                return {name: prepare(part) for name, part in dataset.items()}
-            if tokenizer is None:
-                raise ConfigError("tokenizer is missing: pass tokenizer=tokenizer.")
-            rows = tokenize(dataset, tokenizer, field, formatting_func, row_limit, workers)
-            return pack(rows, row_limit) if packed else rows
-
+        how = Preparation(
+            max_length=row_limit,
+            text_field=_first(dataset_text_field, config and config.dataset_text_field, "text"),
+            formatting_func=formatting_func,
+            learn=learning_of(args),
+            workers=_first(dataset_num_proc, config and config.dataset_num_proc),
+        )
+        prepare = Prepare(tokenizer, how, bool(_first(packing, config and config.packing)))
         if args.n_gpu > 1:
             args._n_gpu = 1  # One process trains on one card; Trainer would copy the model to all of them each step.
-        self._prepare = prepare
+        self.prepare = prepare
+        self.given = train_dataset, eval_dataset
         self._longest = row_limit
         self._pass_tokens = config.pass_tokens if config else None
         self._bag: list[Batch] = []
@@ -154,7 +153,7 @@ class SFTTrainer(Trainer):
         """As Trainer's; rows given to `evaluate` itself are tokenised as the others were."""
         raw = isinstance(eval_dataset, Dataset | IterableDataset)
         if raw and "lengths" not in (eval_dataset.column_names or ()):
-            eval_dataset = self._prepare(eval_dataset)
+            eval_dataset = self.prepare(eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_batch_samples(
@@ -165,6 +164,16 @@ class SFTTrainer(Trainer):
         if self._bag:
             items = self._get_num_items_in_batch([*self._bag, *batches], device)
         return batches, items
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
+        """As Trainer's, but of weighed tokens the sum of their weights: a mean loss is a weighed mean."""
+        items = super()._get_num_items_in_batch(batch_samples, device)
+        if items is None or not any("shift_weights" in batch for batch in batch_samples):
+            return items
+        weights = torch.stack([learnt_weight(batch).float() for batch in batch_samples]).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            weights = self.accelerator.gather(weights).sum()
+        return weights
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Collect the step's micro-batches; with the last of them run forward and backward of all rows."""
@@ -275,7 +284,7 @@ class SFTTrainer(Trainer):
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "row", "lengths"]  # type: ignore[assignment]  # None upstream
+        self._signature_columns = ["input_ids", "labels", "row", "lengths", "weights"]  # type: ignore[assignment]  # None upstream
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
