@@ -20,6 +20,7 @@ from datasets import Dataset, disable_progress_bars
 
 from jebi.data.check import Contract, check_rows
 from jebi.data.long_rows import UNCUT
+from jebi.data.preparation import Preparation
 from jebi.data.rows import tokenize
 from jebi.models.files import find
 
@@ -103,9 +104,9 @@ def check(name: str, rows: Iterable[Row], tokenizer: Any) -> None:
         return  # pairs of another form, with no answer to learn
     began = time.perf_counter()
     table = Dataset.from_list(texts)
-    tokens = tokenize(table, tokenizer, "text", None, UNCUT, None)
+    tokens = tokenize(table, tokenizer, Preparation(UNCUT))
     tokenised = time.perf_counter()
-    report = check_rows(tokens, tokenizer, Contract(LONGEST), table)
+    report = check_rows(tokens, tokenizer, Contract(LONGEST), [table])
     found = "; ".join(f"`{finding.code}` {finding.count:,}" for finding in report.findings) or "nothing"
     without = f" ({len(given) - len(texts)} without an answer)" if len(given) > len(texts) else ""
     print(f"| {name} | {len(given):,}{without} | {found} |", flush=True)

@@ -11,6 +11,7 @@ from jebi.data.check import STREAMED, Contract, check_rows
 from jebi.data.findings import CODES, Report
 from jebi.data.long_rows import UNCUT, fit
 from jebi.data.packing import pack
+from jebi.data.preparation import Preparation
 from jebi.data.rows import tokenize
 from jebi.errors import CheckError
 
@@ -54,7 +55,7 @@ def look(
     heldout = [Dataset.from_list(settings.pop("heldout"))] if "heldout" in settings else []
     contract = Contract(**({"longest": LONGEST} | settings))
     return check_rows(
-        Dataset.from_list(rows), tokenizer, contract, Dataset.from_list(texts) if texts is not None else None, heldout
+        Dataset.from_list(rows), tokenizer, contract, [Dataset.from_list(texts)] if texts is not None else (), heldout
     )
 
 
@@ -164,8 +165,8 @@ def test_rows_that_tokenising_left_out_had_nothing_learnt(tokenizer: PreTrainedT
         for n, row in enumerate(tokens_of(tokenizer))
     ]
     ready = Dataset.from_list([{name: row[name] for name in ("input_ids", "labels")} for row in given])
-    kept = tokenize(ready, tokenizer, "text", None, LONGEST, None)
-    report = check_rows(kept, tokenizer, Contract(LONGEST), ready)
+    kept = tokenize(ready, tokenizer, Preparation(LONGEST))
+    report = check_rows(kept, tokenizer, Contract(LONGEST), [ready])
     assert only(report, "nothing-learnt") == (2, 10, (2, 5))
 
 
@@ -294,11 +295,22 @@ def test_of_a_stream_the_first_rows_are_looked_at(tokenizer: PreTrainedTokenizer
             yield {"text": f"row {number}"}
 
     stream = IterableDataset.from_generator(generate)
-    rows = tokenize(stream, tokenizer, "text", None, LONGEST, None)
-    report = check_rows(rows, tokenizer, Contract(LONGEST), stream)
+    rows = tokenize(stream, tokenizer, Preparation(LONGEST))
+    report = check_rows(rows, tokenizer, Contract(LONGEST), [stream])
     assert max(drawn) < 2 * STREAMED
     assert only(report, "missing-eos")[:2] == (STREAMED, STREAMED)
     assert list(report.lines())[-1] == "The rows are streamed: the first 1,000 were checked."
+
+
+def test_a_row_that_is_drawn_twice_is_no_duplicate(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = tokens_of(tokenizer)
+    assert look(rows + rows[:3], tokenizer).findings == ()
+
+
+def test_rows_are_numbered_through_their_sources(tokenizer: PreTrainedTokenizerFast) -> None:
+    sources = [Dataset.from_dict({"output": answers}) for answers in (ANSWERS[:4], ["\ufffd", *ANSWERS[5:]])]
+    report = check_rows(Dataset.from_list(tokens_of(tokenizer)), tokenizer, Contract(LONGEST), sources)
+    assert only(report, "lost-characters") == (1, 10, (4,))
 
 
 def test_rows_are_looked_at_in_portions(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +325,7 @@ def test_rows_are_looked_at_in_portions(tokenizer: PreTrainedTokenizerFast, monk
 
 def test_uncut_rows_are_judged_as_they_will_be_cut(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = Dataset.from_dict({"text": [f"{q} {'z' * 300 if n < 3 else ''}</s>" for n, q in enumerate(QUESTIONS)]})
-    uncut, cut = (tokenize(texts, tokenizer, "text", None, limit, None) for limit in (UNCUT, LONGEST))
+    uncut, cut = (tokenize(texts, tokenizer, Preparation(limit)) for limit in (UNCUT, LONGEST))
     assert check_rows(uncut, tokenizer, Contract(LONGEST)) == check_rows(cut, tokenizer, Contract(LONGEST))
 
 

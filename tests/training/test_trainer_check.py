@@ -31,10 +31,10 @@ def test_what_is_allowed_trains_and_the_rest_is_told_in_one_line_each(
     make_trainer: Fixture, endless: Dataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = make_trainer(train_dataset=endless, max_steps=1, allow=["missing-eos"])
-    with caplog.at_level(logging.WARNING, "jebi.training.trainer"):
+    with caplog.at_level(logging.WARNING, "jebi.training.prepared"):
         trainer.train()
         trainer.train()
-    told = [record.getMessage() for record in caplog.records if record.name == "jebi.training.trainer"]
+    told = [record.getMessage() for record in caplog.records if record.name == "jebi.training.prepared"]
     assert [line.split(":")[0] for line in told] == ["duplicates"], "once, however often one trains"
     assert told[0].startswith("duplicates: 1 of 8 rows (row 3)")
     assert trainer.state.global_step == 1

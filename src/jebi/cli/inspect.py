@@ -10,7 +10,7 @@ from jebi.config import read_run
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from jebi.run import Inspection
+    from jebi.inspection import Inspection
 
 WIDTH = 80
 """Columns of saved pictures and pages."""
@@ -32,7 +32,7 @@ def command(
     """Show a config's rows as tokens, their lengths, and what is wrong with them; exit code 2 if that would stop."""
     from rich.console import Console
 
-    from jebi.run import inspect
+    from jebi.inspection import inspect
 
     run = read_run(config, set_)
     run.data.allow += allow or []

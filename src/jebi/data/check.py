@@ -4,7 +4,7 @@ What is found is a `Report`; whether it stops a training is for the caller to as
 faults are found over flat arrays, never in a loop over tokens.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -48,6 +48,9 @@ CUT_ABOVE = 0.05
 OTHER_FORM_FROM = 0.5
 """Share of rows in another form than the chat template's that is; single rows may have been cut before their answer."""
 
+_OF_WHOLE_ROWS = ("missing-bos", "missing-eos", "rows-cut", "empty-answers", "nothing-learnt", "template-mismatch")
+"""Faults that a row split into pieces has only where every piece has them."""
+
 
 @dataclass(frozen=True)
 class Contract:
@@ -77,7 +80,7 @@ def check_rows(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase | None,
     contract: Contract,
-    texts: Rows | None = None,
+    texts: Sequence[Rows] = (),
     heldout: Iterable[Rows] = (),
 ) -> Report:
     """What is wrong with the rows.
@@ -86,20 +89,23 @@ def check_rows(
         rows: token rows in `data.rows`' columns.
         tokenizer: without one, only what ids alone show is found.
         contract: what they are checked against.
-        texts: the raw rows that the token rows were made of, for faults that only texts show.
+        texts: the raw rows that the token rows were made of, in the order of their numbers, for faults that only texts
+            show.
         heldout: token rows that are not to be trained on.
     """
     control = control_tokens(tokenizer, contract.eos) if tokenizer is not None else None
     seen = _look(rows, tokenizer, control, contract)
-    seen.faults["duplicates"] = repeated(seen.hashes)
+    seen.faults["duplicates"] = repeated(seen.hashes, seen.numbers)
     examined = len(np.unique(seen.numbers))
-    tally = {code: (np.unique(seen.numbers[mask]), examined) for code, mask in seen.faults.items()}
+    tally = {code: (_having(code, mask, seen.numbers), examined) for code, mask in seen.faults.items()}
+    if "missing-eos" in tally:
+        tally["missing-eos"] = np.setdiff1d(tally["missing-eos"][0], tally["rows-cut"][0]), examined
     for code, share in (("rows-cut", CUT_ABOVE), ("template-mismatch", OTHER_FORM_FROM)):
         if code in tally and len(tally[code][0]) < share * examined:
             del tally[code]
     tally["leak"] = _leaked(seen, [_look(part, tokenizer, control, contract) for part in heldout])
-    if texts is not None and (table := _table(texts)) is not None:
-        tally |= _found_in_texts(table, rows, seen, control, contract)
+    if texts:
+        tally |= _found_in_texts(texts, rows, seen, control, contract)
     findings = [
         Finding(code, len(tally[code][0]), tally[code][1], tuple(tally[code][0][:SHOWN].tolist()))
         for code in CODES
@@ -108,16 +114,19 @@ def check_rows(
     return Report(tuple(findings), examined, _note(rows))
 
 
+def _having(code: str, mask_R: Bools, numbers_R: Ints) -> Ints:
+    """Numbers of the rows with a fault."""
+    numbers = np.unique(numbers_R[mask_R])
+    return np.setdiff1d(numbers, numbers_R[~mask_R]) if code in _OF_WHOLE_ROWS else numbers
+
+
 def _look(
     rows: Rows, tokenizer: PreTrainedTokenizerBase | None, control: ControlTokens | None, contract: Contract
 ) -> _Seen:
-    """Some rows at a time, each time with one more, which says whether it goes on from the one before it."""
     parts = []
-    for some, beyond in _portions(rows):
+    for some in _portions(rows):
         marked = mark(flat(some).cut(contract.longest), control, tokenizer)
-        count = len(marked.rows) - beyond
-        faults = {code: mask[:count] for code, mask in _faults(marked, control, contract).items()}
-        parts.append(_Seen(faults, marked.rows.numbers[:count], hashes(marked)[:count]))
+        parts.append(_Seen(_faults(marked, control, contract), marked.rows.numbers, hashes(marked)))
     return _Seen(
         {code: np.concatenate([part.faults[code] for part in parts]) for code in parts[0].faults},
         np.concatenate([part.numbers for part in parts]),
@@ -125,16 +134,18 @@ def _look(
     )
 
 
-def _portions(rows: Rows) -> Iterator[tuple[Dataset | list[dict[str, Any]], int]]:
-    """Token rows or packed sequences, and how many rows at their end belong to the next portion."""
+def first_rows(rows: Rows) -> Dataset | list[dict[str, Any]]:
+    """All rows of a data set, and of a stream those that are looked at."""
+    return rows if isinstance(rows, Dataset) else list(islice(rows, STREAMED))
+
+
+def _portions(rows: Rows) -> Iterator[Dataset | list[dict[str, Any]]]:
     if not isinstance(rows, Dataset):
-        yield list(islice(rows, STREAMED)), 0
+        yield first_rows(rows)
         return
     last = min(len(rows), MOST)
     for begin in range(0, last, _AT_ONCE):
-        end = min(begin + _AT_ONCE, last)
-        beyond = len(rows[end].get("lengths", [0])) if end < len(rows) else 0
-        yield rows.select(range(begin, end + min(beyond, 1))), beyond
+        yield rows.select(range(begin, min(begin + _AT_ONCE, last)))
 
 
 def _faults(marked: Marked, control: ControlTokens | None, contract: Contract) -> dict[str, Bools]:
@@ -162,15 +173,21 @@ def _leaked(seen: _Seen, heldout: list[_Seen]) -> tuple[Ints, int]:
 
 
 def _found_in_texts(
-    table: pa.Table, rows: Rows, seen: _Seen, control: ControlTokens | None, contract: Contract
+    texts: Sequence[Rows], rows: Rows, seen: _Seen, control: ControlTokens | None, contract: Contract
 ) -> dict[str, tuple[Ints, int]]:
-    found = text_faults(table, control.names if control else (), contract.ready)
-    found["empty-answers"] = np.union1d(found["empty-answers"], seen.numbers[seen.faults["empty-answers"]])
-    # Where tokenising left a row out, it had nothing to learn. What lies behind the last row looked at is not known.
-    whole = isinstance(rows, Dataset) and len(rows) <= MOST
-    known = np.arange(table.num_rows if whole else seen.numbers.max(initial=-1) + 1)
-    found["nothing-learnt"] = np.setdiff1d(known, seen.numbers[~seen.faults["nothing-learnt"]])
-    return {code: (hit, table.num_rows) for code, hit in found.items()}
+    """What the raw rows show, numbered through the sources as the token rows are; and which of them were left out."""
+    found: dict[str, Ints] = {"empty-answers": _having("empty-answers", seen.faults["empty-answers"], seen.numbers)}
+    first = given = 0
+    for source in texts:
+        if (table := _table(source)) is not None:
+            for code, hit in text_faults(table, control.names if control else (), contract.ready).items():
+                found[code] = np.union1d(found.get(code, np.empty(0, np.int64)), hit + first)
+            given += table.num_rows
+        first += len(source) if isinstance(source, Dataset) else 0
+    if isinstance(rows, Dataset) and len(rows) <= MOST and first == given:
+        left_out = np.setdiff1d(np.arange(given), seen.numbers[~seen.faults["nothing-learnt"]])
+        found["nothing-learnt"] = left_out
+    return {code: (hit, max(given, 1)) for code, hit in found.items()}
 
 
 def _table(texts: Rows) -> pa.Table | None:

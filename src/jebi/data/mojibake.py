@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from jebi.data.rows import Rows
 from jebi.data.texts import leaves
 
 _BYTES = {bytes([code]).decode("cp1252"): code for code in range(0x80, 0xA0) if code not in b"\x81\x8d\x8f\x90\x9d"}
@@ -41,8 +42,13 @@ def repaired(text: str) -> str:
     return fixed if fixed != text else _as_cp949(text)
 
 
-def repair(rows: Dataset) -> tuple[Dataset, int]:
-    """Turn back every text of the rows, however deep it stands, and say how many rows had any."""
+def repair(rows: Rows) -> tuple[Rows, int]:
+    """Turn back every text of the rows, however deep it stands, and say how many rows had any.
+
+    A stream's are turned back as they come, and not counted.
+    """
+    if not isinstance(rows, Dataset):
+        return rows.map(lambda row: _deep(dict(row), repaired)), 0
     damaged = {row for leaf in leaves(rows.with_format("arrow")[:]) for row in damaged_rows(leaf.values, leaf.rows)}
     if not damaged:
         return rows, 0

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jebi.data.flat_rows import Ints
+from jebi.data.turns import ROLES
 
 _ANSWERS = ("output", "completion", "response", "answer")
 _ROLES, _CONTENTS = ("role", "from"), ("content", "value")
-_ANSWERING = pa.array(["assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard"])
+_ANSWERING = pa.array([name for name, role in ROLES.items() if role == "assistant"])
 
 
 @dataclass(frozen=True)

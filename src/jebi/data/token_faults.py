@@ -48,17 +48,6 @@ class Marked:
         """(R,) rows that end with an EOS."""
         return (self.last >= 0) & self.end[self.last]
 
-    @property
-    def continued(self) -> Bools:
-        """(R,) pieces of a long row that a later piece goes on from."""
-        numbers = self.rows.numbers
-        return np.concatenate((numbers[:-1] == numbers[1:], [False]))[: len(numbers)]
-
-    @property
-    def inner(self) -> Bools:
-        """(R,) pieces that go on from an earlier piece."""
-        return np.concatenate(([False], self.continued[:-1]))[: len(self.rows)]
-
 
 def mark(rows: FlatRows, control: ControlTokens | None, tokenizer: PreTrainedTokenizerBase | None) -> Marked:
     """Find in the rows what the tokenizer says of their tokens; without one, nothing is special."""
@@ -83,20 +72,22 @@ def bos_faults(marked: Marked, control: ControlTokens) -> dict[str, Bools]:
     expected = np.full(len(rows), control.adds_bos)
     if control.template_adds_bos:
         expected |= opened(rows, control.opening)
-    return {"doubled-bos": begins & twice, "missing-bos": expected & ~begins & ~marked.inner}
+    return {"doubled-bos": begins & twice, "missing-bos": expected & ~begins}
 
 
 def eos_faults(marked: Marked, control: ControlTokens, longest: int) -> dict[str, Bools]:
     """EOS missing or masked. Rows as long as may be and without EOS were cut, which is no fault of their texts."""
     rows = marked.rows
-    whole = ~marked.ended & ~marked.continued
-    cut = whole & (rows.lengths >= longest)
     learnt = rows.labels != IGNORED
     after_learnt = np.concatenate(([False], learnt[:-1]))[: len(learnt)]
     after_learnt[rows.starts[:-1][rows.lengths > 0]] = False
     masked = rows.counts(marked.end & ~learnt & after_learnt) > 0
     by_padding = control.pad is not None and control.pad in control.ends
-    return {"missing-eos": whole & ~cut, "pad-is-eos" if by_padding else "masked-eos": masked, "rows-cut": cut}
+    return {
+        "missing-eos": ~marked.ended,
+        "pad-is-eos" if by_padding else "masked-eos": masked,
+        "rows-cut": ~marked.ended & (rows.lengths >= longest),
+    }
 
 
 def empty_answers(marked: Marked) -> Bools:
@@ -104,7 +95,7 @@ def empty_answers(marked: Marked) -> Bools:
     rows = marked.rows
     prompted = rows.counts(~rows.learnt) > 1
     answer = rows.counts(rows.learnt & ~marked.special & ~marked.blank)
-    empty: Bools = prompted & (answer == 0) & (rows.counts(rows.learnt) > 0) & ~marked.inner
+    empty: Bools = prompted & (answer == 0) & (rows.counts(rows.learnt) > 0)
     return empty
 
 
@@ -156,12 +147,11 @@ def hashes(marked: Marked) -> Hashes:
     return marked.rows.hashes(marked.same, ~marked.blank)
 
 
-def repeated(hashes_R: Hashes) -> Bools:
-    """(R,) rows that are there earlier already."""
-    _, first = np.unique(hashes_R, return_index=True)
-    later = np.ones(len(hashes_R), bool)
-    later[first] = False
-    return later
+def repeated(hashes_R: Hashes, numbers_R: Ints) -> Bools:
+    """(R,) rows that are there earlier already under another number; a row that is drawn twice is none."""
+    _, first, same = np.unique(hashes_R, return_index=True, return_inverse=True)
+    again: Bools = numbers_R[first][same] != numbers_R
+    return again
 
 
 def _at(rows: FlatRows, place: int, mask_T: Bools) -> Bools:

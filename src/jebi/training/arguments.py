@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from jebi.data.findings import require_codes
 from jebi.data.long_rows import require_choice
+from jebi.data.preparation import Learn
 from jebi.errors import ConfigError
 
 
@@ -21,6 +22,10 @@ class SFTConfig(TrainingArguments):
     dataset_text_field: str = field(default="text", metadata={"help": "Column that holds the rows' texts."})
     max_seq_length: int | None = field(default=None, metadata={"help": "Longest row; None takes the model's."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    assistant_only_loss: bool = field(default=False, metadata={"help": "Learn the answers and their ends alone."})
+    completion_only_loss: bool | None = field(
+        default=None, metadata={"help": "Of prompt and completion learn the completion alone; None does."}
+    )
     packing: bool = field(default=False, metadata={"help": "Fill sequences with several rows, kept apart."})
     long: str = field(default="cut", metadata={"help": "Rows beyond max_seq_length: cut, split or refuse."})
     overlap: int = field(default=0, metadata={"help": "Tokens that a piece of a split row repeats of the last one."})
@@ -69,6 +74,13 @@ def check(args: TrainingArguments, dtype: torch.dtype, device: torch.device) -> 
         if getattr(args, name) and dtype != cast:
             raise ConfigError(f"{name} would cast the model; load it with dtype=torch.{_name(cast)} instead.")
     return _precision(args, dtype, device)
+
+
+def learning_of(args: TrainingArguments) -> Learn:
+    """What is learnt, said in TRL's two settings."""
+    if not isinstance(args, SFTConfig) or not (args.assistant_only_loss or args.completion_only_loss is not None):
+        return "auto"
+    return "answers" if args.assistant_only_loss or args.completion_only_loss else "all"
 
 
 def refuse(args: TrainingArguments) -> None:

@@ -24,16 +24,16 @@ from jebi.adapters.peft_files import read_weights
 from jebi.data.control_tokens import as_ids
 from jebi.data.findings import Report as DataReport
 from jebi.data.heldout import inputs_of, summed_loss
-from jebi.data.passes import Batch, Pass, collate, cut, longest
-from jebi.data.rows import FormattingFunc
+from jebi.data.passes import Batch, Pass, collate, cut, learnt_weight, longest
+from jebi.data.preparation import FormattingFunc, Preparation
 from jebi.errors import ConfigError, DivergedError
 from jebi.models.hf import JebiForCausalLM
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, choose
-from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check
+from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, learning_of
 from jebi.training.checkpoints import complete_checkpoint, require_writable
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.optimizer import AdamW8bit
-from jebi.training.preparation import Preparation
+from jebi.training.prepared import Prepare
 from jebi.training.report import Meter, Report, free_bytes
 
 logger = logging.getLogger(__name__)
@@ -43,10 +43,16 @@ class SFTTrainer(Trainer):
     """Supervised fine-tuning of a jebi model, with the arguments the tutorial's script passes."""
 
     model: JebiForCausalLM
-    report: Report | None
-    """Memory and time of the last `train`; also in ``report.json`` under the output folder."""
+    prepare: Prepare
+    """Makes token rows of raw ones."""
+    given: tuple[Any, Any]
+    """The rows to train on and to evaluate on, as they were given."""
+    texts: list[Any]
+    """What the check reads beside the token rows: the raw ones, in the order of their numbers."""
     data_report: DataReport | None
     """What the check of the training rows found when `train` began; None on other processes than the first."""
+    report: Report | None
+    """Memory and time of the last `train`; also in ``report.json`` under the output folder."""
 
     def __init__(  # noqa: PLR0913  (the script's own argument list)
         self,
@@ -92,16 +98,21 @@ class SFTTrainer(Trainer):
         if asked is not None and asked > trained:
             raise ConfigError(f"max_seq_length={asked} exceeds the model's {trained}: set it in from_pretrained.")
         row_limit = int(_first(asked, loaded, trained))
-        field = _first(dataset_text_field, config and config.dataset_text_field, "text")
-        workers = _first(dataset_num_proc, config and config.dataset_num_proc)
+        how = Preparation(
+            max_length=row_limit,
+            text_field=_first(dataset_text_field, config and config.dataset_text_field, "text"),
+            formatting_func=formatting_func,
+            learn=learning_of(args),
+            workers=_first(dataset_num_proc, config and config.dataset_num_proc),
+        )
         packed = bool(_first(packing, config and config.packing))
-        long, overlap = (config.long, config.overlap) if config else ("cut", 0)
-
-        self._prepare = Preparation(tokenizer, field, formatting_func, row_limit, workers, packed, long, overlap)
-        tokens = self._prepare.tokens(train_dataset)
-        self._trained_on = tokens, train_dataset
+        own = (config.long, config.overlap, tuple(config.allow)) if config else ()
+        prepare = Prepare(tokenizer, how, packed, *own)
         if args.n_gpu > 1:
             args._n_gpu = 1  # One process trains on one card; Trainer would copy the model to all of them each step.
+        self.prepare = prepare
+        self.given = train_dataset, eval_dataset
+        self.texts = [train_dataset]
         self._longest = row_limit
         self._pass_tokens = config.pass_tokens if config else None
         self._bag: list[Batch] = []
@@ -110,13 +121,12 @@ class SFTTrainer(Trainer):
         self._plan: PassPlan | None = None
         self._staging: Path | None = None
         self.report = self.data_report = None
-        self._allow = config.allow if config else []
         super().__init__(
             model=model,
             args=args,
             data_collator=collate,
-            train_dataset=self._prepare.packed(tokens),
-            eval_dataset=self._prepare(eval_dataset),
+            train_dataset=prepare(train_dataset),
+            eval_dataset=prepare(eval_dataset),
             processing_class=tokenizer,
             callbacks=[*(callbacks or []), self._interrupt],
             optimizers=optimizers,
@@ -135,7 +145,9 @@ class SFTTrainer(Trainer):
         self._bag = []
         self._interrupt.interrupted = self._interrupt.saved = False
         self._trained_tokens = self._trained_steps = 0
-        self._check_rows()
+        if self.data_report is None and self.is_world_process_zero():
+            eos = as_ids(self.model.generation_config.eos_token_id)
+            self.data_report = self.prepare.check(self.train_dataset, self.texts, self.eval_dataset, eos)
         self._plan = self._make_plan()
         meter = Meter(self.model.device)
         with self._interrupt.listening():
@@ -150,24 +162,11 @@ class SFTTrainer(Trainer):
             raise KeyboardInterrupt
         return output
 
-    def _check_rows(self) -> None:
-        """Tell what is wrong with the rows, once, before anything is computed."""
-        if self.data_report is not None or not self.is_world_process_zero():
-            return
-        tokens, texts = self._trained_on
-        assert tokens is not None, "train has asked for them"
-        eos = as_ids(self.model.generation_config.eos_token_id)
-        report = self._prepare.check(tokens, texts, self.eval_dataset, eos)
-        report.require(self._allow)
-        for line in report.lines(self._allow):
-            logger.warning(line)
-        self.data_report = report
-
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As Trainer's; rows given to `evaluate` itself are tokenised as the others were."""
         raw = isinstance(eval_dataset, Dataset | IterableDataset)
         if raw and "lengths" not in (eval_dataset.column_names or ()):
-            eval_dataset = self._prepare(eval_dataset)
+            eval_dataset = self.prepare(eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_batch_samples(
@@ -178,6 +177,16 @@ class SFTTrainer(Trainer):
         if self._bag:
             items = self._get_num_items_in_batch([*self._bag, *batches], device)
         return batches, items
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
+        """As Trainer's, but of weighed tokens the sum of their weights: a mean loss is a weighed mean."""
+        items = super()._get_num_items_in_batch(batch_samples, device)
+        if items is None or not any("shift_weights" in batch for batch in batch_samples):
+            return items
+        weights = torch.stack([learnt_weight(batch).float() for batch in batch_samples]).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            weights = self.accelerator.gather(weights).sum()
+        return weights
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Collect the step's micro-batches; with the last of them run forward and backward of all rows."""
@@ -288,7 +297,7 @@ class SFTTrainer(Trainer):
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "row", "lengths"]  # type: ignore[assignment]  # None upstream
+        self._signature_columns = ["input_ids", "labels", "row", "lengths", "weights"]  # type: ignore[assignment]  # None upstream
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
