@@ -143,3 +143,10 @@ def test_bytes_that_are_no_character_do_not_swallow_the_rest(byte_tokenizer: Run
     made = list(pieces(tokenizer, [first, *tokenizer("abcdef")["input_ids"]]))
     assert "".join(text for text, _ in made) == "\ufffdabcdef"
     assert sum(count for _, count in made) == 7
+
+
+def test_of_a_stream_the_first_rows_are_shown(jebi: Run, config: Path) -> None:
+    done = jebi("inspect", str(config), "--set", "data.streaming=true", "--set", "data.packing=true")
+    assert done.code == 0, done.err
+    assert "2 of 2 (max_steps)\n" in "\n".join(line.rstrip() + "\n" for line in done.out.splitlines())
+    assert "The rows are streamed: the first 1,000 were checked." in done.out

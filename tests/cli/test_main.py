@@ -12,7 +12,7 @@ import pytest
 from jebi import __version__
 from jebi.cli import main
 
-COMMANDS = ("demo", "train", "chat", "compare", "models", "version")
+COMMANDS = ("demo", "inspect", "train", "chat", "compare", "models", "version")
 HEAVY = ("torch", "transformers", "datasets", "numpy")
 
 Run = Callable[..., Any]
