@@ -197,7 +197,7 @@ def _adapt(model: JebiForCausalLM, config: RunConfig) -> None:
 
 
 def _read(data: DataConfig) -> tuple[loading.Parts, loading.Parts]:
-    """Training rows and held-out rows; what is wrong with their columns is told before a model is loaded."""
+    """Training rows and held-out rows; what is wrong with them is told before a model is loaded."""
     if data.template:
         templates.check(data.template)
     heldout: loading.Parts = []
@@ -208,7 +208,9 @@ def _read(data: DataConfig) -> tuple[loading.Parts, loading.Parts]:
     elif data.heldout_share:
         rows, heldout = loading.hold_out(rows, data.heldout_share)
     if data.formatter is None:
-        loading.template_of_all(rows + heldout, _preparation(data, 1))
+        how = _preparation(data, 1)
+        loading.template_of_all(rows + heldout, how)
+        loading.require_readable(rows + heldout, how)
     return rows, heldout
 
 
