@@ -1,4 +1,4 @@
-"""What is learnt of rows of every format, and how much: answers with their ends, the last one, weights of both kinds."""
+"""What is learnt of rows of every format, and how much: answers with their ends, the last one, two kinds of weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -98,7 +98,9 @@ def test_rows_count_by_their_weight(tokenizer: PreTrainedTokenizerFast) -> None:
     made = prepared(rows, tokenizer)
     assert [row["row"] for row in made] == [[0], [1], [3]], "a row of weight 0 teaches nothing"
     once = [1.0] * 4
-    assert [row["weights"] for row in made] == [once, [0.0, 0.5, 0.5, 0.5], once], "of what is not learnt it says nothing"
+    assert [row["weights"] for row in made] == [once, [0.0, 0.5, 0.5, 0.5], once], (
+        "of what is not learnt it says nothing"
+    )
 
 
 def test_answers_count_by_their_weight_and_say_what_is_learnt(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -168,7 +170,5 @@ def test_parts_are_checked_against_what_was_found(tokenizer: PreTrainedTokenizer
     how = {"template": JINJA, "learn": "answers"}
     right = prepared([{"messages": TALK}], tokenizer, **how, parts=ResponseParts("<user>", "<assistant>"))
     assert learnt(tokenizer, *right) == "1</s>|이</s>"
-    with pytest.raises(
-        DataError, match=r"response_part '<bot>' does not stand before the answer in turn 1; the"
-    ):
+    with pytest.raises(DataError, match=r"response_part '<bot>' does not stand before the answer in turn 1; the"):
         prepared([{"messages": TALK}], tokenizer, **how, parts=ResponseParts("<user>", "<bot>"))
