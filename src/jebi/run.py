@@ -237,7 +237,7 @@ def _adapt(model: JebiForCausalLM, config: RunConfig) -> None:
 
 
 def read(data: DataConfig) -> tuple[loading.Parts, loading.Parts]:
-    """Training rows and held-out rows; what is wrong with their columns is told before a model is loaded."""
+    """Training rows and held-out rows; what is wrong with them is told before a model is loaded."""
     if data.template:
         templates.check(data.template)
     heldout: loading.Parts = []
@@ -250,7 +250,9 @@ def read(data: DataConfig) -> tuple[loading.Parts, loading.Parts]:
     if data.heldout_share and not heldout:
         rows, heldout = loading.hold_out(rows, data.heldout_share)
     if data.formatter is None:
-        loading.template_of_all(rows + heldout, preparation(data, 1))
+        how = preparation(data, 1)
+        loading.template_of_all(rows + heldout, how)
+        loading.require_readable(rows + heldout, how)
     return rows, heldout
 
 

@@ -18,6 +18,7 @@ from jebi.data.rows import Rows, columns_of, tokenize
 from jebi.data.sources import load_rows
 from jebi.data.streams import stream_rows
 from jebi.data.templates import DEFAULTS
+from jebi.data.writing import examples
 from jebi.errors import ConfigError, DataError
 
 Parts: TypeAlias = list[tuple[Source, Rows]]
@@ -67,6 +68,24 @@ def template_of_all(parts: Parts, how: Preparation) -> str | None:
         written = ", ".join(f"'{name}' {template or 'ready texts'}" for name, template in found.items())
         raise ConfigError(f"the sources would be written by different templates ({written}): set data.template.")
     return next(iter(found.values()))
+
+
+def require_readable(parts: Parts, how: Preparation) -> None:
+    """Read every row that is not a stream's, so that a fault is told before a model is loaded.
+
+    Raises:
+        DataError: a row cannot be read, unless such rows are to be skipped.
+    """
+    for source, rows in parts:
+        with naming(source.name):
+            form = format_of(columns_of(rows), how)
+            if form.read is None or how.skip_bad_rows or not isinstance(rows, Dataset):
+                continue
+            number = 0
+            for batch in rows.iter(batch_size=1000):
+                for row in examples(batch):
+                    read_row(form, row, number, how.roles)
+                    number += 1
 
 
 def prepare(parts: Parts, tokenizer: PreTrainedTokenizerBase, how: Preparation, seed: int, buffer: int = 1) -> Rows:

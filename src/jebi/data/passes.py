@@ -59,7 +59,8 @@ def collate(examples: list[dict[str, list[int]]]) -> Batch:
     labels = torch.tensor([label for example in examples for label in example["labels"]])
     shifted = torch.full_like(labels, IGNORED)
     shifted[:-1] = labels[1:]
-    shifted[[end - 1 for end in accumulate(lengths)]] = IGNORED
+    last = [end - 1 for end in accumulate(lengths)]
+    shifted[last] = IGNORED
     batch = {
         "input_ids": ids[None],
         "labels": labels[None],
@@ -72,7 +73,10 @@ def collate(examples: list[dict[str, list[int]]]) -> Batch:
         weighed = [example.get("weights") or [1] * len(example["input_ids"]) for example in examples]
         weights = torch.tensor([weight for row in weighed for weight in row], dtype=torch.float32)
         # A position's loss is that of the next token.
-        batch["shift_weights"] = torch.cat((weights[1:], weights.new_zeros(1)))[None]
+        shifted_weights = torch.zeros_like(weights)
+        shifted_weights[:-1] = weights[1:]
+        shifted_weights[last] = 0
+        batch["shift_weights"] = shifted_weights[None]
     return batch
 
 
