@@ -195,7 +195,15 @@ def test_float16_on_a_card_needs_its_loss_scaled(tmp_path: Path) -> None:
 def test_jebis_own_fields_are_these() -> None:
     base = {field.name for field in dataclasses.fields(TrainingArguments)}
     own = {field.name: field for field in dataclasses.fields(SFTConfig) if field.name not in base}
-    assert list(own) == ["dataset_text_field", "max_seq_length", "dataset_num_proc", "packing", "pass_tokens"]
+    assert list(own) == [
+        "dataset_text_field",
+        "max_seq_length",
+        "dataset_num_proc",
+        "assistant_only_loss",
+        "completion_only_loss",
+        "packing",
+        "pass_tokens",
+    ]
     assert all(field.metadata["help"] for field in own.values())
 
 
