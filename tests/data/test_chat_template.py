@@ -259,7 +259,7 @@ def test_an_earlier_turns_end_is_learnt_where_the_last_one_ends_otherwise(
     assert one.endswith(f"first{mid}")
     assert two.endswith(f"second{last}")
     unknown = ChatTemplate(byte_tokenizer(False), template.jinja)
-    with pytest.raises(DataError, match="turn 1 in another way, so its end is not known: set data.learn: all"):
+    with pytest.raises(DataError, match=r"turn 1 in another way, so its end is not known: set data\.learn: all"):
         unknown.render(row, (1, 3))
 
 
@@ -272,7 +272,7 @@ OPENED = {
 
 @pytest.mark.parametrize("name", sorted(OPENED))
 def test_answers_are_where_trls_markers_are_in_every_template(name: str, real_tokenizer: Real) -> None:
-    """Characters, so that any tokenizer will do: spans of ``{% generation %}`` and ours, white space at the end apart."""
+    """Characters, so that any tokenizer will do: ``{% generation %}`` spans and ours, white space at the end apart."""
     tokenizer = real_tokenizer("llama3_1")
     jinja = (TRL_TEMPLATES / f"{name}_training.jinja").read_text()
     row = conversation(("user", "Hi"), ("assistant", "Hello there."), ("user", "again"), ("assistant", "bye\nbye"))

@@ -88,8 +88,8 @@ class ChatTemplate:
     def _ending(self, row: Conversation, turn: int, after: str) -> int:
         """How many characters of what follows an answer end its turn: what ends a last one, without white space behind.
 
-        Some templates end the last turn in another way (gpt-oss), or put EOS behind all (Phi 3). An earlier turn's end is
-        then the first token in what follows it, since this template does end turns.
+        Some templates end the last turn in another way (gpt-oss), or put EOS behind all (Phi 3). An earlier turn's end
+        is then the first token in what follows it, since this template does end turns.
         """
         tail = self._tail
         if not after.startswith(tail):
