@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trl
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 from trl.data_utils import common_prefix_length
 
 from jebi.data.chat_template import ChatTemplate
@@ -241,6 +242,47 @@ def test_a_template_that_ends_no_turn_gets_eos_behind_the_last_answer(tokenizer:
     rendered = ChatTemplate(tokenizer, BARE).render(row, (1, 3))
     assert rendered.text == "user: a\nassistant: b\nuser: c\nassistant: d\n</s>"
     assert [rendered.text[a.start : a.end] for a in rendered.answers] == ["b", "d\n</s>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "mid", "last"), [("gptoss", "<|end|>", "<|return|>"), ("phi3", "<|end|>", "<|end|>\n</s>")]
+)
+def test_an_earlier_turns_end_is_learnt_where_the_last_one_ends_otherwise(
+    name: str, mid: str, last: str, byte_tokenizer: Callable[[bool], PreTrainedTokenizerFast]
+) -> None:
+    tokenizer = byte_tokenizer(False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|return|>"]})
+    template = ChatTemplate(tokenizer, (TRL_TEMPLATES / f"{name}_training.jinja").read_text())
+    row = conversation(("user", "a"), ("assistant", "first"), ("user", "b"), ("assistant", "second"))
+    rendered = template.render(row, (1, 3))
+    one, two = (rendered.text[answer.start : answer.end] for answer in rendered.answers)
+    assert one.endswith(f"first{mid}")
+    assert two.endswith(f"second{last}")
+    unknown = ChatTemplate(byte_tokenizer(False), template.jinja)
+    with pytest.raises(DataError, match=r"turn 1 in another way, so its end is not known: set data\.learn: all"):
+        unknown.render(row, (1, 3))
+
+
+OPENED = {
+    "cohere", "cohere2", "gemma", "gemma3", "glm4moe", "lfm2", "lfm2_v2", "llama3", "qwen2_5_vl", "qwen3",
+    "qwen3_instruct_2507", "qwen3_vl",
+}  # fmt: skip
+"""TRL's templates that mark exactly what stands behind the prompt. Others mark a piece of what opens an answer too."""
+
+
+@pytest.mark.parametrize("name", sorted(OPENED))
+def test_answers_are_where_trls_markers_are_in_every_template(name: str, real_tokenizer: Real) -> None:
+    """Characters, so that any tokenizer will do: ``{% generation %}`` spans and ours, white space at the end apart."""
+    tokenizer = real_tokenizer("llama3_1")
+    jinja = (TRL_TEMPLATES / f"{name}_training.jinja").read_text()
+    row = conversation(("user", "Hi"), ("assistant", "Hello there."), ("user", "again"), ("assistant", "bye\nbye"))
+    messages = [turn.message() for turn in row.turns]
+    (text,), (marked,) = render_jinja_template(
+        [messages], chat_template=jinja, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+    )
+    rendered = ChatTemplate(tokenizer, jinja).render(row, (1, 3))
+    assert rendered.text == text
+    assert [text[a.start : a.end] for a in rendered.answers] == [text[start:end].rstrip() for start, end in marked]
 
 
 def test_a_template_that_drops_an_answer_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

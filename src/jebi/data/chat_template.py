@@ -5,6 +5,7 @@ begins where the prompt for it ends, and ends where a rendering of the same conv
 becomes equal again. So templates that trim, drop earlier reasoning or write calls in a form of their own are served.
 """
 
+import re
 from dataclasses import dataclass, field, replace
 
 from jinja2 import TemplateError
@@ -32,6 +33,8 @@ class ChatTemplate:
     """The template, and the special tokens that it names by variables."""
     _tail: str = field(init=False)
     """What ends a turn of the model's, without white space behind; empty where the template ends none."""
+    _tokens: re.Pattern[str] = field(init=False)
+    """Any of the tokenizer's added tokens."""
 
     def __post_init__(self) -> None:
         if self.jinja is None and not self.tokenizer.chat_template:
@@ -42,6 +45,8 @@ class ChatTemplate:
         own = self.jinja if self.jinja is not None else self.tokenizer.chat_template
         texts = list(own.values()) if isinstance(own, dict) else [str(own)]
         self.literals = "\0".join([*texts, *(str(token) for token in self.tokenizer.all_special_tokens)])
+        added = sorted((str(t.content) for t in self.tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        self._tokens = re.compile("|".join(re.escape(t) for t in added if not t.isspace()) or "(?!)")
         self._tail = self._tail_of(Conversation((Turn("user", "?"), Turn("assistant", _STAND_IN))))
 
     @property
@@ -76,11 +81,28 @@ class ChatTemplate:
                 f"the chat template writes what follows turn {turn} differently with another answer in its place, so "
                 "the answer's end is not known: set data.learn: all, or another data.template."
             )
+        return Answer(
+            turn, self._start(row, text, turn, before), len(text) - len(after) + self._ending(row, turn, after)
+        )
+
+    def _ending(self, row: Conversation, turn: int, after: str) -> int:
+        """How many characters of what follows an answer end its turn: what ends a last one, without white space behind.
+
+        Some templates end the last turn in another way (gpt-oss), or put EOS behind all (Phi 3). An earlier turn's end
+        is then the first token in what follows it, since this template does end turns.
+        """
         tail = self._tail
         if not after.startswith(tail):
-            tail = self._tail_of(replace(row, turns=(*row.turns[:turn], stand_in)))
-        ending = len(tail) if after.startswith(tail) else 0
-        return Answer(turn, self._start(row, text, turn, before), len(text) - len(after) + ending)
+            tail = self._tail_of(replace(row, turns=(*row.turns[:turn], Turn("assistant", _STAND_IN))))
+        if after.startswith(tail):
+            return len(tail)
+        token = self._tokens.match(after.lstrip())
+        if token is None:
+            raise DataError(
+                f"the chat template ends a last turn with {tail!r}, but turn {turn} in another way, so its end is not "
+                "known: set data.learn: all, or another data.template."
+            )
+        return len(after) - len(after.lstrip()) + token.end()
 
     def _start(self, row: Conversation, text: str, turn: int, before: str) -> int:
         """Where the model takes over: behind the prompt of the turns before, where the row begins with that.
