@@ -186,34 +186,68 @@ def _check_pattern(pattern: list[str] | str | None, name: str) -> None:
 
 @dataclass
 class DataConfig:
-    """The rows."""
+    """The rows. docs/data.md shows every setting."""
 
-    train: str = ""
-    """A .jsonl, .json, .csv or .parquet file, or a hub id."""
+    train: str | list[Any] = ""
+    """A .jsonl, .json, .csv or .parquet file, a folder of them, a hub id; or a list, also of {source, weight}."""
     split: str = "train"
     """Split of a hub data set."""
-    heldout: str | None = None
-    """A file of rows that are never trained on, for the held-out loss."""
+    heldout: str | list[Any] | None = None
+    """Rows that are never trained on, for the held-out loss; as `train`."""
     heldout_share: float = 0.0
-    """Without `heldout`, the share of the training rows set aside for it."""
+    """Without `heldout`, the share of each source's rows set aside for it."""
+    streaming: bool = False
+    """Read the training rows while training, never holding them all; needs train.max_steps."""
+    shuffle_buffer: int = 1000
+    """Rows of a stream among which the next is drawn; 1 keeps their order."""
+    format: str | None = None
+    """text, alpaca, prompt_completion, messages or sharegpt; null recognises it by the columns."""
+    formatter: str | None = None
+    """The user's own: file.py:function, or a Jinja text of the columns."""
+    roles: dict[str, Any] = field(default_factory=dict)
+    """What further roles in messages mean, such as {narrator: user}."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What becomes of rows that cannot be read."""
     template: str | None = None
-    """``tutorial`` (Korean, the default), ``alpaca`` (English), or a text with {instruction}, {input}, {output}."""
+    """tutorial, alpaca, chat (the tokenizer's), bare, a text with {instruction}, {input}, {output}, or a Jinja chat
+    template; null is tutorial for Alpaca's columns and chat for conversations."""
     text_field: str | None = None
     """Column that holds whole ready texts; the template is not used then."""
-    learn: Literal["all", "answers"] = "all"
-    """What has labels: the whole text, as in the tutorial, or only the answers and their EOS."""
+    learn: Literal["auto", "all", "answers", "last_answer"] = "auto"
+    """What has labels: the whole text, as in the tutorial; the answers and their ends; the last of them. auto is all,
+    but of prompt and completion the completion."""
+    special_tokens_in_text: Literal["auto", "text", "tokens", "error"] = "auto"
+    """What special tokens written inside the rows become; auto is text, and tokens in ready texts."""
     packing: bool = False
     """Fill sequences of max_seq_length with several rows, kept apart."""
+    long: Literal["cut", "split", "refuse"] = "cut"
+    """A row longer than max_seq_length is cut, split into pieces, or refused by its number."""
+    overlap: int = 0
+    """Tokens that a piece repeats of the piece before it, to read and not to learn; with `long` split."""
+    repair_encoding: bool = False
+    """Turn back text that was read in the wrong encoding, such as Ã© for é."""
+    allow: list[str] = field(default_factory=list)
+    """Codes of the check that shall not stop the training; docs/checks.md has them."""
 
     def __post_init__(self) -> None:
         if not self.train:
             raise ConfigError("data.train is missing: name a .jsonl file or a hub data set.")
         if self.text_field and self.template:
             raise ConfigError("data.template does nothing beside data.text_field, whose texts are ready: drop one.")
-        if self.text_field and self.learn == "answers":
-            raise ConfigError("data.learn 'answers' needs the answers apart: use a template, not data.text_field.")
+        if self.text_field and self.format not in (None, "text"):
+            raise ConfigError(f"data.text_field names ready texts, but data.format is {self.format}: drop one.")
+        if self.text_field and self.learn in ("answers", "last_answer"):
+            raise ConfigError(
+                f"data.learn '{self.learn}' needs the answers apart: use a template, not data.text_field."
+            )
         if not 0 <= self.heldout_share < 1:
             raise ConfigError(f"data.heldout_share must be from 0 to below 1, not {self.heldout_share}.")
+        if self.overlap and self.long != "split":
+            raise ConfigError(f"data.overlap does nothing with data.long {self.long}: set data.long to split.")
+        if self.heldout_share and self.streaming:
+            raise ConfigError("data.heldout_share needs rows that can be counted: set data.heldout beside streaming.")
+        if self.shuffle_buffer < 1:
+            raise ConfigError(f"data.shuffle_buffer must be at least 1, not {self.shuffle_buffer}.")
 
 
 @dataclass
