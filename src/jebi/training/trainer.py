@@ -245,7 +245,7 @@ class SFTTrainer(Trainer):
         )
         sums = torch.tensor([total, learnt], dtype=torch.float64, device=self.args.device)
         total_loss, total_learnt = self.accelerator.reduce(sums, "sum").tolist()
-        metrics = {f"{metric_key_prefix}_loss": total_loss / max(total_learnt, 1)}
+        metrics = {f"{metric_key_prefix}_loss": total_loss / total_learnt if total_learnt else 0.0}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=seen)  # type: ignore[arg-type]
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
