@@ -303,6 +303,15 @@ def test_answers_are_where_trls_markers_are_in_every_template(name: str, real_to
     assert [text[a.start : a.end] for a in rendered.answers] == [text[start:end].rstrip() for start, end in marked]
 
 
+def test_a_template_that_asks_for_a_system_turn_is_asked_row_by_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    refusal = "{% if messages[0].role != 'system' %}{{ raise_exception('system!') }}{% endif %}"
+    jinja = refusal + BARE.replace("\n", "</s>")
+    row = conversation(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    rendered = ChatTemplate(tokenizer, jinja).render(row, (2, 4))
+    assert rendered.text == "system: s</s>user: a</s>assistant: b</s>user: c</s>assistant: d</s>", "no second EOS"
+    assert [rendered.text[a.start : a.end] for a in rendered.answers] == ["b</s>", "d</s>"]
+
+
 def test_a_template_that_drops_an_answer_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     jinja = "{% for m in messages %}{% if loop.index0 != 1 %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     with pytest.raises(DataError, match="leaves out turn 1, an answer"):
