@@ -144,6 +144,24 @@ def test_a_straddling_token_is_not_learnt(real_tokenizer: Real) -> None:
     assert texts_of(tokenizer, ours) == ["<|eot_id|>"], "' yes' holds the prompt's space, which offsets leave out"
 
 
+def test_a_straddling_space_is_seen_though_offsets_leave_it_out() -> None:
+    """With ``trim_offsets``, as RoBERTa's tokenizer has it, ' y' is said to begin at the y."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġy", "</s>"]
+    inner = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(alphabet)}, merges=[("Ġ", "y")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.post_processor = processors.ByteLevel(trim_offsets=True)
+    inner.add_special_tokens(["</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    assert tokenizer("a y", return_offsets_mapping=True)["offset_mapping"] == [(0, 1), (2, 3)]
+    template = TextTemplate("bare", "{instruction}{output}", "</s>")
+    ours = learnt(tokenizer, template, conversation(("user", "a "), ("assistant", "yx")), (1,))
+    assert [tokenizer.convert_ids_to_tokens(n) for n in ours.labels if n != IGNORED] == ["x", "</s>"]
+    ours = learnt(tokenizer, template, conversation(("user", "a"), ("assistant", " yx")), (1,))
+    assert [tokenizer.convert_ids_to_tokens(n) for n in ours.labels if n != IGNORED] == ["Ġy", "x", "</s>"]
+
+
 @pytest.mark.parametrize("name", END)
 def test_answers_in_korean_of_several_tokens_a_character_are_learnt_whole(name: str, real_tokenizer: Real) -> None:
     tokenizer = real_tokenizer(name)
@@ -283,6 +301,15 @@ def test_answers_are_where_trls_markers_are_in_every_template(name: str, real_to
     rendered = ChatTemplate(tokenizer, jinja).render(row, (1, 3))
     assert rendered.text == text
     assert [text[a.start : a.end] for a in rendered.answers] == [text[start:end].rstrip() for start, end in marked]
+
+
+def test_a_template_that_asks_for_a_system_turn_is_asked_row_by_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    refusal = "{% if messages[0].role != 'system' %}{{ raise_exception('system!') }}{% endif %}"
+    jinja = refusal + BARE.replace("\n", "</s>")
+    row = conversation(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    rendered = ChatTemplate(tokenizer, jinja).render(row, (2, 4))
+    assert rendered.text == "system: s</s>user: a</s>assistant: b</s>user: c</s>assistant: d</s>", "no second EOS"
+    assert [rendered.text[a.start : a.end] for a in rendered.answers] == ["b</s>", "d</s>"]
 
 
 def test_a_template_that_drops_an_answer_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -124,11 +124,11 @@ def weighed_mean(model: Any, rows: Dataset) -> float:
     return total / weights
 
 
-def weighed_rows() -> Dataset:
+def weighed_rows(scale: float = 1.0) -> Dataset:
     talks = [
         [talk[0], talk[1] | {"weight": weight}, *talk[2:]] for talk, weight in zip(TALKS * 2, (0.5, 2.0, 0.0, 1.0))
     ]
-    return Dataset.from_list([{"messages": talk, "weight": 1.0 + n} for n, talk in enumerate(talks)])
+    return Dataset.from_list([{"messages": talk, "weight": scale * (1.0 + n)} for n, talk in enumerate(talks)])
 
 
 @pytest.mark.parametrize(("batch", "accumulation", "pass_tokens"), [(4, 1, None), (2, 2, 30), (1, 4, 1)])
@@ -168,3 +168,19 @@ def test_a_row_of_weight_two_trains_as_the_row_twice(
         trainer.train()
     # As in test_trainer: the same numbers summed in another order, through two steps of Adam.
     assert_close(snapshot(trainers[0].model), snapshot(trainers[1].model), 1e-5)
+
+
+def test_a_mean_does_not_change_with_the_weights_scale(
+    make_trainer: Fixture, chat_tokenizer: Any, losses: Fixture
+) -> None:
+    """However small the weights are: their sum, not the number of tokens, is what the loss is divided by."""
+    found = []
+    for scale in (1.0, 0.001):
+        rows = weighed_rows(scale)
+        trainer = make_trainer(
+            train_dataset=rows, trainer={"tokenizer": chat_tokenizer, "eval_dataset": rows}, max_steps=1
+        )
+        evaluated = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        found.append([evaluated, *losses(trainer)])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)  # float32 sums

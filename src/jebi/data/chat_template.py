@@ -31,8 +31,9 @@ class ChatTemplate:
     """Chat templates write BOS themselves; transformers never adds one."""
     literals: str = field(init=False)
     """The template, and the special tokens that it names by variables."""
-    _tail: str = field(init=False)
-    """What ends a turn of the model's, without white space behind; empty where the template ends none."""
+    _tail: str | None = field(init=False)
+    """What ends a last answer, without white space behind: nothing where the template ends none, None where it refuses
+    a plain question and answer, so that each row has to be asked."""
     _tokens: re.Pattern[str] = field(init=False)
     """Any of the tokenizer's added tokens."""
 
@@ -47,7 +48,11 @@ class ChatTemplate:
         self.literals = "\0".join([*texts, *(str(token) for token in self.tokenizer.all_special_tokens)])
         added = sorted((str(t.content) for t in self.tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self._tokens = re.compile("|".join(re.escape(t) for t in added if not t.isspace()) or "(?!)")
-        self._tail = self._tail_of(Conversation((Turn("user", "?"), Turn("assistant", _STAND_IN))))
+        self._tail = None
+        try:
+            self._tail = self._written_tail((Turn("user", "?"),))
+        except DataError:
+            return
 
     @property
     def spec(self) -> str:
@@ -59,7 +64,7 @@ class ChatTemplate:
         self._require_known(row)
         text = self._write(row)
         answers = [self._find(row, text, turn) for turn in learnt]
-        if row.turns[-1].role == "assistant" and not self._tail:
+        if row.turns[-1].role == "assistant" and not self._tail_of(row, len(row.turns) - 1):
             # Nothing would tell the model to stop.
             text += str(self.tokenizer.eos_token or "")
             answers = [replace(a, end=len(text)) if a.turn == len(row.turns) - 1 else a for a in answers]
@@ -91,9 +96,9 @@ class ChatTemplate:
         Some templates end the last turn in another way (gpt-oss), or put EOS behind all (Phi 3). An earlier turn's end
         is then the first token in what follows it, since this template does end turns.
         """
-        tail = self._tail
+        tail = self._tail_of(row, turn)
         if not after.startswith(tail):
-            tail = self._tail_of(replace(row, turns=(*row.turns[:turn], Turn("assistant", _STAND_IN))))
+            tail = self._written_tail(row.turns[:turn], row)
         if after.startswith(tail):
             return len(tail)
         token = self._tokens.match(after.lstrip())
@@ -122,12 +127,14 @@ class ChatTemplate:
         begins = before.rfind(opening) + len(opening) if opening and opening in before else parts
         return min(begins, parts)
 
-    def _tail_of(self, row: Conversation) -> str:
-        """What is written behind a last answer, without white space at the end."""
-        try:
-            return self._write(row).rpartition(_STAND_IN)[2].rstrip()
-        except DataError:  # the template wants other turns before it; each row is asked then
-            return ""
+    def _tail_of(self, row: Conversation, turn: int) -> str:
+        return self._tail if self._tail is not None else self._written_tail(row.turns[:turn], row)
+
+    def _written_tail(self, before: tuple[Turn, ...], row: Conversation | None = None) -> str:
+        """What is written behind an answer that follows these turns as the last, without white space at the end."""
+        last = (*before, Turn("assistant", _STAND_IN))
+        written = self._write(Conversation(last) if row is None else replace(row, turns=last))
+        return written.rpartition(_STAND_IN)[2].rstrip()
 
     def _write(self, row: Conversation, opens: bool = False) -> str:
         try:

@@ -249,7 +249,7 @@ class SFTTrainer(Trainer):
             self.model, counted(), self._current_plan().tokens, self.args.label_smoothing_factor
         )
         all_loss, all_learnt, all_rows = processes.summed(self.accelerator, total, learnt, seen)
-        metrics = {f"{metric_key_prefix}_loss": all_loss / max(all_learnt, 1)}
+        metrics = {f"{metric_key_prefix}_loss": all_loss / all_learnt if all_learnt else 0.0}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(all_rows))  # type: ignore[arg-type]
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
