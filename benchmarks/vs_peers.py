@@ -100,6 +100,7 @@ def run_jebi(arguments: argparse.Namespace) -> None:
         output_dir="/tmp/vs_peers",
         report_to=[],
         save_strategy="no",
+        allow=["missing-eos"],  # rows of drawn tokens
     )
     trainer = SFTTrainer(
         model=model,

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from jebi import config
 from jebi.config import (
     TARGET_MODULES,
     DataConfig,
@@ -18,6 +17,7 @@ from jebi.config import (
     check_type,
     read_run,
     run_from_dict,
+    settings,
 )
 from jebi.errors import ConfigError
 
@@ -91,7 +91,7 @@ def test_the_list_of_settings_is_frozen() -> None:
 
 
 def test_every_field_has_a_docstring() -> None:
-    tree = ast.parse(inspect.getsource(config))
+    tree = ast.parse(inspect.getsource(settings))
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Config")]
     assert {node.name for node in classes} == {cls.__name__ for cls in FIELDS}
     for node in classes:
@@ -248,8 +248,8 @@ def test_ranks_and_scales_of_some_projections() -> None:
 
 def test_loftq_is_asked_for_in_either_way() -> None:
     full = {"loftq_bits": 4, "loftq_iter": 1}
-    for settings in ({"init_lora_weights": "loftq"}, {"loftq_config": {"loftq_bits": 4}}, {"loftq_config": full}):
-        config = LoraConfig(**settings)
+    for asked in ({"init_lora_weights": "loftq"}, {"loftq_config": {"loftq_bits": 4}}, {"loftq_config": full}):
+        config = LoraConfig(**asked)
         assert (config.init_lora_weights, config.loftq_config) == ("loftq", full)
     with pytest.raises(ConfigError, match="loftq_config does nothing with init_lora_weights='pissa'"):
         LoraConfig(init_lora_weights="pissa", loftq_config=full)

@@ -22,7 +22,6 @@ from jebi.models.decoder import Decoder
 from jebi.models.families import DecoderShape
 from jebi.models.shell import JebiPreTrainedModel
 from jebi.models.unpadding import IGNORED, Layout, Learnt, lay_out, learnt_of, shift_labels
-from jebi.models.vocabulary import resize
 from jebi.nn.linear import Linear
 from jebi.nn.rotary import Rotary
 from jebi.nn.rows import Rows
@@ -197,18 +196,3 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         """The head module."""
         return self.lm_head
-
-    def resize_token_embeddings(  # type: ignore[override]  # jebi's embedding is its own module
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
-        """Give the vocabulary ``new_num_tokens`` rows, rounded up as asked, and return the embedding.
-
-        New rows are the mean of the old ones, whatever ``mean_resizing`` says: nothing is drawn.
-
-        Raises:
-            ModelError: the size is impossible, or the model has an adapter already.
-        """
-        size = self.model.shape.vocabulary if new_num_tokens is None else new_num_tokens
-        step = pad_to_multiple_of or 1
-        resize(self, -(-size // step) * step)
-        return self.model.embed_tokens

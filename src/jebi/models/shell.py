@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from jebi.errors import ModelError
 from jebi.models.decoder import Decoder
 from jebi.models.files import ModelFiles
+from jebi.models.vocabulary import resize
 from jebi.models.writing import write_base, write_checkpoint
 from jebi.nn.linear import Linear
 from jebi.nn.trained_copy import originals_in_place
@@ -92,6 +93,21 @@ class JebiPreTrainedModel(PreTrainedModel):
         """Drop the copies that were kept for decoding."""
         for _, linear in self.linears():
             linear.drop_kept()
+
+    def resize_token_embeddings(  # type: ignore[override]  # jebi's embedding is its own module
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Give the vocabulary ``new_num_tokens`` rows, rounded up as asked, and return the embedding.
+
+        New rows are the mean of the old ones, whatever ``mean_resizing`` says: nothing is drawn.
+
+        Raises:
+            ModelError: the size is impossible, or the model has an adapter already.
+        """
+        size = self.model.shape.vocabulary if new_num_tokens is None else new_num_tokens
+        step = pad_to_multiple_of or 1
+        resize(self, -(-size // step) * step)
+        return self.model.embed_tokens
 
     @property
     def is_resized(self) -> bool:

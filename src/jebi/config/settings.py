@@ -1,19 +1,13 @@
-"""The settings of a run: one dataclass a section, a docstring a field. The only reader of YAML and of ``--set``.
+"""The settings of a run: one dataclass a section, a docstring a field. YAML and ``--set`` are `reading`'s.
 
-Modules take plain values; these objects stop at the builders (`fast`, `training.run`, `cli`). No torch here.
+Modules take plain values; these objects stop at the builders (`fast`, `run`, `cli`). No torch here.
 """
 
-import dataclasses
-import difflib
 import re
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from jebi.config.checking import reject_unknown
 from jebi.errors import ConfigError
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -262,106 +256,3 @@ class RunConfig:
     """The rows."""
     train: dict[str, Any]
     """Fields of transformers.TrainingArguments and of jebi's own `SFTConfig`."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes ``2e-4`` for a text; here it is the number that it is everywhere else."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _load_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
-
-
-def read_run(path: Path, settings: list[str] | None = None) -> RunConfig:
-    """Read a YAML file and apply ``section.key=value`` settings over it.
-
-    Raises:
-        ConfigError: the file is missing or no YAML, a key is unknown, or a value has the wrong type.
-    """
-    try:
-        document = _load_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config '{path}' cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config '{path}' is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(document, dict):
-        raise ConfigError(f"config '{path}' must hold sections: model, lora, data, train.")
-    for setting in settings or []:
-        _apply(document, setting)
-    return run_from_dict(document)
-
-
-def run_from_dict(document: dict[str, Any]) -> RunConfig:
-    """Build a run from nested dictionaries, as YAML yields them."""
-    known = {"model": ModelConfig, "lora": LoraConfig, "data": DataConfig}
-    reject_unknown(document, {*known, "train"}, "")
-    sections = {name: _section(cls, document.get(name) or {}, name) for name, cls in known.items()}
-    train = document.get("train") or {}
-    if not isinstance(train, dict):
-        raise ConfigError("section 'train' must hold settings, one a line.")
-    return RunConfig(**sections, train=dict(train))
-
-
-def _apply(document: dict[str, Any], setting: str) -> None:
-    key, equals, value = setting.partition("=")
-    section, dot, name = key.partition(".")
-    if not equals or not dot:
-        raise ConfigError(f"--set '{setting}' must be section.key=value, such as --set lora.r=32.")
-    target = document.setdefault(section, {})
-    if not isinstance(target, dict):
-        raise ConfigError(f"--set '{setting}': section '{section}' holds no settings.")
-    try:
-        target[name] = _load_yaml(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set '{setting}': the value is not YAML; put it in quotes.") from error
-
-
-def _section(cls: type, values: Any, name: str) -> Any:
-    if not isinstance(values, dict):
-        raise ConfigError(f"section '{name}' must hold settings, one a line.")
-    fields = {f.name for f in dataclasses.fields(cls)}
-    reject_unknown(values, fields, f"{name}.")
-    hints = typing.get_type_hints(cls)
-    checked = {key: _typed(hints[key], value, f"{name}.{key}") for key, value in values.items()}
-    return cls(**checked)
-
-
-def reject_unknown(values: dict[str, Any], known: set[str], prefix: str) -> None:
-    """`ConfigError` for the first key that is not known, with the nearest that is."""
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean '{prefix}{near[0]}'?" if near else f" Known: {', '.join(sorted(known))}."
-            raise ConfigError(f"setting '{prefix}{key}' is unknown.{hint}")
-
-
-def check_type(hint: Any, value: Any, name: str) -> None:
-    """`ConfigError` unless the value has the hinted type; a hint that is no class or union of classes passes."""
-    if hint is not Any and all(isinstance(typing.get_origin(option) or option, type) for option in _options(hint)):
-        _typed(hint, value, name)
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-
-
-def _typed(hint: Any, value: Any, name: str) -> Any:
-    """``value`` if it has the hinted type; whole numbers serve as floats."""
-    if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise ConfigError(f"{name} must be one of {', '.join(map(str, typing.get_args(hint)))}, not {value!r}.")
-        return value
-    options = _options(hint)
-    for option in options:
-        kind = typing.get_origin(option) or option
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-            return value
-    names = " or ".join("null" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
-    raise ConfigError(f"{name} must be {names}, not {value!r}.")
