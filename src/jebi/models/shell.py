@@ -87,11 +87,12 @@ class JebiPreTrainedModel(PreTrainedModel):
     def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
         """Operations of a training step on these tokens, six a parameter (arXiv:2001.08361, section 2.1).
 
-        Trainer asks for them every micro-batch, so the parameters are counted once: counting walks all modules, 7 ms for
-        32 layers, four times a step of 100.
+        Trainer asks for them every micro-batch, so the parameters are counted once: counting walks all modules, 7 ms
+        for 32 layers, four times a step of 100.
         """
         if self._counted is None:
-            tables = 2 * self.model.shape.vocabulary * self.model.shape.layer.width
+            shape = self.model.shape
+            tables = (1 if shape.tied else 2) * shape.vocabulary * shape.layer.width
             self._counted = self.trainable_parameters()[1], tables
         everything, tables = self._counted
         return 6 * int(input_dict["input_ids"].numel()) * (everything - (tables if exclude_embeddings else 0))
