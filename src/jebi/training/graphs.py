@@ -60,6 +60,7 @@ class PassGraphs:
         self._casts: torch.cuda.CUDAGraph | None = None
         self._pool = torch.cuda.graph_pool_handle()
         self._warm = False
+        self._version = -1
 
     @staticmethod
     def serves(model: JebiForCausalLM) -> bool:
@@ -89,13 +90,16 @@ class PassGraphs:
         return graph.replay()
 
     def _begin(self) -> None:
-        """At a step's first pass, whose gradients were just dropped: empty ones where the graphs expect them."""
-        if all(p.grad is grad for p, grad in zip(self._trained, self._grads)):
-            return
-        self._flat.zero_()
-        for parameter, grad in zip(self._trained, self._grads):
-            parameter.grad = grad
-        self._cast()
+        """See to it that gradients lie where the graphs expect them, and that what is trained is cast as it is now."""
+        if not all(p.grad is grad for p, grad in zip(self._trained, self._grads)):
+            # A step's first pass: the last step's gradients were dropped.
+            self._flat.zero_()
+            for parameter, grad in zip(self._trained, self._grads):
+                parameter.grad = grad
+        version = sum(p._version for p in self._trained)
+        if version != self._version:
+            self._version = version
+            self._cast()
 
     def _cast(self) -> None:
         """Cast the adapters for the step, in one replay instead of two launches a matrix."""
