@@ -59,7 +59,7 @@ class PassGraphs:
         self._captured: dict[Shape, PassGraph] = {}
         self._casts: torch.cuda.CUDAGraph | None = None
         self._pool = torch.cuda.graph_pool_handle()
-        self._warm = False
+        self._warm: set[tuple[bool, bool]] = set()
         self._version = -1
 
     @staticmethod
@@ -80,9 +80,10 @@ class PassGraphs:
         if graph is None:
             graph = PassGraph(shape, self._model.device)
             graph.fill(part, items)
-            if not self._warm:
+            kind = (shape.alike, shape.whole is None)
+            if kind not in self._warm:
                 # Kernels are compiled and libraries set up at their first use, which must not be captured.
-                self._warm = True
+                self._warm.add(kind)
                 return self._pass(graph)
             self._captured[shape] = graph
             graph.capture(lambda: self._pass(graph), self._pool)
