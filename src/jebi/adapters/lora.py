@@ -45,7 +45,7 @@ def attach(model: JebiPreTrainedModel, config: LoraConfig, fresh: bool = True) -
     """
     if model.adapter is not None:
         raise AdapterError("the model already has an adapter; load the base model again to start another.")
-    if any(parameter.requires_grad for parameter in model.parameters()):
+    if any(parameter.requires_grad for parameter in model.model.parameters()):
         raise ConfigError(
             "the model was loaded with full_finetuning=True and is trained as it is: drop one of the two."
         )

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from jebi.errors import ModelError
 from jebi.models.decoder import Decoder
 from jebi.models.files import ModelFiles
+from jebi.models.vocabulary import resize
 from jebi.models.writing import write_base, write_checkpoint
 from jebi.nn.linear import Linear
 from jebi.nn.trained_copy import originals_in_place
@@ -98,6 +99,21 @@ class JebiPreTrainedModel(PreTrainedModel):
         """Whether the vocabulary is no longer the checkpoint's."""
         return self.model.shape.vocabulary != self.model.loaded_vocabulary
 
+    def resize_token_embeddings(  # type: ignore[override]  # jebi's embedding is its own module
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Give the vocabulary ``new_num_tokens`` rows, rounded up as asked, and return the embedding.
+
+        New rows are the mean of the old ones, whatever ``mean_resizing`` says: nothing is drawn.
+
+        Raises:
+            ModelError: the size is impossible, or the model has an adapter already.
+        """
+        size = self.model.shape.vocabulary if new_num_tokens is None else new_num_tokens
+        step = pad_to_multiple_of or 1
+        resize(self, -(-size // step) * step)
+        return self.model.embed_tokens
+
     def shares_beginnings(self, longest: int) -> bool:
         """Whether beginnings that rows of up to ``longest`` tokens have in common may be computed once."""
         return self.model.shares_beginnings(longest)
@@ -143,12 +159,18 @@ class JebiPreTrainedModel(PreTrainedModel):
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         *_: Any,
+        push_to_hub: bool = False,
         **__: Any,
     ) -> None:
         """Write the adapter in PEFT's format, or the whole model in Hugging Face's where there is no adapter.
 
         The whole model is written in its compute dtype; ``state_dict``, where given, as it is.
+
+        Raises:
+            ModelError: ``push_to_hub`` was asked for.
         """
+        if push_to_hub:
+            raise ModelError("save_pretrained writes to a folder: drop push_to_hub=True and call push_to_hub(name).")
         if not is_main_process:
             return
         folder = Path(save_directory)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from jebi.errors import ModelError
+from jebi.nn.linear import Linear
 
 if TYPE_CHECKING:
-    from jebi.models.hf import JebiForCausalLM
+    from jebi.models.shell import JebiPreTrainedModel
 
 
-def resize(model: "JebiForCausalLM", size: int) -> None:
-    """Give the embedding and the head ``size`` rows; tied ones stay tied.
+def resize(model: "JebiPreTrainedModel", size: int) -> None:
+    """Give the embedding and the language-model head, where there is one, ``size`` rows; tied ones stay tied.
 
     New rows are the mean of the old ones, so that new tokens begin as no token in particular
     (nlp.stanford.edu/~johnhew/vocab-expansion.html, without its noise); rows beyond ``size`` are dropped.
@@ -30,12 +31,13 @@ def resize(model: "JebiForCausalLM", size: int) -> None:
         return
     if model.adapter is not None:
         raise ModelError("resize_token_embeddings comes before get_peft_model: resize the model without its adapter.")
-    embedding, head = model.model.embed_tokens, model.lm_head
-    tied = head.weight is embedding.weight
-    assert isinstance(head.weight, nn.Parameter), "heads are held dense"
-    embedding.weight = _resized(embedding.weight, size)
-    head.weight = embedding.weight if tied else _resized(head.weight, size)
-    head.out_features = size
+    embedding, head = model.model.embed_tokens, model.get_output_embeddings()
+    old_VD = embedding.weight
+    embedding.weight = _resized(old_VD, size)
+    if isinstance(head, Linear):
+        assert isinstance(head.weight, nn.Parameter), "heads are held dense"
+        head.weight = embedding.weight if head.weight is old_VD else _resized(head.weight, size)
+        head.out_features = size
     model.model.shape = dataclasses.replace(model.model.shape, vocabulary=size)
     model.config.vocab_size = size
 
