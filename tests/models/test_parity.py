@@ -212,6 +212,14 @@ def test_what_is_never_held_is_refused(tiny_llama, load, setting: str) -> None:
         load(tiny_llama())(torch.ones(1, 3, dtype=torch.long), **{setting: True})
 
 
+def test_ids_and_embeddings_exclude_each_other(tiny_llama, load) -> None:
+    ours = load(tiny_llama())
+    ids = torch.full((1, 4), 7)
+    for inputs in ({}, {"input_ids": ids, "inputs_embeds": ours.get_input_embeddings()(ids)}):
+        with pytest.raises(ModelError, match="input_ids or inputs_embeds, one of the two"):
+            ours(**inputs)
+
+
 def test_masks_of_four_dimensions_are_refused(tiny_llama, load) -> None:
     ids = torch.ones(1, 3, dtype=torch.long)
     with pytest.raises(ModelError, match=r"attention_mask must be \(batch, tokens\)"):
