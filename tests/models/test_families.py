@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, Qwen3Config
+from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, Phi3Config, Qwen3Config
 
 from jebi.errors import ModelError
 from jebi.models.families import FAMILIES, read_config
@@ -67,9 +67,16 @@ def test_embedding_models_are_refused(tmp_path: Path) -> None:
     [
         ({"num_key_value_heads": 3}, "num_attention_heads=4, which is no multiple of num_key_value_heads=3"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0; a number above 0"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0; a number above 0 is needed, or null"),
+        (
+            {"model_type": "gemma2", "sliding_window": None},
+            "layer_types with 'sliding_attention', and no sliding_window",
+        ),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0; a number above 0"),
+        ({"partial_rotary_factor": 0.5, "rope_theta": 1e4}, "partial_rotary_factor, which 'llama' models do not"),
     ],
 )
-def test_impossible_sizes_are_named(tmp_path: Path, changes: dict[str, int], message: str) -> None:
+def test_impossible_sizes_are_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         load(with_config(tmp_path, **changes))
 
@@ -84,9 +91,11 @@ def test_layer_types_must_be_known_and_as_many_as_layers() -> None:
         read_config(config)
 
 
-def test_dropout_of_attention_is_said_not_to_happen(caplog: pytest.LogCaptureFixture) -> None:
+def test_dropout_is_said_not_to_happen(caplog: pytest.LogCaptureFixture) -> None:
     read_config(LlamaConfig(attention_dropout=0.1))
     assert "attention_dropout=0.1" in caplog.text
+    read_config(Phi3Config(resid_pdrop=0.2, pad_token_id=0))
+    assert "resid_pdrop=0.2" in caplog.text
 
 
 def test_sizes_are_those_of_the_config() -> None:
