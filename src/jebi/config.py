@@ -48,6 +48,7 @@ class ModelConfig:
     """How RoPE is scaled, such as {rope_type: yarn, factor: 4.0}; null carries the model's own scaling on."""
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         if self.max_seq_length < 1:
             raise ConfigError(f"max_seq_length must be at least 1, not {self.max_seq_length}; 2048 is usual.")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
@@ -108,14 +109,13 @@ class LoraConfig:
     """Seed of the first matrices."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.r, int) or self.r < 1:
+        _check_fields(self)
+        if self.r < 1:
             raise ConfigError(f"r must be a whole number above 0, not {self.r}; 8, 16, 32, 64 or 128 are usual.")
-        if not isinstance(self.lora_alpha, int | float) or not 0 < self.lora_alpha < float("inf"):
+        if not 0 < self.lora_alpha < float("inf"):
             raise ConfigError(f"lora_alpha must be a number above 0, not {self.lora_alpha!r}; r or 2 r is usual.")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must be from 0 to below 1, not {self.lora_dropout}.")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ConfigError(f"bias must be 'none', 'all' or 'lora_only', not '{self.bias}'.")
         if not self.target_modules:
             raise ConfigError(f"target_modules is empty; name at least one of {', '.join(TARGET_MODULES)}.")
         self._check_layers()
@@ -267,6 +267,8 @@ def run_from_dict(document: dict[str, Any]) -> RunConfig:
     known = {"model": ModelConfig, "lora": LoraConfig, "data": DataConfig}
     reject_unknown(document, {*known, "train"}, "")
     sections = {name: _section(cls, document.get(name) or {}, name) for name, cls in known.items()}
+    if sections["model"].full_finetuning and sections["lora"] != LoraConfig():
+        raise ConfigError("model.full_finetuning trains every weight and no adapter: drop it or section 'lora'.")
     train = document.get("train") or {}
     if not isinstance(train, dict):
         raise ConfigError("section 'train' must hold settings, one a line.")
@@ -304,6 +306,13 @@ def reject_unknown(values: dict[str, Any], known: set[str], prefix: str) -> None
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f" Did you mean '{prefix}{near[0]}'?" if near else f" Known: {', '.join(sorted(known))}."
             raise ConfigError(f"setting '{prefix}{key}' is unknown.{hint}")
+
+
+def _check_fields(section: Any) -> None:
+    """`ConfigError` unless every field of a section has its type."""
+    hints = typing.get_type_hints(type(section))
+    for found in dataclasses.fields(section):
+        _typed(hints[found.name], getattr(section, found.name), found.name)
 
 
 def check_type(hint: Any, value: Any, name: str) -> None:
