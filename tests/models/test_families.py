@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, Phi3Config, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Phi3Config, Qwen3Config
 
 from jebi.errors import ModelError
 from jebi.models.families import FAMILIES, read_config
@@ -123,3 +123,34 @@ def test_heads_share_the_width_when_no_size_is_stated() -> None:
     config.head_dim = None
     assert read_config(config).layer.head_dim == 16
     assert read_rotary(config, CPU)["full_attention"].inv_freq.shape == (8,)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("qwen3", {"attention_bias": True}),
+        ("gemma", {"attention_bias": True}),
+        ("gemma2", {"attention_bias": True}),
+        ("gemma3_text", {"attention_bias": True, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 1.0}),
+        ("gemma", {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}),
+        ("gemma", {"hidden_act": "gelu", "hidden_activation": None}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"hidden_act": "gelu_new"}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_what_a_config_may_say_beside_means_what_transformers_means(
+    tmp_path: Path, model_type: str, changes: dict[str, object]
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300}
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes | changes), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in theirs.parameters():
+        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    theirs.save_pretrained(tmp_path)
+    files, ids = find(str(tmp_path)), torch.arange(3, 12)[None]
+    ours, expected = load_model(files, files.config(), torch.float32, CPU, "dense")(ids).logits, theirs(ids).logits
+    # Float32's roundings over two layers; the two forms of GELU differ by 1e-3.
+    assert (ours - expected).abs().max() <= 2e-6 * expected.abs().max()
