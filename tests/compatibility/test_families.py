@@ -238,3 +238,12 @@ def test_the_scoring_model_is_transformers(name: str, checkpoint, load, rows, di
 def test_every_checkpoint_is_here(checkpoint_names: list[str], model_types: set[str]) -> None:
     assert sorted(NAMES) == sorted(checkpoint_names)
     assert model_types == set(FAMILIES)
+
+
+@torch.no_grad()
+def test_a_score_is_read_before_the_pad_tokens_where_no_mask_is_given(checkpoint, load, difference, tmp_path) -> None:
+    ours = JebiForSequenceClassification(load(checkpoint("llama")))
+    ours.save_pretrained(tmp_path)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 0, 0]])
+    assert difference(ours(ids).logits, theirs(ids).logits) <= BAR
