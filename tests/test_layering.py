@@ -13,7 +13,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "jebi"
 
 ORDER = (
     "errors", "config", "quant", "kernels", "nn", "models", "adapters", "plan", "data",
-    "training", "inference", "export", "fast", "run", "cli", "__init__", "__main__",
+    "training", "inference", "export", "fast", "run", "inspection", "cli", "__init__", "__main__",
 )  # fmt: skip
 """Each may import those before it. (`export` is planned.)"""
 

@@ -21,7 +21,13 @@ def run(code: str) -> str:
 
 
 def test_public_names() -> None:
-    assert sorted(jebi.__all__) == ["FastLanguageModel", "SFTConfig", "SFTTrainer", "is_bfloat16_supported"]
+    assert sorted(jebi.__all__) == [
+        "FastLanguageModel",
+        "SFTConfig",
+        "SFTTrainer",
+        "is_bfloat16_supported",
+        "train_on_responses_only",
+    ]
     for name in jebi.__all__:
         assert getattr(jebi, name).__name__ == name
         assert getattr(jebi, name).__doc__

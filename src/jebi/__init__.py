@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["FastLanguageModel", "SFTConfig", "SFTTrainer", "is_bfloat16_supported"]
+__all__ = ["FastLanguageModel", "SFTConfig", "SFTTrainer", "is_bfloat16_supported", "train_on_responses_only"]
 
 if TYPE_CHECKING:
     from jebi.fast import FastLanguageModel, is_bfloat16_supported
     from jebi.training.arguments import SFTConfig
+    from jebi.training.responses import train_on_responses_only
     from jebi.training.trainer import SFTTrainer
 
 _HOMES = {
@@ -19,6 +20,7 @@ _HOMES = {
     "is_bfloat16_supported": "jebi.fast",
     "SFTConfig": "jebi.training.arguments",
     "SFTTrainer": "jebi.training.trainer",
+    "train_on_responses_only": "jebi.training.responses",
 }
 
 

@@ -3,6 +3,7 @@
     JebiError
     ├── ConfigError         a setting is wrong, missing or does nothing      (ValueError)
     ├── DataError           rows, files or columns are wrong                 (ValueError)
+    │   └── CheckError      the rows can be read, but training on them would be pointless
     ├── ModelError          the model or its config cannot be used           (ValueError)
     │   └── WeightsError    a weights file lacks, contradicts or breaks      (ValueError)
     ├── AdapterError        an adapter does not fit the model                (ValueError)
@@ -23,6 +24,10 @@ class ConfigError(JebiError, ValueError):
 
 class DataError(JebiError, ValueError):
     """A data file, column or row cannot be used."""
+
+
+class CheckError(DataError):
+    """The check before training found what makes it pointless; the message has the codes and how to allow them."""
 
 
 class ModelError(JebiError, ValueError):

@@ -5,9 +5,8 @@ Progress goes to stderr; nothing is printed here but what transformers and datas
 
 import json
 import logging
-import math
 import typing
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,15 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from jebi.adapters.peft_config import CONFIG_FILE, base_of, names_base
 from jebi.config import DataConfig, RunConfig, check_type, reject_unknown
-from jebi.data.heldout import answer_rows
+from jebi.data import loading, templates
+from jebi.data.conversation import question
+from jebi.data.formatters import load_formatter
+from jebi.data.long_rows import UNCUT
+from jebi.data.mixing import read_sources
+from jebi.data.mojibake import repair
+from jebi.data.preparation import Preparation
+from jebi.data.rows import Rows
 from jebi.data.sources import load_rows, require_columns
-from jebi.data.templates import COLUMNS, DEFAULT_TEMPLATE, Template, named
 from jebi.errors import AdapterError, ConfigError
 from jebi.fast import FastLanguageModel
 from jebi.inference.compare import Questions, compare_models
@@ -41,8 +46,8 @@ RUN_FILE = "jebi_run.json"
 
 def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = False) -> SFTTrainer:
     """Train as the config says; adapter, tokenizer, report and config are in the output folder afterwards."""
-    rows, heldout = _read(config.data)
-    args = arguments(config, evaluates=heldout is not None)
+    rows, heldout = read(config.data)
+    args = arguments(config, evaluates=bool(heldout))
     output = Path(str(args.output_dir))
     require_writable(output)
     if resume and get_last_checkpoint(str(output)) is None:
@@ -52,28 +57,70 @@ def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = Fa
     model, tokenizer = _load(config)
     if not config.model.full_finetuning:
         _adapt(model, config)
+    longest = config.model.max_seq_length
+    ready = token_rows(rows, heldout, config, args, tokenizer, longest if config.data.long == "cut" else UNCUT)
     trainer = SFTTrainer(
         model=model,
         tokenizer=tokenizer,
-        train_dataset=_prepared(rows, config, tokenizer),
-        eval_dataset=_prepared(heldout, config, tokenizer) if heldout is not None else None,
-        dataset_text_field=config.data.text_field or "text",
-        max_seq_length=config.model.max_seq_length,
+        train_dataset=ready.train,
+        eval_dataset=ready.heldout,
+        max_seq_length=longest,
         packing=config.data.packing,
         args=args,
         callbacks=callbacks,
     )
+    trainer.texts = ready.texts
     # The callers' callbacks show progress; Trainer's own print their log lines to stdout.
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume or args.resume_from_checkpoint)
     trainer.save_model()
-    write_whole(output / RUN_FILE, json.dumps(_without_secrets(config), indent=2, ensure_ascii=False) + "\n")
+    record = _without_secrets(config)
+    template = ready.template
+    record["data"] |= {"template": template, "text_field": config.data.text_field or (None if template else "text")}
+    write_whole(output / RUN_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return trainer
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """A run's rows as tokens."""
+
+    train: Rows
+    """To train on."""
+    heldout: Rows | None
+    """To measure on."""
+    texts: list[Rows]
+    """What the training rows were made of."""
+    template: str | None
+    """What wrote them; None where they were ready texts."""
+
+
+def token_rows(
+    rows: loading.Parts,
+    heldout: loading.Parts,
+    config: RunConfig,
+    args: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+) -> TokenRows:
+    """Write and tokenise the rows; ``limit`` is where they are cut."""
+    if config.data.formatter:
+        formatter = load_formatter(config.data.formatter, tokenizer)
+        rows, heldout = loading.formatted(rows, formatter), loading.formatted(heldout, formatter)
+    how = preparation(config.data, limit, args.dataset_num_proc)
+    template = loading.template_of_all(rows + heldout, how)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    train = loading.prepare(rows, tokenizer, how, seed, config.data.shuffle_buffer)
+    apart = loading.prepare(heldout, tokenizer, how, seed) if heldout else None
+    return TokenRows(train, apart, [part for _, part in rows], template)
 
 
 _ELSEWHERE = {
     "packing": "data.packing",
+    "long": "data.long",
+    "overlap": "data.overlap",
+    "allow": "data.allow",
     "dataset_text_field": "data.text_field",
     "max_seq_length": "model.max_seq_length",
 }
@@ -100,6 +147,7 @@ def arguments(config: RunConfig, evaluates: bool = False) -> SFTConfig:
     for name, value in config.train.items():
         check_type(hints[name], value, f"train.{name}")
     settings: dict[str, Any] = {"output_dir": "outputs", "report_to": [], "logging_steps": 1, "save_strategy": "no"}
+    settings |= {"long": config.data.long, "overlap": config.data.overlap, "allow": config.data.allow}
     settings |= {"disable_tqdm": False, "eval_strategy": "epoch" if evaluates else "no"} | config.train
     if not torch.cuda.is_available():
         settings.setdefault("use_cpu", True)
@@ -125,7 +173,10 @@ def compare(
     """Ask base and tuned model the same questions; write compare.json and compare.html into ``output``."""
     if not (adapter / CONFIG_FILE).is_file():
         raise AdapterError(f"adapter '{adapter}' has no {CONFIG_FILE}; name a folder that a training wrote.")
-    base, form = base_for(adapter, base), template_of(adapter, template)
+    base, form = (
+        base_for(adapter, base),
+        template_of(adapter, template),
+    )  # what is wrong is said before a model is loaded
     asked = _questions(questions, heldout)
     require_writable(output)
     run = _run_of(adapter)
@@ -135,7 +186,7 @@ def compare(
     comparison = compare_models(
         model,
         tokenizer,
-        form,
+        templates.named(form, tokenizer),
         asked,
         max_new_tokens=max_new_tokens,
         names=(base, str(adapter)),
@@ -163,14 +214,15 @@ def _same_place(one: str, other: str) -> bool:
     return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
-def template_of(adapter: Path | None, named_or_text: str | None) -> Template:
-    """The template asked for, or the one the adapter was trained with, or the tutorial's."""
-    if named_or_text is not None:
-        return named(named_or_text)
-    data = _run_of(adapter).get("data", {}) if adapter is not None else {}
-    if data.get("text_field"):
-        raise ConfigError(f"'{adapter}' was trained on ready texts: say with --template how a question is put.")
-    return named(data.get("template") or DEFAULT_TEMPLATE)
+def template_of(adapter: Path | None, spec: str | None) -> str:
+    """What `templates.named` takes: the template asked for, or the adapter's own, or the tutorial's."""
+    if spec is None:
+        data = _run_of(adapter).get("data", {}) if adapter is not None else {}
+        if data.get("text_field"):
+            raise ConfigError(f"'{adapter}' was trained on ready texts: say with --template how a question is put.")
+        spec = str(data.get("template") or templates.DEFAULTS["alpaca"])
+    templates.check(spec)
+    return spec
 
 
 def _load(config: RunConfig) -> tuple[JebiForCausalLM, PreTrainedTokenizerBase]:
@@ -192,35 +244,50 @@ def _adapt(model: JebiForCausalLM, config: RunConfig) -> None:
     FastLanguageModel.get_peft_model(model, **asdict(config.lora))
 
 
-def _read(data: DataConfig) -> tuple[Dataset, Dataset | None]:
-    """Training rows and held-out rows."""
-    needed = (data.text_field,) if data.text_field else COLUMNS
-    if not data.text_field:
-        named(data.template or DEFAULT_TEMPLATE)  # a wrong one is told before anything is loaded
-    rows = load_rows(data.train, data.split)
-    require_columns(rows, needed, data.train)
+def read(data: DataConfig) -> tuple[loading.Parts, loading.Parts]:
+    """Training rows and held-out rows; what is wrong with them is told before a model is loaded."""
+    if data.template:
+        templates.check(data.template)
+    heldout: loading.Parts = []
+    rows = loading.read(read_sources(data.train, "data.train"), data.split, data.streaming)
     if data.heldout:
-        heldout = load_rows(data.heldout)
-        require_columns(heldout, needed, data.heldout)
-        return rows, heldout
-    if data.heldout_share:
-        if len(rows) - math.ceil(len(rows) * data.heldout_share) < 1:
-            raise ConfigError(f"data.heldout_share={data.heldout_share} of {len(rows)} rows leaves none to train on.")
-        parts = rows.train_test_split(test_size=data.heldout_share, seed=0)
-        return parts["train"], parts["test"]
-    return rows, None
+        heldout = loading.read(read_sources(data.heldout, "data.heldout"), "train")
+        heldout = [(replace(source, weight=1.0), part) for source, part in heldout]
+    if data.repair_encoding:
+        rows, heldout = _repaired(rows), _repaired(heldout)
+    if data.heldout_share and not heldout:
+        rows, heldout = loading.hold_out(rows, data.heldout_share)
+    if data.formatter is None:
+        how = preparation(data, 1)
+        loading.template_of_all(rows + heldout, how)
+        loading.require_readable(rows + heldout, how)
+    return rows, heldout
 
 
-def _prepared(rows: Dataset, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The rows as the trainer takes them: whole texts with their EOS, or token rows whose answers alone are learnt."""
-    data = config.data
-    if data.text_field:
-        return rows
-    template, eos = named(data.template or DEFAULT_TEMPLATE), str(tokenizer.eos_token)
-    if data.learn == "answers":
-        return Dataset.from_list(answer_rows(rows, template, tokenizer, config.model.max_seq_length))
-    texts = [template.row(row["instruction"], row["input"], row["output"], eos) for row in rows]
-    return Dataset.from_dict({"text": texts})
+def _repaired(parts: loading.Parts) -> loading.Parts:
+    """The rows with text turned back that was read in the wrong encoding."""
+    repaired: loading.Parts = []
+    for source, rows in parts:
+        mended, count = repair(rows)
+        repaired.append((source, mended))
+        if isinstance(rows, Dataset):
+            logger.warning(f"data.repair_encoding: {count} of {len(rows)} rows of '{source.name}' were turned back.")
+    return repaired
+
+
+def preparation(data: DataConfig, max_length: int, workers: int | None = None) -> Preparation:
+    """How the section's rows become tokens."""
+    return Preparation(
+        max_length=max_length,
+        text_field=data.text_field,
+        format=data.format,
+        template=data.template,
+        learn=data.learn,
+        special_tokens=None if data.special_tokens_in_text == "auto" else data.special_tokens_in_text,
+        roles=data.roles,
+        skip_bad_rows=data.bad_rows == "skip",
+        workers=workers,
+    )
 
 
 def _without_secrets(config: RunConfig) -> dict[str, Any]:
@@ -234,12 +301,8 @@ def _without_secrets(config: RunConfig) -> dict[str, Any]:
 def _questions(questions: Path, heldout: Path | None) -> Questions:
     harmful = load_rows(str(questions))
     require_columns(harmful, ("instruction",), str(questions))
-    rows: list[dict[str, str]] = []
-    if heldout is not None:
-        table = load_rows(str(heldout))
-        require_columns(table, COLUMNS, str(heldout))
-        rows = list(table)
-    return Questions(harmful=list(harmful), heldout=rows)
+    asked = [question(row["instruction"], row.get("input") or "") for row in harmful]
+    return Questions(asked, [] if heldout is None else loading.conversations(str(heldout)))
 
 
 def _run_of(adapter: Path) -> dict[str, Any]:

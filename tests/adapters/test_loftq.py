@@ -218,12 +218,14 @@ def test_settings_as_scripts_write_them(tiny_llama) -> None:
 
 def test_smollm2_starts_nearer_to_16_bits() -> None:
     """Held-out loss before any training; on all the rows, with five rounds everywhere: docs/log.md."""
+    from jebi.data.formats import FORMATS, read_row
     from jebi.data.heldout import answer_rows, summed_loss
     from jebi.data.passes import collate
     from jebi.data.sources import load_rows
     from jebi.data.templates import named
 
-    rows = list(load_rows(str(Path(__file__).parents[2] / "examples" / "data" / "heldout.jsonl")))[:6]
+    table = load_rows(str(Path(__file__).parents[2] / "examples" / "data" / "heldout.jsonl"))
+    rows = [read_row(FORMATS["alpaca"], row, number, {}) for number, row in enumerate(list(table)[:6])]
 
     def load(load_in_4bit: bool):
         return FastLanguageModel.from_pretrained(
@@ -231,7 +233,9 @@ def test_smollm2_starts_nearer_to_16_bits() -> None:
         )
 
     def loss(model, tokenizer) -> float:
-        total, learnt = summed_loss(model, [collate(answer_rows(rows, named("tutorial"), tokenizer, 512))], 4096)
+        total, learnt = summed_loss(
+            model, [collate(answer_rows(rows, named("tutorial", tokenizer), tokenizer, 512))], 4096
+        )
         return total / learnt
 
     whole = loss(*load(False))

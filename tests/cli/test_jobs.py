@@ -195,7 +195,7 @@ def test_the_base_model_is_the_adapters_own_unless_named(jebi: Run, trained: Pat
 
 
 def test_an_adapter_of_ready_texts_needs_a_template_to_be_asked(jebi: Run, config: Path, tmp_path: Path) -> None:
-    (tmp_path / "texts.jsonl").write_text('{"text": "one and two"}\n{"text": "three"}\n')
+    (tmp_path / "texts.jsonl").write_text('{"text": "one and two</s>"}\n{"text": "three</s>"}\n')
     words = ("data.train=texts.jsonl", "data.text_field=text", "data.template=null")
     done = jebi("train", str(config), *(word for setting in words for word in ("--set", setting)))
     assert done.code == 0, done.err

@@ -12,7 +12,7 @@ import pytest
 from jebi import __version__
 from jebi.cli import main
 
-COMMANDS = ("demo", "train", "chat", "compare", "models", "version")
+COMMANDS = ("demo", "inspect", "train", "chat", "compare", "models", "version")
 HEAVY = ("torch", "transformers", "datasets", "numpy")
 
 Run = Callable[..., Any]
@@ -90,7 +90,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "broken data": ((*TRAIN, "--set", "data.train=broken.jsonl"), "'broken.jsonl' line 2: invalid JSON"),
     "no column": (
         (*TRAIN, "--set", "data.train=columns.jsonl"),
-        "'columns.jsonl' has no column 'instruction'. It has: question.",
+        "'columns.jsonl': no format has the columns question. Recognised are: text (text); alpaca (",
     ),
     "setting of another section": (
         (*TRAIN, "--set", "train.packing=true"),
@@ -104,7 +104,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         (*TRAIN, "--set", "data.heldout_share=0.9"),
         "data.heldout_share=0.9 of 3 rows leaves none to train on",
     ),
-    "no text": ((*TRAIN, "--set", "data.train=numbers.jsonl"), "row 1, 'output': 3 is no text; put it in quotes"),
+    "no text": (
+        (*TRAIN, "--set", "data.train=numbers.jsonl"),
+        "column 'output' holds 3, which is no text",
+    ),
     "no checkpoint": (
         (*TRAIN, "--set", "train.resume_from_checkpoint=none"),
         "train.resume_from_checkpoint: there is no folder 'none'",

@@ -7,40 +7,38 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from jebi.data.conversation import Conversation, Turn
 from jebi.data.heldout import answer_rows, summed_loss
 from jebi.data.passes import collate
-from jebi.data.templates import Template
+from jebi.data.templates import TextTemplate
 from jebi.models.unpadding import IGNORED
 
-TEMPLATE = Template("{instruction}|{input}|{output}")
-ROWS = [
-    {"instruction": "add", "input": "1,2", "output": "three"},
-    {"instruction": "hello", "input": "", "output": "안녕"},
-    {"instruction": "x", "input": "", "output": ""},
-]
+TEMPLATE = TextTemplate("t", "{instruction}|{input}|{output}", "</s>")
+
+
+def row(instruction: str, input: str, output: str) -> Conversation:
+    return Conversation((Turn("user", instruction, input), Turn("assistant", output)))
+
+
+ROWS = [row("add", "1,2", "three"), row("hello", "", "안녕"), row("x", "", "")]
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "bos_tokenizer"])
 def test_only_the_answer_and_its_eos_are_labelled(name: str, request: pytest.FixtureRequest) -> None:
     tokenizer: PreTrainedTokenizerFast = request.getfixturevalue(name)
-    for number, (made, row) in enumerate(zip(answer_rows(ROWS, TEMPLATE, tokenizer, 100), ROWS, strict=True)):
-        whole = TEMPLATE.row(row["instruction"], row["input"], row["output"], "</s>")
-        assert made["input_ids"] == tokenizer(whole)["input_ids"]
+    for number, (made, given) in enumerate(zip(answer_rows(ROWS, TEMPLATE, tokenizer, 100), ROWS, strict=True)):
+        assert made["input_ids"] == tokenizer(TEMPLATE.render(given).text)["input_ids"]
         learnt = [label for label in made["labels"] if label != IGNORED]
-        assert tokenizer.decode(learnt) == row["output"] + "</s>"
+        assert tokenizer.decode(learnt) == given.last_answer + "</s>"
         assert made["labels"] == [IGNORED] * (len(made["labels"]) - len(learnt)) + learnt, "the answer is the end"
         assert (made["row"], made["lengths"]) == ([number], [len(made["input_ids"])])
 
 
 def test_bos_is_not_doubled_by_a_template_that_begins_with_it(bos_tokenizer: PreTrainedTokenizerFast) -> None:
-    (made,) = answer_rows(ROWS[:1], Template("<s>{instruction}|{output}"), bos_tokenizer, 100)
+    template = TextTemplate("t", "<s>{instruction}|{output}", "</s>")
+    (made,) = answer_rows([row("add", "", "three")], template, bos_tokenizer, 100)
     assert made["input_ids"] == bos_tokenizer("add|three</s>")["input_ids"]
     assert bos_tokenizer.decode([label for label in made["labels"] if label != IGNORED]) == "three</s>"
-
-
-def test_an_input_that_is_not_there_is_empty(tokenizer: PreTrainedTokenizerFast) -> None:
-    rows: list[dict[str, Any]] = [{"instruction": "a", "input": None, "output": "b"}]
-    assert answer_rows(rows, TEMPLATE, tokenizer, 100)[0]["input_ids"] == tokenizer("a||b</s>")["input_ids"]
 
 
 def test_a_long_row_is_cut(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -6,7 +6,6 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from jebi.data.packing import WINDOW, best_fit, pack
-from jebi.errors import ConfigError
 
 
 def token_rows(lengths: list[int]) -> Dataset:
@@ -65,6 +64,8 @@ def test_no_rows_no_groups() -> None:
     assert best_fit([], 8) == []
 
 
-def test_a_stream_is_refused() -> None:
-    with pytest.raises(ConfigError, match="packing=True needs a data set of known length"):
-        pack(IterableDataset.from_generator(lambda: iter([{"input_ids": [1]}])), 8)
+def test_a_stream_is_packed_as_the_same_rows_are() -> None:
+    lengths = [1 + number % 7 for number in range(WINDOW + 50)]
+    rows = token_rows(lengths)
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    assert list(pack(stream, 16)) == list(pack(rows, 16))

@@ -6,7 +6,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from jebi.data.passes import Batch, Pass, collate, cut
+from jebi.data.passes import Batch, Pass, collate, cut, learnt_weight
 from jebi.models.unpadding import IGNORED
 
 
@@ -144,3 +144,27 @@ def test_whole_rows_are_bounded_too_since_attention_keeps_them() -> None:
     passes = cut([collate(rows)], 110)
     assert all(part.tokens <= 2 * 110 for part in passes)
     assert len(passes) == 4, "two rows of 91 tokens fit twice the limit of 110"
+
+
+def test_weights_of_rows_that_share_tokens_are_summed() -> None:
+    """A token's loss is the same in every row that shares it, so the rows' weights for it add up."""
+    ids = list(range(10, 16))
+    rows = [
+        {"input_ids": [*ids, n], "labels": [*ids, n], "lengths": [7], "row": [n], "weights": [weight] * 7}
+        for n, weight in ((1, 0.5), (2, 2.0))
+    ]
+    (part,) = cut([collate(rows)], 100)
+    assert part.input_ids.tolist() == [[*ids[:5], ids[5], 1, ids[5], 2]]
+    assert part.counts.tolist() == [[2.5] * 5 + [0.5, 0.0, 2.0, 0.0]]
+
+
+def test_a_weight_moves_with_its_label_and_rows_without_weights_count_once() -> None:
+    weighed = example(10, [3], [0]) | {"weights": [9.0, 0.5, 2.0]}
+    batch = collate([weighed, example(20, [2], [1])])
+    assert batch["shift_labels"].tolist() == [[11, 12, IGNORED, 21, IGNORED]]
+    assert batch["shift_weights"].tolist() == [[0.5, 2.0, 0.0, 1.0, 0.0]]
+    assert learnt_weight(batch).item() == 3.5
+    assert learnt_weight(collate([example(10, [3], [0])])).item() == 2
+    (part,) = cut([batch], 100, share=False)
+    learnt = part.shift_labels != IGNORED
+    assert part.counts[learnt].sum().item() == 3.5

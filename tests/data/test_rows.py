@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
+from jebi.data.preparation import Preparation
 from jebi.data.rows import Rows, _useful_workers, tokenize
 from jebi.errors import ConfigError, DataError
 
@@ -17,8 +18,7 @@ TEXTS = ["hello</s>", "안녕하세요</s>", "a</s>"]
 
 
 def rows_of(dataset: Rows, tokenizer: PreTrainedTokenizerFast, **settings: Any) -> list[dict[str, list[int]]]:
-    defaults: dict[str, Any] = {"text_field": "text", "formatting_func": None, "max_length": 100, "workers": None}
-    return list(tokenize(dataset, tokenizer, **(defaults | settings)))
+    return list(tokenize(dataset, tokenizer, Preparation(**({"max_length": 100} | settings))))
 
 
 def texts(*values: Any) -> Dataset:

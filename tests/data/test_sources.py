@@ -20,12 +20,6 @@ LINES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The datasets package keeps what it read; not in the user's home, not from one test to the next."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def write(path: Path, content: str | bytes) -> str:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return str(path)
@@ -108,8 +102,9 @@ def test_what_is_neither_file_nor_hub_id_is_refused_without_asking_the_hub(sourc
         load_rows(source)
 
 
-def test_a_folder_is_no_data_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"is no \.jsonl, \.json, \.csv or \.parquet file"):
+def test_a_folder_without_data_files_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "notes.txt", "nothing")
+    with pytest.raises(DataError, match=r"folder '.*' holds no \.jsonl, \.json, \.csv or \.parquet file"):
         load_rows(str(tmp_path))
 
 

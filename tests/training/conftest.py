@@ -45,6 +45,12 @@ def _quick() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenised rows are kept; not in the user's home, not from one test to the next."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 @pytest.fixture(scope="session")
 def tokenizer(byte_tokenizer: Callable[[bool], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
     """One token a byte; it adds none of its own."""

@@ -196,13 +196,8 @@ def test_jebis_own_fields_are_these() -> None:
     base = {field.name for field in dataclasses.fields(TrainingArguments)}
     own = {field.name: field for field in dataclasses.fields(SFTConfig) if field.name not in base}
     assert list(own) == [
-        "dataset_text_field",
-        "max_seq_length",
-        "dataset_num_proc",
-        "packing",
-        "pass_tokens",
-        "loraplus_lr_ratio",
-        "embedding_learning_rate",
+        *("dataset_text_field", "max_seq_length", "dataset_num_proc", "assistant_only_loss", "completion_only_loss"),
+        *("packing", "long", "overlap", "allow", "pass_tokens", "loraplus_lr_ratio", "embedding_learning_rate"),
     ]
     assert all(field.metadata["help"] for field in own.values())
 

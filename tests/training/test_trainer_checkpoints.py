@@ -81,6 +81,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert resumed.report.steps == 6 - stop
 
 
+def test_packed_rows_go_on_in_the_middle_of_an_epoch(
+    make_trainer: Fixture, tmp_path: Path, snapshot: Fixture, losses: Fixture, assert_equal: Fixture
+) -> None:
+    """Sequences are shuffled, and the run is resumed within the second epoch, after each of its first three steps."""
+    settings = {"packing": True, "max_seq_length": 64, "per_device_train_batch_size": 2, "num_train_epochs": 2} | SAVING
+    straight = make_trainer(**settings)
+    straight.train()
+    epoch = -(-len(straight.train_dataset) // 2)
+    assert len(straight.train_dataset) < 21
+    assert epoch > 3
+    for stop in range(epoch + 1, epoch + 4):
+        resumed = make_trainer(output_dir=str(tmp_path / str(stop)), **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{stop}"))
+        assert losses(resumed) == losses(straight)
+        assert_equal(snapshot(resumed.model), snapshot(straight.model))
+
+
 def test_dropout_goes_on_with_the_same_masks(
     make_trainer: Fixture, make_model: Fixture, tmp_path: Path, snapshot: Fixture, assert_equal: Fixture
 ) -> None:

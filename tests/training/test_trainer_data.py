@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
-from jebi.errors import ConfigError, DataError
+from jebi.errors import DataError
 
 Fixture = Callable[..., Any]
 
@@ -77,7 +77,9 @@ def test_ready_token_ids_train_as_their_texts_do(
 def test_only_labelled_tokens_are_learnt(make_trainer: Fixture, make_model: Fixture, losses: Fixture) -> None:
     ids = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14, 15, 16]]
     labels = [[-100, -100, 7, 8, 9], [-100, 11, -100, 13, -100, -100, -100]]
-    trainer = make_trainer(train_dataset=Dataset.from_dict({"input_ids": ids, "labels": labels}), max_steps=1)
+    trainer = make_trainer(
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": labels}), max_steps=1, allow=["missing-eos"]
+    )
     trainer.train()
     total = 0.0
     for row, learnt in zip(ids, labels):
@@ -179,9 +181,26 @@ def test_packing_everything_into_one_step_is_the_whole_epoch_at_once(
     assert_equal(snapshot(packed.model), snapshot(plain.model))
 
 
-def test_a_packed_stream_is_refused(make_trainer: Fixture, rows: Dataset) -> None:
-    with pytest.raises(ConfigError, match="packing=True needs a data set of known length"):
-        make_trainer(train_dataset=stream(rows), packing=True, max_steps=1)
+def test_a_packed_stream_trains_as_the_same_packed_rows_do(
+    make_trainer: Fixture, rows: Dataset, snapshot: Fixture, losses: Fixture, assert_equal: Fixture
+) -> None:
+    settings = {"packing": True, "max_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    known = make_trainer(train_sampling_strategy="sequential", **settings)
+    streamed = make_trainer(train_dataset=stream(rows), **settings)
+    known.train()
+    streamed.train()
+    assert losses(streamed) == losses(known)
+    assert_equal(snapshot(streamed.model), snapshot(known.model))
+
+
+def test_long_rows_are_split_or_refused(make_trainer: Fixture, tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = Dataset.from_dict({"text": ["abcdefghij" * 2 + "</s>", "ab</s>"]})
+    split = make_trainer(train_dataset=texts, max_seq_length=8, long="split", overlap=2, max_steps=1)
+    assert [len(ids) for ids in ids_of(split)] == [8, 8, 8, 3, 3]
+    assert split.train_dataset["labels"][1][:2] == [-100, -100]
+    split.train()
+    with pytest.raises(DataError, match="row 0 has 21 tokens, and long rows are refused"):
+        make_trainer(train_dataset=texts, max_seq_length=8, long="refuse")
 
 
 def test_rows_without_the_column_are_refused(make_trainer: Fixture) -> None:

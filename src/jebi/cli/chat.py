@@ -29,13 +29,14 @@ def command(
 ) -> None:
     """Ask a model questions; without an adapter a chat model is asked in its own chat form."""
     from jebi.adapters.peft_config import read_config
+    from jebi.data.templates import CHAT, named
     from jebi.fast import FastLanguageModel
     from jebi.run import base_for, model_settings, template_of
 
     # What is wrong with the call is said before a model is loaded.
     if adapter is not None:
         read_config(adapter)
-    form = template_of(adapter, template) if adapter is not None or template is not None else None
+    spec = template_of(adapter, template) if adapter is not None or template is not None else None
     settings = model_settings(adapter)
     if load_in_4bit is not None:
         settings |= {"load_in_4bit": load_in_4bit, "load_in_8bit": False}
@@ -43,8 +44,7 @@ def command(
     if adapter is not None:
         FastLanguageModel.put_adapter(model, adapter)
     FastLanguageModel.for_inference(model)
-    if form is None and tokenizer.chat_template is None:
-        form = template_of(None, None)
+    form = named(spec or (CHAT if tokenizer.chat_template else template_of(None, None)), tokenizer)
     typer.echo(HELP, err=True)
     tuned = True
     while (question := _ask()) not in (None, "/quit"):
@@ -69,7 +69,7 @@ def _ask() -> str | None:
 def _reply(
     model: "JebiForCausalLM",
     tokenizer: "PreTrainedTokenizerBase",
-    form: "Template | None",
+    form: "Template",
     question: str,
     max_new_tokens: int,
     tuned: bool,
@@ -81,18 +81,15 @@ def _reply(
     import torch
     from transformers import TextStreamer
 
+    from jebi.data.conversation import question as asked
+    from jebi.data.encoding import Encoder
     from jebi.inference.generation import generate
 
-    prompt = form.prompt(question) if form is not None else _chat_form(tokenizer, question)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=form is not None).to(model.device)
+    prompts = Encoder(tokenizer, form.literals).prompts(form, [asked(question)])
+    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     began = time.perf_counter()
     with torch.no_grad(), nullcontext() if tuned else model.disable_adapter():
         output = generate(model, **inputs, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False)
     made = output.shape[1] - inputs["input_ids"].shape[1]
     typer.echo(f"[{made / (time.perf_counter() - began):.1f} tokens/s]", err=True)
-
-
-def _chat_form(tokenizer: "PreTrainedTokenizerBase", question: str) -> str:
-    messages = [{"role": "user", "content": question}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from jebi.cli import chat, compare, demo, models, train, version
+from jebi.cli import chat, compare, demo, inspect, models, train, version
 from jebi.errors import JebiError
 
 INTERRUPTED = 130
@@ -18,6 +18,7 @@ INTERRUPTED = 130
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("demo")(demo.command)
 app.command("train")(train.command)
+app.command("inspect")(inspect.command)
 app.command("chat")(chat.command)
 app.command("compare")(compare.command)
 app.command("models")(models.command)

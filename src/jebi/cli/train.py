@@ -1,5 +1,6 @@
 """``jebi train CONFIG.yaml``: one run from its config."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,16 +17,20 @@ def command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
     ] = False,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="Code of the check that shall not stop; may be repeated.")
+    ] = None,
 ) -> None:
     """Fine-tune a model as a config file says."""
-    train_and_report(read_run(config, set_), resume)
+    train_and_report(read_run(config, set_), resume, allow or [])
 
 
-def train_and_report(run_config: RunConfig, resume: bool = False) -> Path:
+def train_and_report(run_config: RunConfig, resume: bool = False, allow: Sequence[str] = ()) -> Path:
     """Train with a bar on stderr and print the memory and time report; returns the output folder."""
     from jebi.cli.progress import TrainingBar
     from jebi.run import train
 
+    run_config.data.allow += allow
     try:
         trainer = train(run_config, [TrainingBar()], resume)
     except KeyboardInterrupt:

@@ -10,9 +10,11 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from jebi.data.passes import Batch, Pass, cut, longest
+from jebi.data.conversation import Conversation
+from jebi.data.encoding import Encoder, Written
+from jebi.data.passes import Batch, Pass, cut, learnt_weight, longest
 from jebi.data.templates import Template
-from jebi.models.unpadding import IGNORED, learnt_of
+from jebi.models.unpadding import learnt_of
 
 
 class Model(Protocol):
@@ -41,12 +43,17 @@ def inputs_of(part: Pass, device: torch.device) -> dict[str, Any]:
     }
 
 
-def summed_loss(model: Model, batches: Iterable[Batch], tokens: int, label_smoothing: float = 0.0) -> tuple[float, int]:
-    """The loss summed over all learnt tokens, and their number; the model is to be in evaluation mode."""
+def summed_loss(
+    model: Model, batches: Iterable[Batch], tokens: int, label_smoothing: float = 0.0
+) -> tuple[float, float]:
+    """The loss summed over all learnt tokens, and their number; the model is to be in evaluation mode.
+
+    Where tokens are weighed, the sum of weighed losses and the sum of weights.
+    """
     total = torch.zeros((), dtype=torch.float64, device=model.device)
-    learnt = 0
+    learnt = 0.0
     for batch in batches:
-        learnt += int((batch["shift_labels"] != IGNORED).sum())
+        learnt += float(learnt_weight(batch))
         share = model.shares_beginnings(longest([batch]))
         for part in cut([batch], tokens, share):
             inputs = inputs_of(part, model.device) | {"num_items_in_batch": 1, "label_smoothing": label_smoothing}
@@ -56,23 +63,19 @@ def summed_loss(model: Model, batches: Iterable[Batch], tokens: int, label_smoot
 
 
 def answer_rows(
-    rows: Iterable[dict[str, str]], template: Template, tokenizer: PreTrainedTokenizerBase, max_length: int
+    rows: Iterable[Conversation], template: Template, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[dict[str, list[int]]]:
-    """Token rows in which only the answer and its EOS are labelled, in `data.rows`' columns."""
+    """Token rows in which only the answers and their end-of-turn tokens are labelled, in `data.rows`' columns.
+
+    A row's own weights are not heeded: a comparison measures every answer alike.
+    """
+    encoder = Encoder(tokenizer, template.literals)
     made: list[dict[str, list[int]]] = []
-    eos, bos = str(tokenizer.eos_token), tokenizer.bos_token
     for number, row in enumerate(rows):
-        text = template.row(row["instruction"], row["input"], row["output"], eos)
-        prompt_end = len(template.prompt(row["instruction"], row["input"]))
-        encoded = tokenizer(
-            text,
-            add_special_tokens=not (bos and text.startswith(bos)),
-            return_offsets_mapping=True,
-            truncation=True,
-            max_length=max_length,
-        )
-        spans = zip(encoded["input_ids"], encoded["offset_mapping"])
-        labels = [token if start >= prompt_end else IGNORED for token, (start, _) in spans]
-        ids: list[int] = encoded["input_ids"]
+        hidden = encoder.special.hide(row)
+        rendered = template.render(hidden, tuple(row.answers))
+        spans = tuple((answer.start, answer.end, 1.0) for answer in rendered.answers)
+        (tokens,) = encoder.encode([Written(rendered.text, hidden is not row, template.whole, spans)])
+        ids, labels = tokens.ids[:max_length], tokens.labels[:max_length]
         made.append({"input_ids": ids, "labels": labels, "row": [number], "lengths": [len(ids)]})
     return made

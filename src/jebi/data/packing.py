@@ -13,7 +13,6 @@ from typing import Any
 from datasets import Dataset
 
 from jebi.data.rows import Rows
-from jebi.errors import ConfigError
 
 WINDOW = 1000
 """Rows looked at together: enough to fill sequences to the last few tokens, few enough to keep memory small."""
@@ -39,9 +38,7 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def pack(rows: Rows, capacity: int) -> Rows:
-    """Sequences of up to ``capacity`` tokens, each holding several rows of `data.rows`."""
-    if not isinstance(rows, Dataset):
-        raise ConfigError("packing=True needs a data set of known length; a streamed one runs as well without packing.")
+    """Sequences of up to ``capacity`` tokens, each holding several rows of `data.rows`; a stream stays one."""
 
     def merge(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         groups = best_fit([len(ids) for ids in batch["input_ids"]], capacity)
@@ -50,4 +47,5 @@ def pack(rows: Rows, capacity: int) -> Rows:
             for name in batch
         }
 
-    return rows.map(merge, batched=True, batch_size=WINDOW, desc="Packing")
+    settings = {"desc": "Packing"} if isinstance(rows, Dataset) else {}
+    return rows.map(merge, batched=True, batch_size=WINDOW, **settings)

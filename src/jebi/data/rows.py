@@ -1,144 +1,114 @@
-"""Texts to rows of token ids: tokenised once, cut to length, ready to be laid end to end.
+"""A data set to rows of token ids: read and written as its format and template say, tokenised once, cut to length.
 
-Templates make the texts; passes and packing come after.
+`data.writing` makes the texts and `data.encoding` the tokens; here they are put together over a whole data set or a
+stream. Passes and packing come after.
 """
 
 import logging
-from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import compress
 from typing import Any, TypeAlias
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from jebi.data.cache import place
+from jebi.data.encoding import Tokens
+from jebi.data.preparation import Preparation
+from jebi.data.writing import ConversationWriter, TextWriter, writer_for
 from jebi.errors import ConfigError, DataError
 from jebi.models.unpadding import IGNORED
 
 logger = logging.getLogger(__name__)
 
-FormattingFunc = Callable[[dict[str, Any]], str | list[str]]
-"""One example, or a batch of columns, to its text or texts."""
-
 Rows: TypeAlias = Dataset | IterableDataset
 
+TOKEN_COLUMNS = ("input_ids", "labels", "row", "lengths")
+"""What tokenised rows have; where rows are weighed, ``weights`` too."""
 
-def tokenize(
-    dataset: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    text_field: str,
-    formatting_func: FormattingFunc | None,
-    max_length: int,
-    workers: int | None,
-) -> Rows:
-    """A data set of ``input_ids``, ``labels`` and ``row`` (its number), whatever the input had.
+
+def tokenize(dataset: Rows, tokenizer: PreTrainedTokenizerBase, how: Preparation) -> Rows:
+    """A data set of `TOKEN_COLUMNS`, whatever the input had; ``row`` is a row's number, counted from 0.
 
     A data set that has ``input_ids`` already is taken as it is, with its ``labels`` where it has them and without the
-    padding that its ``attention_mask`` shows. Rows with nothing to learn are left out.
-
-    Args:
-        dataset: the examples.
-        tokenizer: adds its special tokens, except a BOS that the text already begins with.
-        text_field: column of texts.
-        formatting_func: makes the text instead; per example or per batch of columns.
-        max_length: longer rows are cut.
-        workers: processes that share the work.
+    padding that its ``attention_mask`` shows. Rows with nothing to learn are left out. ``weights``, how much each
+    token's loss counts, is there where a row or an answer is weighed.
 
     Raises:
-        ConfigError: ``max_length`` is below 1.
-        DataError: no such column, no rows, or none left with anything to learn.
+        ConfigError: a setting is impossible.
+        DataError: the columns fit no format, a row cannot be read, no rows, or none left with anything to learn.
     """
-    if max_length < 1:
-        raise ConfigError(f"max_seq_length must be at least 1, not {max_length}; 2048 is usual.")
+    if how.max_length < 1:
+        raise ConfigError(f"max_seq_length must be at least 1, not {how.max_length}; 2048 is usual.")
     if not isinstance(dataset, Dataset | IterableDataset):
         raise DataError(
             f"the rows must be a data set of the datasets package, not {type(dataset).__name__}: "
             "make one with Dataset.from_list(rows)."
         )
     dataset = dataset.with_format(None)
-    columns = dataset.column_names or list(next(iter(dataset), {}))
+    columns = columns_of(dataset)
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise DataError("the data set is empty.")
-    if formatting_func is None and "input_ids" in columns:
-        encode = _take_ids(max_length)
+    if how.formatting_func is None and set(TOKEN_COLUMNS) <= set(columns):
+        return dataset
+    if how.formatting_func is None and how.format is None and "input_ids" in columns:
+        encode: Any = _TakeIds(how.max_length)
     else:
-        texts = _texts(dataset, text_field, formatting_func)
-        encode = _encode(texts, tokenizer, max_length)
+        first = next(iter(dataset), None)
+        if first is None:
+            raise DataError("the data set is empty.")
+        encode = _Encode(writer_for(first, columns, tokenizer, how), "weight" in columns)
     settings: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": columns}
-    if isinstance(dataset, Dataset):
-        settings.update(num_proc=_useful_workers(workers, len(dataset)), desc="Tokenizing")
-    rows = dataset.map(encode, **settings)
-    if isinstance(rows, Dataset) and len(rows) == 0:
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(encode, features=_features(encode.weighs), **settings).remove_columns("cut")
+    settings.update(num_proc=_useful_workers(how.workers, len(dataset)), desc="Tokenizing")
+    settings.update(place(dataset, tokenizer, encode.writer if isinstance(encode, _Encode) else how.max_length))
+    rows = dataset.map(encode, features=_features(encode.weighs), **settings)
+    if len(rows) == 0:
         raise DataError(
-            f"no row is left: none has anything to learn within max_seq_length={max_length}. Raise max_seq_length."
+            f"no row is left: none has anything to learn within max_seq_length={how.max_length}. Raise max_seq_length."
         )
-    if isinstance(dataset, Dataset) and isinstance(rows, Dataset):
-        _tell(rows, len(dataset), max_length)
-    return rows.remove_columns("cut")
+    _tell(rows, len(dataset), how.max_length)
+    if encode.weighs and not any(rows["weighed"]):
+        rows = rows.remove_columns("weights")
+    return rows.remove_columns([name for name in ("cut", "weighed") if name in rows.column_names])
 
 
-def _texts(
-    dataset: Rows, text_field: str, formatting_func: FormattingFunc | None
-) -> Callable[[dict[str, list[Any]]], list[str]]:
-    """The function from a batch of columns to its texts."""
-    first = next(iter(dataset), None)
-    if first is None:
+def columns_of(dataset: Rows) -> list[str]:
+    """Names of its columns; a stream may have to be asked for its first row."""
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if not columns and isinstance(dataset, IterableDataset):
         raise DataError("the data set is empty.")
-    if formatting_func is None:
-        if text_field not in first:
-            raise DataError(
-                f"dataset_text_field '{text_field}' is no column. There are: {', '.join(first)}. "
-                "Name one of them, or pass formatting_func."
-            )
-        return lambda batch: batch[text_field]
-    if _takes_one(formatting_func, first):
-        return lambda batch: [formatting_func(example) for example in _examples(batch)]  # type: ignore[misc]
-    return lambda batch: formatting_func(batch)  # type: ignore[return-value]
+    return list(columns)
 
 
-def _takes_one(formatting_func: FormattingFunc, example: dict[str, Any]) -> bool:
-    """Whether it makes one text of one example. One written for batches makes something else of it, or fails."""
-    try:
-        return isinstance(formatting_func(dict(example)), str)
-    except Exception:
-        # Where it fails on a batch too, the user sees both errors.
-        formatting_func({name: [value] for name, value in example.items()})
-        return False
+@dataclass(frozen=True)
+class _Encode:
+    """Columns of several rows to columns of tokens."""
+
+    writer: ConversationWriter | TextWriter
+    weighs_rows: bool
+
+    @property
+    def weighs(self) -> bool:
+        """Whether a row or an answer may have a weight of its own."""
+        return self.weighs_rows or (isinstance(self.writer, ConversationWriter) and self.writer.form.weighs_turns)
+
+    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        how = self.writer.how
+        written = self.writer.write(batch, indices)
+        made = self.writer.encoder.encode([row for _, row in written])
+        return _columns(made, [how.first_row + number for number, _ in written], how.max_length, self.weighs)
 
 
-def _examples(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(batch, values)) for values in zip(*batch.values())]
+@dataclass(frozen=True)
+class _TakeIds:
+    """Token ids that are there already."""
 
+    max_length: int
+    weighs: bool = False
 
-def _encode(
-    texts_of: Callable[[dict[str, list[Any]]], list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]]:
-    bos = tokenizer.bos_token
-
-    def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        texts = texts_of(batch)
-        if not _are_texts(texts, len(indices)):
-            raise DataError("every row must give one text; look at dataset_text_field or formatting_func.")
-        has_bos = [bool(bos) and text.startswith(bos) for text in texts]
-        plain = (
-            tokenizer([t for t, b in zip(texts, has_bos) if not b], add_special_tokens=True)
-            if not all(has_bos)
-            else None
-        )
-        begun = tokenizer([t for t, b in zip(texts, has_bos) if b], add_special_tokens=False) if any(has_bos) else None
-        ids_plain = iter(plain["input_ids"] if plain is not None else [])
-        ids_begun = iter(begun["input_ids"] if begun is not None else [])
-        ids = [next(ids_begun) if b else next(ids_plain) for b in has_bos]
-        return _columns(ids, ids, indices, max_length)
-
-    return encode
-
-
-def _are_texts(texts: Any, count: int) -> bool:
-    return isinstance(texts, list | tuple) and len(texts) == count and all(isinstance(text, str) for text in texts)
-
-
-def _take_ids(max_length: int) -> Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]]:
-    def take(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         ids = batch["input_ids"]
         labels = batch.get("labels") or ids
         for number, row, learnt in zip(indices, ids, labels):
@@ -146,23 +116,31 @@ def _take_ids(max_length: int) -> Callable[[dict[str, list[Any]], list[int]], di
                 raise DataError(f"row {number} has {len(row)} input_ids and {len(learnt)} labels; give each token one.")
         if masks := batch.get("attention_mask"):
             ids, labels = ([list(compress(row, mask)) for row, mask in zip(rows, masks)] for rows in (ids, labels))
-        return _columns(ids, labels, indices, max_length)
+        made = [Tokens(row, learnt, []) for row, learnt in zip(ids, labels)]
+        return _columns(made, indices, self.max_length, weighs=False)
 
-    return take
 
-
-def _columns(
-    ids: list[list[int]], labels: list[list[int]], indices: list[int], max_length: int
-) -> dict[str, list[Any]]:
+def _columns(made: list[Tokens], numbers: list[int], max_length: int, weighs: bool) -> dict[str, list[Any]]:
     """Cut to length; rows that teach nothing are left out. No row teaches its first token, which nothing precedes."""
-    kept = [n for n, row in enumerate(labels) if any(label != IGNORED for label in row[1:max_length])]
-    return {
-        "input_ids": [ids[n][:max_length] for n in kept],
-        "labels": [labels[n][:max_length] for n in kept],
-        "row": [[indices[n]] for n in kept],
-        "lengths": [[min(len(ids[n]), max_length)] for n in kept],
-        "cut": [len(ids[n]) > max_length for n in kept],
+    kept = [(number, row) for number, row in zip(numbers, made) if any(n != IGNORED for n in row.labels[1:max_length])]
+    columns: dict[str, list[Any]] = {
+        "input_ids": [row.ids[:max_length] for _, row in kept],
+        "labels": [row.labels[:max_length] for _, row in kept],
+        "row": [[number] for number, _ in kept],
+        "lengths": [[min(len(row.ids), max_length)] for _, row in kept],
+        "cut": [len(row.ids) > max_length for _, row in kept],
     }
+    if weighs:
+        columns["weights"] = [(row.weights or [1.0] * len(row.ids))[:max_length] for _, row in kept]
+        columns["weighed"] = [bool(row.weights) for _, row in kept]
+    return columns
+
+
+def _features(weighs: bool) -> Features:
+    """Types of the columns, said beforehand so that a batch of which nothing is left has them too."""
+    tokens = {name: List(Value("int32")) for name in ("input_ids", "labels", "lengths")}
+    weights = {"weights": List(Value("float32")), "weighed": Value("bool")} if weighs else {}
+    return Features(tokens | {"row": List(Value("int64")), "cut": Value("bool")} | weights)
 
 
 def _tell(rows: Dataset, given: int, max_length: int) -> None:

@@ -14,6 +14,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from jebi.data.conversation import Conversation
+from jebi.data.encoding import Encoder
 from jebi.data.heldout import answer_rows, summed_loss
 from jebi.data.passes import collate
 from jebi.data.templates import Template
@@ -35,14 +37,14 @@ HELDOUT_ROWS_PER_BATCH = 8
 class Questions:
     """What is asked."""
 
-    harmful: list[dict[str, Any]]
-    """Rows with ``instruction`` and perhaps ``input``; all of them ought to be declined."""
-    heldout: list[dict[str, Any]]
-    """Rows with answers, for the loss and for ordinary questions; may be empty."""
+    harmful: list[Conversation]
+    """Questions all of which ought to be declined."""
+    heldout: list[Conversation]
+    """Questions with answers, for the loss and for ordinary questions; may be empty."""
 
-    def ordinary(self) -> list[dict[str, Any]]:
+    def ordinary(self) -> list[Conversation]:
         """The first held-out rows whose own answer is no refusal."""
-        return [row for row in self.heldout if not declines(row["output"])][:ORDINARY]
+        return [row for row in self.heldout if not declines(row.last_answer)][:ORDINARY]
 
 
 @dataclass
@@ -83,7 +85,7 @@ def compare_models(
     asked = [(row, True) for row in questions.harmful] + [(row, False) for row in questions.ordinary()]
     if not asked:
         raise DataError("there are no questions to ask; look at --prompts.")
-    prompts = [template.prompt(str(row["instruction"]), str(row.get("input") or "")) for row, _ in asked]
+    prompts = Encoder(tokenizer, template.literals).prompts(template, [row.prompt for row, _ in asked])
     sides: dict[str, tuple[Side, _Said]] = {}
     with tqdm(total=2 * len(prompts), desc="Asking", unit="answer", file=sys.stderr) as bar:
         for name in ("base", "tuned"):
@@ -106,7 +108,7 @@ def compare_models(
 
 
 def _answer(
-    model: JebiForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int, bar: Any
+    model: JebiForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int, bar: Any
 ) -> _Said:
     """Greedy answers, the longest prompts together, in the prompts' order."""
     texts, stopped = [""] * len(prompts), [False] * len(prompts)
@@ -116,7 +118,7 @@ def _answer(
     generated, seconds = 0, 0.0
     for start in range(0, len(order), BATCH):
         part = order[start : start + BATCH]
-        inputs = tokenizer([prompts[i] for i in part], return_tensors="pt", padding=True).to(model.device)
+        inputs = tokenizer.pad({"input_ids": [prompts[i] for i in part]}, return_tensors="pt").to(model.device)
         began = time.perf_counter()
         with torch.no_grad():
             output = generate(model, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
@@ -131,7 +133,7 @@ def _answer(
 
 
 def _heldout_loss(
-    model: JebiForCausalLM, tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[dict[str, Any]]
+    model: JebiForCausalLM, tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[Conversation]
 ) -> tuple[float | None, int]:
     """Mean loss per token of the held-out answers."""
     if not rows:
@@ -139,9 +141,9 @@ def _heldout_loss(
     made = answer_rows(rows, template, tokenizer, getattr(model, "max_seq_length", 2048))
     batches = (collate(made[i : i + HELDOUT_ROWS_PER_BATCH]) for i in range(0, len(made), HELDOUT_ROWS_PER_BATCH))
     total, tokens = summed_loss(model, batches, PASS_TOKENS)
-    return (total / tokens if tokens else None), tokens
+    return (total / tokens if tokens else None), round(tokens)
 
 
-def _question(row: dict[str, Any]) -> str:
-    extra = str(row.get("input") or "")
-    return f"{row['instruction']}\n{extra}" if extra else str(row["instruction"])
+def _question(row: Conversation) -> str:
+    """What was asked last, as the report shows it."""
+    return str(row.prompt.turns[-1].message()["content"])

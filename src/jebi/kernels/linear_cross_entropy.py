@@ -63,9 +63,13 @@ def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
-def chunk_tokens(vocabulary: int) -> int:
-    """Tokens in one chunk: as many as `CHUNK_BYTES` of float32 logits hold, at least 16."""
-    return max(16, CHUNK_BYTES // (4 * vocabulary))
+def chunk_tokens(vocabulary: int, on_card: bool = False) -> int:
+    """Tokens in one chunk: as many as `CHUNK_BYTES` of float32 logits hold, at least 16, or 512 on a card.
+
+    There the logits stay in 16 bits, and fewer tokens starve the products: 4,096 tokens of a vocabulary of 128,256 take
+    24.5 ms in chunks of 128 on an H100, 11.4 in chunks of 512 and 10.3 in chunks of 1,024.
+    """
+    return max(512 if on_card else 16, CHUNK_BYTES // (4 * vocabulary))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -84,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # In float32, since it is a sum over chunks.
         grad_VD = torch.zeros_like(w_VD, dtype=torch.float32) if needs_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        step = chunk_tokens(w_VD.shape[0])
+        step = chunk_tokens(w_VD.shape[0], hidden_ND.is_cuda)
         for start in range(0, hidden_ND.shape[0], step):
             part = slice(start, start + step)
             counts_C = counts_N[part] if counts_N is not None else None

@@ -138,7 +138,7 @@ def _read(config: PretrainedConfig, layers: str | None, device: torch.device) ->
         # Read after the function above has filled it in.
         reach = int((config.rope_parameters if layers is None else config.rope_parameters[layers])[_ORIGINAL])
         long = _inv_freq_at(config, layers, device, reach + 1)
-        # In transformers Phi-3 alone begins again; other models go on with keys turned by the short factors.
+        # Of transformers' models only this one begins again when a row outgrows its short factors.
         restarts = config.model_type == "phi3"
         return Rotary(inv_freq, scaling, reach, partial(_whatever_length, long), restarts)
     return Rotary(inv_freq, scaling)

@@ -35,6 +35,8 @@ class JebiPreTrainedModel(PreTrainedModel):
 
     model: Decoder
     adapter: Adapter | None = None
+    _counted: tuple[int, int] | None = None
+    """Parameters, and those of the embedding and the head among them."""
     source: ModelFiles | None = None
     """The checkpoint it was filled from, where that holds the weights as they were before any quantisation."""
 
@@ -82,6 +84,19 @@ class JebiPreTrainedModel(PreTrainedModel):
         """The same under transformers' newer name."""
         return self.is_gradient_checkpointing
 
+    def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
+        """Operations of a training step on these tokens, six a parameter (arXiv:2001.08361, section 2.1).
+
+        Trainer asks for them every micro-batch, so the parameters are counted once: counting walks all modules, 7 ms
+        for 32 layers, four times a step of 100.
+        """
+        if self._counted is None:
+            shape = self.model.shape
+            tables = (1 if shape.tied else 2) * shape.vocabulary * shape.layer.width
+            self._counted = self.trainable_parameters()[1], tables
+        everything, tables = self._counted
+        return 6 * int(input_dict["input_ids"].numel()) * (everything - (tables if exclude_embeddings else 0))
+
     def train(self, mode: bool = True) -> Self:
         """As any module's; training drops the copies that were kept for decoding, which it would make stale."""
         if mode:
@@ -93,6 +108,21 @@ class JebiPreTrainedModel(PreTrainedModel):
         """Drop the copies that were kept for decoding."""
         for _, linear in self.linears():
             linear.drop_kept()
+
+    def resize_token_embeddings(  # type: ignore[override]  # jebi's embedding is its own module
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Give the vocabulary ``new_num_tokens`` rows, rounded up as asked, and return the embedding.
+
+        New rows are the mean of the old ones, whatever ``mean_resizing`` says: nothing is drawn.
+
+        Raises:
+            ModelError: the size is impossible, or the model has an adapter already.
+        """
+        size = self.model.shape.vocabulary if new_num_tokens is None else new_num_tokens
+        step = pad_to_multiple_of or 1
+        resize(self, -(-size // step) * step)
+        return self.model.embed_tokens
 
     @property
     def is_resized(self) -> bool:

@@ -25,7 +25,7 @@ class Learnt:
     index_N: Tensor
     """Their places among the flat tokens, int64."""
     labels_N: Tensor
-    """Their next tokens; a negative one is not learnt after all."""
+    """Their next tokens."""
     counts_N: Tensor | None
     """How often each counts, float32; once when None."""
 

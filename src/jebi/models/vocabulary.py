@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def resize(model: "JebiPreTrainedModel", size: int) -> None:
-    """Give the embedding and the language-model head, where there is one, ``size`` rows; tied ones stay tied.
+    """Give the embedding, and the head where there is one, ``size`` rows; tied ones stay tied.
 
     New rows are the mean of the old ones, so that new tokens begin as no token in particular
     (nlp.stanford.edu/~johnhew/vocab-expansion.html, without its noise); rows beyond ``size`` are dropped.

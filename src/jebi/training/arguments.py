@@ -6,9 +6,12 @@ Every field of `TrainingArguments` either works or is refused here by name; none
 from dataclasses import dataclass, field
 
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from jebi.data.findings import require_codes
+from jebi.data.long_rows import require_choice
+from jebi.data.preparation import Learn
 from jebi.errors import ConfigError
 
 
@@ -19,7 +22,14 @@ class SFTConfig(TrainingArguments):
     dataset_text_field: str = field(default="text", metadata={"help": "Column that holds the rows' texts."})
     max_seq_length: int | None = field(default=None, metadata={"help": "Longest row; None takes the model's."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    assistant_only_loss: bool = field(default=False, metadata={"help": "Learn the answers and their ends alone."})
+    completion_only_loss: bool | None = field(
+        default=None, metadata={"help": "Of prompt and completion learn the completion alone; None does."}
+    )
     packing: bool = field(default=False, metadata={"help": "Fill sequences with several rows, kept apart."})
+    long: str = field(default="cut", metadata={"help": "Rows beyond max_seq_length: cut, split or refuse."})
+    overlap: int = field(default=0, metadata={"help": "Tokens that a piece of a split row repeats of the last one."})
+    allow: list[str] = field(default_factory=list, metadata={"help": "Codes of the check that shall not stop."})
     pass_tokens: int | None = field(default=None, metadata={"help": "Most tokens of a pass; None plans it."})
     loraplus_lr_ratio: float | None = field(
         default=None, metadata={"help": "Learning rate of the matrices B as a multiple of A's (LoRA+); 16 is usual."}
@@ -72,6 +82,13 @@ def check(args: TrainingArguments, dtype: torch.dtype, device: torch.device) -> 
     return _precision(args, dtype, device)
 
 
+def learning_of(args: TrainingArguments) -> Learn:
+    """What is learnt, said in TRL's two settings."""
+    if not isinstance(args, SFTConfig) or not (args.assistant_only_loss or args.completion_only_loss is not None):
+        return "auto"
+    return "answers" if args.assistant_only_loss or args.completion_only_loss else "all"
+
+
 def refuse(args: TrainingArguments) -> None:
     """`ConfigError` for a field that does nothing here, whatever the model is."""
     for name, reason in _REFUSED.items():
@@ -82,8 +99,11 @@ def refuse(args: TrainingArguments) -> None:
     assert not isinstance(layers, str), "TrainingArguments turns text into a dictionary"
     if (layers.get("every_n_layers") or 1) != 1:
         raise ConfigError("every_n_layers is not supported: jebi recomputes every layer or none. Remove it.")
-    if isinstance(args, SFTConfig) and args.pass_tokens is not None and args.pass_tokens < 1:
-        raise ConfigError(f"pass_tokens must be at least 1, not {args.pass_tokens}; None plans it.")
+    if isinstance(args, SFTConfig):
+        if args.pass_tokens is not None and args.pass_tokens < 1:
+            raise ConfigError(f"pass_tokens must be at least 1, not {args.pass_tokens}; None plans it.")
+        require_choice(args.long, args.overlap, args.max_seq_length)
+        require_codes(args.allow, "allow")
 
 
 def _check_optimizer(args: TrainingArguments) -> None:
@@ -117,3 +137,17 @@ def _precision(args: TrainingArguments, dtype: torch.dtype, device: torch.device
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def longest_row(model: PreTrainedModel, asked: int | None) -> int:
+    """Tokens of the longest row to train on: what is asked for, or what the model was loaded for.
+
+    Raises:
+        ConfigError: more is asked for than the model serves.
+    """
+    loaded: int | None = getattr(model, "max_seq_length", None)
+    # A model whose RoPE follows each row's length is loaded for longer rows than its config says.
+    most = max(int(model.config.max_position_embeddings), loaded or 0)
+    if asked is not None and asked > most:
+        raise ConfigError(f"max_seq_length={asked} exceeds the model's {most}: set it in from_pretrained.")
+    return asked or loaded or most

@@ -7,7 +7,10 @@ from pathlib import Path
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from jebi.adapters.peft_files import read_weights
 from jebi.errors import ConfigError
+from jebi.models.hf import JebiForCausalLM
+from jebi.models.loading import read_masters
 
 
 def require_writable(folder: Path) -> None:
@@ -60,3 +63,11 @@ def complete_checkpoint(staging: Path, final: Path, state: TrainerState, args: T
         use_mtime=True,
     )
     return target
+
+
+def read_checkpoint(model: JebiForCausalLM, checkpoint: Path) -> None:
+    """Copy what a checkpoint holds of the model, its adapter or all its weights, into the model."""
+    if model.adapter is None:
+        read_masters(model, checkpoint)
+    else:
+        read_weights(model, checkpoint)

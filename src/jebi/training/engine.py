@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from jebi.data.heldout import inputs_of
 from jebi.data.passes import Pass
@@ -38,6 +39,14 @@ class Settings:
     """Share of the target spread over the vocabulary."""
     graphs: bool
     """Whether passes may be captured."""
+
+
+def settings_of(args: TrainingArguments, longest: int, pass_tokens: int | None, graphs: bool) -> Settings:
+    """The trainer's arguments as they concern passes."""
+    recompute = args.gradient_checkpointing_kwargs or {}
+    assert not isinstance(recompute, str), "TrainingArguments turns text into a dictionary"
+    wanted, offload = bool(args.gradient_checkpointing), bool(recompute.get("offload"))
+    return Settings(longest, pass_tokens, wanted, offload, args.label_smoothing_factor, graphs)
 
 
 def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from jebi.data.passes import Pass
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.unpadding import IGNORED, Learnt, learnt_of
+from jebi.nn.attention import varlen_serves
 from jebi.nn.rows import Rows
 
 
@@ -55,7 +56,7 @@ class PassGraphs:
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._flat = torch.zeros(sum(_padded(p) for p in self._trained), dtype=torch.float32, device=model.device)
         self._grads = _views(self._flat, self._trained)
-        self._captured: dict[Shape, _Graph] = {}
+        self._captured: dict[Shape, PassGraph] = {}
         self._casts: torch.cuda.CUDAGraph | None = None
         self._pool = torch.cuda.graph_pool_handle()
         self._warm = False
@@ -67,7 +68,7 @@ class PassGraphs:
         masters = all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
         same_everywhere = all(rotary.reach is None for rotary in model.model.rotary.values())
         capped = any(shape.attention.softcap is not None for shape in model.model.shape.layers)
-        on_card = model.device.type == "cuda" and model.model.checkpointing != "offload"
+        on_card = varlen_serves(model.device, model.dtype) and model.model.checkpointing != "offload"
         return stacked and masters and same_everywhere and on_card and not capped
 
     def run(self, part: Pass, items: Tensor | int) -> Tensor:
@@ -76,7 +77,7 @@ class PassGraphs:
         shape = shape_of(part)
         graph = self._captured.get(shape)
         if graph is None:
-            graph = _Graph(shape, self._model.device)
+            graph = PassGraph(shape, self._model.device)
             graph.fill(part, items)
             if not self._warm:
                 # Kernels are compiled and libraries set up at their first use, which must not be captured.
@@ -107,14 +108,14 @@ class PassGraphs:
         self._model.model.cast_adapters(again=False)
         self._casts.replay()
 
-    def _pass(self, graph: "_Graph") -> Tensor:
+    def _pass(self, graph: "PassGraph") -> Tensor:
         loss = self._model(**graph.inputs(), **self._settings).loss
         assert isinstance(loss, Tensor)
         self._backward(loss)
         return loss.detach()
 
 
-class _Graph:
+class PassGraph:
     """Input buffers of one shape, and the captured pass."""
 
     def __init__(self, shape: Shape, device: torch.device):
@@ -155,7 +156,8 @@ class _Graph:
             "ids": F.pad(part.input_ids, (0, spare)),
             "positions": torch.cat([rows.positions_U, torch.arange(spare)]),
             "index": F.pad(learnt.index_N, (0, missing)),
-            "labels": F.pad(learnt.labels_N, (0, missing), value=IGNORED),
+            # Some token, which does not count.
+            "labels": F.pad(learnt.labels_N, (0, missing)),
             "counts": F.pad(learnt.counts_N, (0, missing)),
         }
         if not shape.alike:
@@ -171,7 +173,8 @@ class _Graph:
             values["first"] = torch.cat([first_U, torch.arange(whole_T.shape[0], whole_T.shape[0] + spare)])
         for name, value in values.items():
             buffer = self._buffers[name]
-            buffer.copy_(value.to(buffer.dtype).pin_memory(), non_blocking=True)
+            value = value.to(buffer.dtype)
+            buffer.copy_(value.pin_memory() if buffer.is_cuda else value, non_blocking=True)
         if isinstance(items, Tensor):
             self._buffers["items"].copy_(items)
         else:
@@ -203,19 +206,27 @@ class _Graph:
 def shape_of(part: Pass) -> Shape:
     """The shape that a pass is padded to."""
     rows, tokens = part.rows, part.input_ids.shape[1]
-    learnt = _round(int((part.shift_labels != IGNORED).sum()))
+    learnt = int((part.shift_labels != IGNORED).sum())
     if rows.alike and rows.whole_T is None:
-        return Shape(tokens, learnt, rows.starts, None, True)
+        return Shape(tokens, _learnt_room(learnt, tokens), rows.starts, None, True)
     held = _round(tokens)
-    longest = max(128, 1 << (rows.longest - 1).bit_length())
+    longest = max(_LONGEST, 1 << (rows.longest - 1).bit_length())
     whole = None if rows.whole_T is None else _round(part.tokens + held - tokens)
     # Room for the rows and for spare tokens in rows no longer than the longest.
     most = len(rows.starts) + 2 * _STEP_MOST // longest + 2
     count = max(16, 1 << (most - 1).bit_length())
-    return Shape(held, learnt, tuple(longest * n for n in range(count + 1)), whole, False)
+    return Shape(held, _learnt_room(learnt, held), tuple(longest * n for n in range(count + 1)), whole, False)
+
+
+def _learnt_room(learnt: int, tokens: int) -> int:
+    """Room for the learnt tokens: all tokens where most are learnt, so that there are not two sizes to a shape."""
+    room = _round(learnt)
+    return tokens if room > tokens // 2 else room
 
 
 _STEP, _STEP_MOST = 256, 1024
+_LONGEST = 1024
+"""Shapes do not tell rows below this apart: attention's empty blocks cost less than a capture."""
 
 
 def _round(tokens: int) -> int:

@@ -18,23 +18,23 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
-from jebi.adapters.peft_files import read_weights
+from jebi.data.control_tokens import as_ids
+from jebi.data.findings import Report as DataReport
 from jebi.data.heldout import summed_loss
-from jebi.data.packing import pack
-from jebi.data.passes import Batch, collate, cut, longest
-from jebi.data.rows import FormattingFunc, tokenize
+from jebi.data.passes import Batch, collate, cut, learnt_weight, longest
+from jebi.data.preparation import FormattingFunc, Preparation
 from jebi.errors import ConfigError
 from jebi.models.hf import JebiForCausalLM
-from jebi.models.loading import read_masters
 from jebi.plan.passes import PassPlan
 from jebi.training import processes
-from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check
-from jebi.training.checkpoints import complete_checkpoint, note_best, require_writable
-from jebi.training.engine import Engine, Settings, make_plan
+from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, learning_of, longest_row
+from jebi.training.checkpoints import complete_checkpoint, note_best, read_checkpoint, require_writable
+from jebi.training.engine import Engine, Settings, make_plan, settings_of
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.loraplus import own_rates, split_rates
 from jebi.training.losses import Losses
 from jebi.training.optimizer import AdamW8bit
+from jebi.training.prepared import Prepare
 from jebi.training.report import Meter, Report
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,14 @@ class SFTTrainer(Trainer):
     """Supervised fine-tuning of a jebi model, with the arguments the tutorial's script passes."""
 
     model: JebiForCausalLM
+    prepare: Prepare
+    """Makes token rows of raw ones."""
+    given: tuple[Any, Any]
+    """The rows to train on and to evaluate on, as they were given."""
+    texts: list[Any]
+    """What the check reads beside the token rows: the raw ones, in the order of their numbers."""
+    data_report: DataReport | None
+    """What the check of the training rows found when `train` began; None on other processes than the first."""
     report: Report | None
     """Memory and time of the last `train`; also in ``report.json`` under the output folder."""
 
@@ -84,27 +92,20 @@ class SFTTrainer(Trainer):
         require_writable(Path(str(args.output_dir)))
         tokenizer = processing_class if processing_class is not None else tokenizer
         config = args if isinstance(args, SFTConfig) else None
-        asked, loaded = _first(max_seq_length, config and config.max_seq_length), getattr(model, "max_seq_length", None)
-        # A model whose RoPE follows each row's length is loaded for longer rows than its config says.
-        trained = max(model.config.max_position_embeddings, loaded or 0)
-        if asked is not None and asked > trained:
-            raise ConfigError(f"max_seq_length={asked} exceeds the model's {trained}: set it in from_pretrained.")
-        row_limit = int(_first(asked, loaded, trained))
-        field = _first(dataset_text_field, config and config.dataset_text_field, "text")
-        workers = _first(dataset_num_proc, config and config.dataset_num_proc)
+        row_limit = longest_row(model, _first(max_seq_length, config and config.max_seq_length))
+        how = Preparation(
+            max_length=row_limit,
+            text_field=_first(dataset_text_field, config and config.dataset_text_field, "text"),
+            formatting_func=formatting_func,
+            learn=learning_of(args),
+            workers=_first(dataset_num_proc, config and config.dataset_num_proc),
+        )
         packed = bool(_first(packing, config and config.packing))
-
-        def prepare(dataset: Any) -> Any:
-            if dataset is None:
-                return None
-            if isinstance(dataset, dict):
-                return {name: prepare(part) for name, part in dataset.items()}
-            if tokenizer is None:
-                raise ConfigError("tokenizer is missing: pass tokenizer=tokenizer.")
-            rows = tokenize(dataset, tokenizer, field, formatting_func, row_limit, workers)
-            return pack(rows, row_limit) if packed else rows
-
-        self._prepare = prepare
+        own = (config.long, config.overlap, tuple(config.allow)) if config else ()
+        prepare = Prepare(tokenizer, how, packed, *own)
+        self.prepare = prepare
+        self.given = train_dataset, eval_dataset
+        self.texts = [train_dataset]
         self._longest = row_limit
         self._pass_tokens = config.pass_tokens if config else None
         self._rates = own_rates(config, optimizers[0] is not None)
@@ -114,7 +115,7 @@ class SFTTrainer(Trainer):
         self._plan: PassPlan | None = None
         self._losses = Losses()
         self._staging: Path | None = None
-        self.report = None
+        self.report = self.data_report = None
         super().__init__(
             model=model,
             args=args,
@@ -130,6 +131,7 @@ class SFTTrainer(Trainer):
         """Train as Trainer does, measure it, and write ``report.json``.
 
         Raises:
+            CheckError: the rows have a fault that makes training on them pointless, and that is not allowed.
             DivergedError: the loss became NaN or infinite; checkpoints written before stay.
             KeyboardInterrupt: Ctrl-C came; the step under way was finished and saved first.
         """
@@ -138,8 +140,12 @@ class SFTTrainer(Trainer):
         self._bag = []
         self._interrupt.interrupted = self._interrupt.saved = False
         self._trained_tokens = self._trained_steps = 0
+        if self.data_report is None and self.is_world_process_zero():
+            eos = as_ids(self.model.generation_config.eos_token_id)
+            self.data_report = self.prepare.check(self.train_dataset, self.texts, self.eval_dataset, eos)
         self._plan = None
         plan = self._current_plan()
+        self._drops_out = any(m.adapter is not None and m.adapter.dropout > 0 for _, m in self.model.linears())
         self._losses.clear()
         meter = Meter(self.model.device)
         self._engine = Engine(self.model, self._settings(), self.accelerator)
@@ -161,7 +167,7 @@ class SFTTrainer(Trainer):
         """As Trainer's; rows given to `evaluate` itself are tokenised as the others were."""
         raw = isinstance(eval_dataset, Dataset | IterableDataset)
         if raw and "lengths" not in (eval_dataset.column_names or ()):
-            eval_dataset = self._prepare(eval_dataset)
+            eval_dataset = self.prepare(eval_dataset)
         with processes.uneven(self.accelerator):
             return super().get_eval_dataloader(eval_dataset)
 
@@ -174,6 +180,16 @@ class SFTTrainer(Trainer):
             items = self._get_num_items_in_batch([*self._bag, *batches], device)
         return batches, items
 
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
+        """As Trainer's, but of weighed tokens the sum of their weights: a mean loss is a weighed mean."""
+        items = super()._get_num_items_in_batch(batch_samples, device)
+        if items is None or not any("shift_weights" in batch for batch in batch_samples):
+            return items
+        weights = torch.stack([learnt_weight(batch).float() for batch in batch_samples]).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            weights = self.accelerator.gather(weights).sum()
+        return weights
+
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Collect the step's micro-batches; with the last of them run forward and backward of all rows."""
         self._bag.append(inputs)
@@ -181,10 +197,11 @@ class SFTTrainer(Trainer):
             return torch.zeros((), device=self.args.device)
         assert num_items_in_batch is not None, "passes of one step must be weighted by the step's learnt tokens"
         batches, self._bag = self._bag, []
-        model.train()
+        if not model.training:  # for its own sake a no-op, and a walk through all modules
+            model.train()
         _set_mode(self.optimizer, "train")
         # Tokens held once would also share one dropout mask.
-        share = not self._drops_out() and self.model.shares_beginnings(longest(batches))
+        share = not self._drops_out and self.model.shares_beginnings(longest(batches))
         passes = cut(batches, self._current_plan().tokens, share)
         loss = self._engine.run(model, passes, num_items_in_batch, self._loss_of)
         self._trained_tokens += sum(part.tokens for part in passes)
@@ -200,9 +217,6 @@ class SFTTrainer(Trainer):
             loss = self.compute_loss(model, inputs, num_items_in_batch=items)
         assert isinstance(loss, Tensor)
         return loss
-
-    def _drops_out(self) -> bool:
-        return any(linear.adapter is not None and linear.adapter.dropout > 0 for _, linear in self.model.linears())
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As Trainer's; before anything is logged or saved, the losses are looked at."""
@@ -234,7 +248,7 @@ class SFTTrainer(Trainer):
             self.model, counted(), self._current_plan().tokens, self.args.label_smoothing_factor
         )
         all_loss, all_learnt, all_rows = processes.summed(self.accelerator, total, learnt, seen)
-        metrics = {f"{metric_key_prefix}_loss": all_loss / max(all_learnt, 1)}
+        metrics = {f"{metric_key_prefix}_loss": all_loss / all_learnt if all_learnt else 0.0}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(all_rows))  # type: ignore[arg-type]
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
@@ -247,17 +261,8 @@ class SFTTrainer(Trainer):
         return self._plan
 
     def _settings(self) -> Settings:
-        recompute = self.args.gradient_checkpointing_kwargs or {}
-        assert not isinstance(recompute, str), "TrainingArguments turns text into a dictionary"
-        return Settings(
-            longest=self._longest,
-            pass_tokens=self._pass_tokens,
-            recompute=bool(self.args.gradient_checkpointing),
-            offload=bool(recompute.get("offload")),
-            label_smoothing=self.args.label_smoothing_factor,
-            # A loss of the user's own is computed his way.
-            graphs=type(self).compute_loss is Trainer.compute_loss,
-        )
+        # A loss of the user's own is computed his way.
+        return settings_of(self.args, self._longest, self._pass_tokens, type(self).compute_loss is Trainer.compute_loss)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As Trainer's; LoRA+ and trained embeddings have learning rates of their own."""
@@ -280,7 +285,7 @@ class SFTTrainer(Trainer):
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "row", "lengths"]  # type: ignore[assignment]  # None upstream
+        self._signature_columns = ["input_ids", "labels", "row", "lengths", "weights"]  # type: ignore[assignment]  # None upstream
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
@@ -318,17 +323,11 @@ class SFTTrainer(Trainer):
             self.args.hub_token = token
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._read(Path(resume_from_checkpoint))
+        read_checkpoint(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        self._read(Path(self.state.best_model_checkpoint))
-
-    def _read(self, checkpoint: Path) -> None:
-        if self.model.adapter is None:
-            read_masters(self.model, checkpoint)
-        else:
-            read_weights(self.model, checkpoint)
+        read_checkpoint(self.model, Path(self.state.best_model_checkpoint))
 
 
 def _set_mode(optimizer: Any, mode: str) -> None:

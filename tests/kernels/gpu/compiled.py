@@ -46,11 +46,11 @@ def cases(value: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
         thin |= {f"{name}_left": value, f"{name}_right": value, f"{name}_rank": "i32"}
         thin |= dict.fromkeys((f"{name}_left_stride", f"{name}_right_row", f"{name}_right_column"), "i32")
     for kind in range(3):
-        constants = {"KIND": kind, "GATE_RANK": 32, "UP_RANK": 32, "DA_RANK": 16, "TOKENS": 64, "COLUMNS": 128}
+        constants = {"KIND": kind, "GATE_RANK": 32, "UP_RANK": 32, "DA_RANK": 16, "TOKENS": 32, "COLUMNS": 128}
         forward = {"gate_ptr": value, "up_ptr": value, "out_ptr": value, "out_stride": "i32"}
-        found.append((glu._forward, forward | strides | thin, constants, 8))
+        found.append((glu._forward, forward | strides | thin, constants, 4))
         backward = {"da_ptr": value, "gate_ptr": value, "up_ptr": value, "da_stride": "i32"}
-        found.append((glu._backward, backward | strides | thin, constants, 8))
+        found.append((glu._backward, backward | strides | thin, constants, 4))
     dense = {"packed_ptr": "*u8", "absmax_ptr": "*u8", "nested_ptr": FLOAT, "offset_ptr": FLOAT, "levels_ptr": FLOAT}
     dense |= {"codes_ptr": FLOAT, "out_ptr": value, "values": "i32", "out_stride": "i32"}
     found.append((nf4._dequantize, dense, {"COLUMNS": 14336, "VALUES": 1024}, 4))

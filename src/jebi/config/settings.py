@@ -1,19 +1,13 @@
-"""The settings of a run: one dataclass a section, a docstring a field. The only reader of YAML and of ``--set``.
+"""The settings of a run: one dataclass a section, a docstring a field. YAML and ``--set`` are `reading`'s.
 
-Modules take plain values; these objects stop at the builders (`fast`, `training.run`, `cli`). No torch here.
+Modules take plain values; these objects stop at the builders (`fast`, `run`, `cli`). No torch here.
 """
 
-import dataclasses
-import difflib
 import re
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from jebi.config.checking import check_fields, reject_unknown
 from jebi.errors import ConfigError
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -48,7 +42,7 @@ class ModelConfig:
     """How RoPE is scaled, such as {rope_type: yarn, factor: 4.0}; null carries the model's own scaling on."""
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
         if self.max_seq_length < 1:
             raise ConfigError(f"max_seq_length must be at least 1, not {self.max_seq_length}; 2048 is usual.")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
@@ -109,7 +103,7 @@ class LoraConfig:
     """Seed of the first matrices."""
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
         if self.r < 1:
             raise ConfigError(f"r must be a whole number above 0, not {self.r}; 8, 16, 32, 64 or 128 are usual.")
         if not 0 < self.lora_alpha < float("inf"):
@@ -186,34 +180,68 @@ def _check_pattern(pattern: list[str] | str | None, name: str) -> None:
 
 @dataclass
 class DataConfig:
-    """The rows."""
+    """The rows. docs/data.md shows every setting."""
 
-    train: str = ""
-    """A .jsonl, .json, .csv or .parquet file, or a hub id."""
+    train: str | list[Any] = ""
+    """A .jsonl, .json, .csv or .parquet file, a folder of them, a hub id; or a list, also of {source, weight}."""
     split: str = "train"
     """Split of a hub data set."""
-    heldout: str | None = None
-    """A file of rows that are never trained on, for the held-out loss."""
+    heldout: str | list[Any] | None = None
+    """Rows that are never trained on, for the held-out loss; as `train`."""
     heldout_share: float = 0.0
-    """Without `heldout`, the share of the training rows set aside for it."""
+    """Without `heldout`, the share of each source's rows set aside for it."""
+    streaming: bool = False
+    """Read the training rows while training, never holding them all; needs train.max_steps."""
+    shuffle_buffer: int = 1000
+    """Rows of a stream among which the next is drawn; 1 keeps their order."""
+    format: str | None = None
+    """text, alpaca, prompt_completion, messages or sharegpt; null recognises it by the columns."""
+    formatter: str | None = None
+    """The user's own: file.py:function, or a Jinja text of the columns."""
+    roles: dict[str, Any] = field(default_factory=dict)
+    """What further roles in messages mean, such as {narrator: user}."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What becomes of rows that cannot be read."""
     template: str | None = None
-    """``tutorial`` (Korean, the default), ``alpaca`` (English), or a text with {instruction}, {input}, {output}."""
+    """tutorial, alpaca, chat (the tokenizer's), bare, a text with {instruction}, {input}, {output}, or a Jinja chat
+    template; null is tutorial for Alpaca's columns and chat for conversations."""
     text_field: str | None = None
     """Column that holds whole ready texts; the template is not used then."""
-    learn: Literal["all", "answers"] = "all"
-    """What has labels: the whole text, as in the tutorial, or only the answers and their EOS."""
+    learn: Literal["auto", "all", "answers", "last_answer"] = "auto"
+    """What has labels: the whole text, as in the tutorial; the answers and their ends; the last of them. auto is all,
+    but of prompt and completion the completion."""
+    special_tokens_in_text: Literal["auto", "text", "tokens", "error"] = "auto"
+    """What special tokens written inside the rows become; auto is text, and tokens in ready texts."""
     packing: bool = False
     """Fill sequences of max_seq_length with several rows, kept apart."""
+    long: Literal["cut", "split", "refuse"] = "cut"
+    """A row longer than max_seq_length is cut, split into pieces, or refused by its number."""
+    overlap: int = 0
+    """Tokens that a piece repeats of the piece before it, to read and not to learn; with `long` split."""
+    repair_encoding: bool = False
+    """Turn back text that was read in the wrong encoding, such as Ã© for é."""
+    allow: list[str] = field(default_factory=list)
+    """Codes of the check that shall not stop the training; docs/checks.md has them."""
 
     def __post_init__(self) -> None:
         if not self.train:
             raise ConfigError("data.train is missing: name a .jsonl file or a hub data set.")
         if self.text_field and self.template:
             raise ConfigError("data.template does nothing beside data.text_field, whose texts are ready: drop one.")
-        if self.text_field and self.learn == "answers":
-            raise ConfigError("data.learn 'answers' needs the answers apart: use a template, not data.text_field.")
+        if self.text_field and self.format not in (None, "text"):
+            raise ConfigError(f"data.text_field names ready texts, but data.format is {self.format}: drop one.")
+        if self.text_field and self.learn in ("answers", "last_answer"):
+            raise ConfigError(
+                f"data.learn '{self.learn}' needs the answers apart: use a template, not data.text_field."
+            )
         if not 0 <= self.heldout_share < 1:
             raise ConfigError(f"data.heldout_share must be from 0 to below 1, not {self.heldout_share}.")
+        if self.overlap and self.long != "split":
+            raise ConfigError(f"data.overlap does nothing with data.long {self.long}: set data.long to split.")
+        if self.heldout_share and self.streaming:
+            raise ConfigError("data.heldout_share needs rows that can be counted: set data.heldout beside streaming.")
+        if self.shuffle_buffer < 1:
+            raise ConfigError(f"data.shuffle_buffer must be at least 1, not {self.shuffle_buffer}.")
 
 
 @dataclass
@@ -228,115 +256,3 @@ class RunConfig:
     """The rows."""
     train: dict[str, Any]
     """Fields of transformers.TrainingArguments and of jebi's own `SFTConfig`."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes ``2e-4`` for a text; here it is the number that it is everywhere else."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _load_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
-
-
-def read_run(path: Path, settings: list[str] | None = None) -> RunConfig:
-    """Read a YAML file and apply ``section.key=value`` settings over it.
-
-    Raises:
-        ConfigError: the file is missing or no YAML, a key is unknown, or a value has the wrong type.
-    """
-    try:
-        document = _load_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config '{path}' cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config '{path}' is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(document, dict):
-        raise ConfigError(f"config '{path}' must hold sections: model, lora, data, train.")
-    for setting in settings or []:
-        _apply(document, setting)
-    return run_from_dict(document)
-
-
-def run_from_dict(document: dict[str, Any]) -> RunConfig:
-    """Build a run from nested dictionaries, as YAML yields them."""
-    known = {"model": ModelConfig, "lora": LoraConfig, "data": DataConfig}
-    reject_unknown(document, {*known, "train"}, "")
-    sections = {name: _section(cls, document.get(name) or {}, name) for name, cls in known.items()}
-    if sections["model"].full_finetuning and sections["lora"] != LoraConfig():
-        raise ConfigError("model.full_finetuning trains every weight and no adapter: drop it or section 'lora'.")
-    train = document.get("train") or {}
-    if not isinstance(train, dict):
-        raise ConfigError("section 'train' must hold settings, one a line.")
-    return RunConfig(**sections, train=dict(train))
-
-
-def _apply(document: dict[str, Any], setting: str) -> None:
-    key, equals, value = setting.partition("=")
-    section, dot, name = key.partition(".")
-    if not equals or not dot:
-        raise ConfigError(f"--set '{setting}' must be section.key=value, such as --set lora.r=32.")
-    target = document.setdefault(section, {})
-    if not isinstance(target, dict):
-        raise ConfigError(f"--set '{setting}': section '{section}' holds no settings.")
-    try:
-        target[name] = _load_yaml(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set '{setting}': the value is not YAML; put it in quotes.") from error
-
-
-def _section(cls: type, values: Any, name: str) -> Any:
-    if not isinstance(values, dict):
-        raise ConfigError(f"section '{name}' must hold settings, one a line.")
-    fields = {f.name for f in dataclasses.fields(cls)}
-    reject_unknown(values, fields, f"{name}.")
-    hints = typing.get_type_hints(cls)
-    checked = {key: _typed(hints[key], value, f"{name}.{key}") for key, value in values.items()}
-    return cls(**checked)
-
-
-def reject_unknown(values: dict[str, Any], known: set[str], prefix: str) -> None:
-    """`ConfigError` for the first key that is not known, with the nearest that is."""
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean '{prefix}{near[0]}'?" if near else f" Known: {', '.join(sorted(known))}."
-            raise ConfigError(f"setting '{prefix}{key}' is unknown.{hint}")
-
-
-def _check_fields(section: Any) -> None:
-    """`ConfigError` unless every field of a section has its type."""
-    hints = typing.get_type_hints(type(section))
-    for found in dataclasses.fields(section):
-        _typed(hints[found.name], getattr(section, found.name), found.name)
-
-
-def check_type(hint: Any, value: Any, name: str) -> None:
-    """`ConfigError` unless the value has the hinted type; a hint that is no class or union of classes passes."""
-    if hint is not Any and all(isinstance(typing.get_origin(option) or option, type) for option in _options(hint)):
-        _typed(hint, value, name)
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-
-
-def _typed(hint: Any, value: Any, name: str) -> Any:
-    """``value`` if it has the hinted type; whole numbers serve as floats."""
-    if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise ConfigError(f"{name} must be one of {', '.join(map(str, typing.get_args(hint)))}, not {value!r}.")
-        return value
-    options = _options(hint)
-    for option in options:
-        kind = typing.get_origin(option) or option
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-            return value
-    names = " or ".join("null" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
-    raise ConfigError(f"{name} must be {names}, not {value!r}.")

@@ -1,0 +1,83 @@
+"""The texts of raw rows, wherever they stand: columns, messages in lists, fields of objects. As arrow arrays.
+
+Shapes: N texts, R rows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jebi.data.flat_rows import Ints
+from jebi.data.turns import ROLES
+
+_ANSWERS = ("output", "completion", "response", "answer")
+_ROLES, _CONTENTS = ("role", "from"), ("content", "value")
+_ANSWERING = pa.array([name for name, role in ROLES.items() if role == "assistant"])
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """The texts that stand at one place of the rows."""
+
+    column: str
+    """The column they stand in."""
+    values: Any
+    """(N,) an arrow array of texts, some perhaps null."""
+    rows: Ints
+    """(N,) the row each belongs to."""
+
+
+def leaves(table: pa.Table) -> Iterator[Leaf]:
+    """Every text of a table."""
+    for column in table.column_names:
+        for values, rows in _within(_whole(table[column]), np.arange(table.num_rows)):
+            yield Leaf(column, values, rows)
+
+
+def answers(table: pa.Table) -> Iterator[Leaf]:
+    """The texts that are answers by the name of their column, or by the role they stand beside."""
+    for column in table.column_names:
+        values, rows = _whole(table[column]), np.arange(table.num_rows)
+        if _is_text(values.type) and column in _ANSWERS:
+            yield Leaf(column, values, rows)
+        elif _is_list(values.type) and pa.types.is_struct(values.type.value_type):
+            messages, rows = values.flatten(), rows[pc.list_parent_indices(values).to_numpy()]
+            yield from _said(column, messages, rows)
+
+
+def _said(column: str, messages: Any, rows: Ints) -> Iterator[Leaf]:
+    fields = dict(zip((field.name for field in messages.type), messages.flatten()))
+    role = next((fields[name] for name in _ROLES if name in fields and _is_text(fields[name].type)), None)
+    content = next((fields[name] for name in _CONTENTS if name in fields and _is_text(fields[name].type)), None)
+    if role is not None and content is not None:
+        answering = pc.is_in(role.cast(pa.string()), value_set=_ANSWERING)
+        if "tool_calls" in fields:  # which are the answer then
+            answering = pc.and_(answering, fields["tool_calls"].is_null())
+        yield Leaf(column, content.filter(answering), rows[answering.to_numpy(zero_copy_only=False)])
+
+
+def _within(values: Any, rows: Ints) -> Iterator[tuple[Any, Ints]]:
+    if _is_text(values.type):
+        yield values, rows
+    elif _is_list(values.type):
+        yield from _within(values.flatten(), rows[pc.list_parent_indices(values).to_numpy()])
+    elif pa.types.is_struct(values.type):
+        for part in values.flatten():
+            yield from _within(part, rows)
+
+
+def _whole(column: pa.ChunkedArray) -> Any:
+    array = column.combine_chunks()
+    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
