@@ -129,21 +129,6 @@ class JebiPreTrainedModel(PreTrainedModel):
         """Whether the vocabulary is no longer the checkpoint's."""
         return self.model.shape.vocabulary != self.model.loaded_vocabulary
 
-    def resize_token_embeddings(  # type: ignore[override]  # jebi's embedding is its own module
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
-        """Give the vocabulary ``new_num_tokens`` rows, rounded up as asked, and return the embedding.
-
-        New rows are the mean of the old ones, whatever ``mean_resizing`` says: nothing is drawn.
-
-        Raises:
-            ModelError: the size is impossible, or the model has an adapter already.
-        """
-        size = self.model.shape.vocabulary if new_num_tokens is None else new_num_tokens
-        step = pad_to_multiple_of or 1
-        resize(self, -(-size // step) * step)
-        return self.model.embed_tokens
-
     def shares_beginnings(self, longest: int) -> bool:
         """Whether beginnings that rows of up to ``longest`` tokens have in common may be computed once."""
         return self.model.shares_beginnings(longest)
