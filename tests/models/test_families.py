@@ -154,3 +154,19 @@ def test_what_a_config_may_say_beside_means_what_transformers_means(
     ours, expected = load_model(files, files.config(), torch.float32, CPU, "dense")(ids).logits, theirs(ids).logits
     # Float32's roundings over two layers; the two forms of GELU differ by 1e-3.
     assert (ours - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"rope_theta": None}, "'rope_theta': None.* make no RoPE"),
+        ({"rope_theta": 1e4, "rope_type": "linear", "factor": "two"}, "'factor': 'two'.* make no RoPE"),
+        ({"rope_theta": 1e4, "partial_rotary_factor": 2.0}, "turn 32 of a head's 16"),
+        ({"rope_theta": 1e4, "partial_rotary_factor": 0.07}, "turn 1 of a head's 16; an even part"),
+    ],
+)
+def test_parameters_that_make_no_rope_are_named(parameters: dict[str, object], message: str) -> None:
+    config = Phi3Config(hidden_size=64, num_attention_heads=4, pad_token_id=0)
+    config.rope_parameters = parameters
+    with pytest.raises(ModelError, match=message):
+        read_rotary(config, CPU)

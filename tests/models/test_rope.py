@@ -137,22 +137,6 @@ def test_an_unknown_kind_is_refused() -> None:
         read_rotary(config, CPU)
 
 
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
-        ({"rope_theta": None}, "'rope_theta': None.* make no RoPE"),
-        ({"rope_theta": 1e4, "rope_type": "linear", "factor": "two"}, "'factor': 'two'.* make no RoPE"),
-        ({"rope_theta": 1e4, "partial_rotary_factor": 2.0}, "turn 32 of a head's 16"),
-        ({"rope_theta": 1e4, "partial_rotary_factor": 0.07}, "turn 1 of a head's 16; an even part"),
-    ],
-)
-def test_parameters_that_make_no_rope_are_named(parameters: dict[str, Any], message: str) -> None:
-    config = phi3()
-    config.rope_parameters = parameters
-    with pytest.raises(ModelError, match=message):
-        read_rotary(config, CPU)
-
-
 def ids(length: int) -> Tensor:
     return torch.randint(3, 300, (1, length), generator=torch.Generator().manual_seed(length))
 
