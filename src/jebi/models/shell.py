@@ -174,12 +174,18 @@ class JebiPreTrainedModel(PreTrainedModel):
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         *_: Any,
+        push_to_hub: bool = False,
         **__: Any,
     ) -> None:
         """Write the adapter in PEFT's format, or the whole model in Hugging Face's where there is no adapter.
 
         The whole model is written in its compute dtype; ``state_dict``, where given, as it is.
+
+        Raises:
+            ModelError: ``push_to_hub`` was asked for.
         """
+        if push_to_hub:
+            raise ModelError("save_pretrained writes to a folder: drop push_to_hub=True and call push_to_hub(name).")
         if not is_main_process:
             return
         folder = Path(save_directory)
