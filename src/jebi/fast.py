@@ -18,13 +18,13 @@ from jebi.errors import AdapterError, ConfigError
 from jebi.inference.generation import prepare
 from jebi.models.decoder import Checkpointing
 from jebi.models.device import default_device, default_dtype
-from jebi.models.files import find, read_tokenizer
+from jebi.models.files import find
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.loading import load_model
 from jebi.models.reward import JebiForSequenceClassification
 from jebi.models.rope import scale_context
 from jebi.models.shell import JebiPreTrainedModel
-from jebi.models.tokenizer import ready
+from jebi.models.tokenizer import beside, ready
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +94,7 @@ class FastLanguageModel:
         # The name the user gave, so that an adapter saved later can be used on another machine.
         local = Path(base).expanduser()
         model.name_or_path = model.config.name_or_path = str(local.resolve()) if local.exists() else base
-        # Beside an adapter lies the tokenizer it was trained with, which may know more tokens.
-        own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-        tokenizer = ready(read_tokenizer(folder) if own else files.tokenizer(), model)
+        tokenizer = beside(adapter, ready(files.tokenizer(), model), model)
         model.max_seq_length = max_seq_length
         if adapter:
             FastLanguageModel.put_adapter(model, adapter)

@@ -34,6 +34,7 @@ from jebi.inference.page import render
 from jebi.models.device import default_device, default_dtype
 from jebi.models.files import EMBEDDED
 from jebi.models.hf import JebiForCausalLM
+from jebi.models.tokenizer import beside
 from jebi.training.arguments import SFTConfig, refuse
 from jebi.training.checkpoints import require_writable, write_whole
 from jebi.training.trainer import SFTTrainer
@@ -182,6 +183,7 @@ def compare(
     run = _run_of(adapter)
     model, tokenizer = FastLanguageModel.from_pretrained(base, **model_settings(adapter))
     FastLanguageModel.put_adapter(model, adapter)
+    tokenizer = beside(adapter, tokenizer, model)
     FastLanguageModel.for_inference(model)
     comparison = compare_models(
         model,

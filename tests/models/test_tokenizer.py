@@ -1,11 +1,12 @@
 """``models.tokenizer``: padding that does no harm, on the side where answers do not begin."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from jebi.models.files import find
-from jebi.models.tokenizer import ready
+from jebi.models.tokenizer import beside, ready
 
 
 def model(eos: int | list[int] | None = None) -> SimpleNamespace:
@@ -43,3 +44,14 @@ def test_what_the_checkpoint_says_stays() -> None:
     ready(tokenizer, target)
     assert tokenizer.pad_token == "<|endoftext|>"
     assert target.generation_config.eos_token_id == [2, 0]
+
+
+def test_the_tokenizer_beside_an_adapter_comes_first(tmp_path: Path) -> None:
+    base, target = find("smollm2").tokenizer(), model()
+    assert beside(None, base, target) is beside(tmp_path, base, target) is base
+    longer = find("smollm2").tokenizer()
+    longer.add_tokens(["<|swallow|>"])
+    longer.save_pretrained(tmp_path)
+    made = beside(tmp_path, base, target)
+    assert made.convert_tokens_to_ids("<|swallow|>") == len(base)
+    assert made.padding_side == "left"

@@ -31,6 +31,7 @@ def command(
     from jebi.adapters.peft_config import read_config
     from jebi.data.templates import CHAT, named
     from jebi.fast import FastLanguageModel
+    from jebi.models.tokenizer import beside
     from jebi.run import base_for, model_settings, template_of
 
     # What is wrong with the call is said before a model is loaded.
@@ -43,6 +44,7 @@ def command(
     model, tokenizer = FastLanguageModel.from_pretrained(base_for(adapter, base), **settings)
     if adapter is not None:
         FastLanguageModel.put_adapter(model, adapter)
+        tokenizer = beside(adapter, tokenizer, model)
     FastLanguageModel.for_inference(model)
     form = named(spec or (CHAT if tokenizer.chat_template else template_of(None, None)), tokenizer)
     typer.echo(HELP, err=True)

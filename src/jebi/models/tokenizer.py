@@ -1,7 +1,10 @@
 """A loaded tokenizer made ready for training and batched answers."""
 
+from pathlib import Path
+
 from transformers import PreTrainedTokenizerBase
 
+from jebi.models.files import read_tokenizer
 from jebi.models.hf import JebiForCausalLM
 
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "[PAD]", "<unk>")
@@ -21,3 +24,10 @@ def ready(tokenizer: PreTrainedTokenizerBase, model: JebiForCausalLM) -> PreTrai
     if settings.eos_token_id is None:
         settings.eos_token_id = tokenizer.eos_token_id
     return tokenizer
+
+
+def beside(adapter: Path | None, otherwise: PreTrainedTokenizerBase, model: JebiForCausalLM) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside an adapter, which may know more tokens than the base's, or the base's."""
+    if adapter is None or not (adapter / "tokenizer_config.json").is_file():
+        return otherwise
+    return ready(read_tokenizer(adapter), model)
