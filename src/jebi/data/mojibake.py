@@ -55,6 +55,7 @@ def repair(rows: Rows) -> tuple[Rows, int]:
     fixed = rows.map(
         lambda row, number: _deep(dict(row), repaired) if number in damaged else row,
         with_indices=True,
+        features=rows.features,  # guessed anew, objects would gain each other's members
         desc="Repairing",
     )
     return fixed, len(damaged)
