@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerFast
 
 from jebi.data.check import STREAMED, Contract, check_rows
 from jebi.data.findings import CODES, Report
-from jebi.data.long_rows import UNCUT, fit
+from jebi.data.long_rows import fit
 from jebi.data.packing import pack
-from jebi.data.preparation import Preparation
+from jebi.data.preparation import UNCUT, Preparation
 from jebi.data.rows import tokenize
-from jebi.errors import CheckError
+from jebi.errors import CheckError, DataError
 
 LONGEST = 200
 QUESTIONS = [f"What is {number} and {number + 1}?" for number in range(10)]
@@ -327,6 +327,18 @@ def test_uncut_rows_are_judged_as_they_will_be_cut(tokenizer: PreTrainedTokenize
     texts = Dataset.from_dict({"text": [f"{q} {'z' * 300 if n < 3 else ''}</s>" for n, q in enumerate(QUESTIONS)]})
     uncut, cut = (tokenize(texts, tokenizer, Preparation(limit)) for limit in (UNCUT, LONGEST))
     assert check_rows(uncut, tokenizer, Contract(LONGEST)) == check_rows(cut, tokenizer, Contract(LONGEST))
+
+
+def test_rows_that_a_weight_below_1_leaves_undrawn_are_no_fault(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [{"instruction": q, "output": a} for q, a in zip(QUESTIONS, ANSWERS)]
+    assert only(look(tokens_of(tokenizer)[:4], tokenizer, texts), "nothing-learnt") == (6, 10, (4, 5, 6, 7, 8))
+    assert look(tokens_of(tokenizer)[:4], tokenizer, texts, all_drawn=False).findings == ()
+
+
+def test_a_stream_of_no_rows_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
+    stream = Dataset.from_list(tokens_of(tokenizer)).to_iterable_dataset().filter(lambda row: False)
+    with pytest.raises(DataError, match="none of the rows that were looked at has anything to learn"):
+        check_rows(stream, tokenizer, Contract(LONGEST))
 
 
 def test_the_tests_here_cover_every_code() -> None:

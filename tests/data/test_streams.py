@@ -30,6 +30,8 @@ def test_a_stream_has_the_files_rows(kind: str, tmp_path: Path) -> None:
         ("rows.jsonl", b'{"a": 1}\n["b"]\n', r"line 2: a row must be an object with columns"),
         ("rows.jsonl", b'{"a": "\xb0\xa1"}\n', r"rows.jsonl' is not UTF-8"),
         ("rows.csv", b"a,b\n1,2\n3\n", r"rows.csv' line 3: 1 values, but the first line names 2"),
+        ("rows.csv", b'a,b\n1,"2\n', r"rows.csv' line \d: unexpected end of data"),
+        ("rows.csv", b"a,a\n1,2\n", r"rows.csv' names a column twice: a, a"),
         ("rows.json", b'[{"a": 1}]', r"cannot be streamed: write its rows as .jsonl"),
         ("rows.txt", b"", r"is no .jsonl, .csv or .parquet file"),
     ],

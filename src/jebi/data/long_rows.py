@@ -10,9 +10,6 @@ from jebi.data.rows import Rows
 from jebi.errors import ConfigError, DataError
 from jebi.models.unpadding import IGNORED
 
-UNCUT = 2**31
-"""A ``max_length`` for `data.rows.tokenize` that leaves every row whole."""
-
 CHOICES = ("cut", "split", "refuse")
 """What may happen to a long row."""
 

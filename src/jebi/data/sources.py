@@ -121,7 +121,8 @@ def _read_json(path: Path) -> Dataset:
     try:
         records = json.loads("\n".join(_lines(path)))
     except json.JSONDecodeError as error:
-        raise DataError(f"'{path}' line {error.lineno}: invalid JSON: {error.msg}.") from error
+        hint = " One object a line is a .jsonl file." if error.msg == "Extra data" else ""
+        raise DataError(f"'{path}' line {error.lineno}: invalid JSON: {error.msg}.{hint}") from error
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise DataError(f"'{path}' must hold a list of objects.")
     return _dataset(records, path)

@@ -74,14 +74,19 @@ def _jsonl(path: str) -> Iterator[dict[str, Any]]:
 
 def _csv(path: str) -> Iterator[dict[str, Any]]:
     reader = csv.reader(_lines(path), strict=True)
-    header = next(reader, [])
-    for values in reader:
-        if values and len(values) != len(header):
-            raise DataError(
-                f"'{path}' line {reader.line_num}: {len(values)} values, but the first line names {len(header)}."
-            )
-        if values:
-            yield dict(zip(header, values))
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise DataError(f"'{path}' names a column twice: {', '.join(header)}.")
+        for values in reader:
+            if values and len(values) != len(header):
+                raise DataError(
+                    f"'{path}' line {reader.line_num}: {len(values)} values, but the first line names {len(header)}."
+                )
+            if values:
+                yield dict(zip(header, values))
+    except csv.Error as error:
+        raise DataError(f"'{path}' line {reader.line_num}: {error}.") from error
 
 
 def _lines(path: str) -> Iterator[str]:

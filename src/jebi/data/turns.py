@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jebi.data.conversation import Role, Turn
-from jebi.errors import DataError
+from jebi.errors import ConfigError, DataError
 
 ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -28,6 +28,14 @@ _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _WEIGHT_KEYS = ("loss_weight", "weight")
 _TRAINS = "train"
 """Axolotl's flag: whether the turn is learnt."""
+
+
+def require_roles(roles: Mapping[Any, Any]) -> None:
+    """`ConfigError` unless the user's own roles mean known ones."""
+    for name, meant in roles.items():
+        if not isinstance(name, str) or not isinstance(meant, str) or meant not in ROLES:
+            known = ", ".join(dict.fromkeys(ROLES.values()))
+            raise ConfigError(f"data.roles: {name!r} must be a text and mean one of {known}, not {meant!r}.")
 
 
 def read_turns(messages: Any, roles: Mapping[str, str]) -> tuple[Turn, ...]:
