@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jebi.data.cache import place
 from jebi.data.encoding import Tokens
-from jebi.data.preparation import UNCUT, Preparation
+from jebi.data.preparation import UNCUT, Learn, Preparation
 from jebi.data.writing import ConversationWriter, TextWriter, writer_for
 from jebi.errors import ConfigError, DataError
 from jebi.models.unpadding import IGNORED
@@ -30,9 +30,9 @@ TOKEN_COLUMNS = ("input_ids", "labels", "row", "lengths")
 def tokenize(dataset: Rows, tokenizer: PreTrainedTokenizerBase, how: Preparation) -> Rows:
     """A data set of `TOKEN_COLUMNS`, whatever the input had; ``row`` is a row's number, counted from 0.
 
-    A data set that has ``input_ids`` already is taken as it is, with its ``labels`` where it has them and without the
-    padding that its ``attention_mask`` shows. Rows with nothing to learn are left out. ``weights``, how much each
-    token's loss counts, is there where a row or an answer is weighed.
+    A data set that has ``input_ids`` already is taken as it is, with its ``labels`` or TRL's ``completion_mask`` and
+    ``assistant_masks`` where it has them, and without the padding that its ``attention_mask`` shows. Rows with nothing
+    to learn are left out. ``weights``, how much each token's loss counts, is there where a row or an answer is weighed.
 
     Raises:
         ConfigError: a setting is impossible.
@@ -52,7 +52,7 @@ def tokenize(dataset: Rows, tokenizer: PreTrainedTokenizerBase, how: Preparation
     if how.formatting_func is None and set(TOKEN_COLUMNS) <= set(columns):
         return dataset
     if how.formatting_func is None and how.format is None and "input_ids" in columns:
-        encode: Any = _TakeIds(how.max_length)
+        encode: Any = _TakeIds(how.max_length, how.learn)
     else:
         first = next(iter(dataset), None)
         if first is None:
@@ -111,14 +111,15 @@ class _Encode:
 
 @dataclass(frozen=True)
 class _TakeIds:
-    """Token ids that are there already."""
+    """Token ids that are there already, with their labels or with TRL's masks."""
 
     max_length: int
+    learn: Learn
     weighs: bool = False
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         ids = batch["input_ids"]
-        labels = batch.get("labels") or ids
+        labels = batch.get("labels") or self._masked(batch)
         for number, row, learnt in zip(indices, ids, labels):
             if len(row) != len(learnt):
                 raise DataError(f"row {number} has {len(row)} input_ids and {len(learnt)} labels; give each token one.")
@@ -126,6 +127,19 @@ class _TakeIds:
             ids, labels = ([list(compress(row, mask)) for row, mask in zip(rows, masks)] for rows in (ids, labels))
         made = [Tokens(row, learnt, []) for row, learnt in zip(ids, labels)]
         return _columns(made, indices, self.max_length, weighs=False)
+
+    def _masked(self, batch: dict[str, list[Any]]) -> list[list[int]]:
+        """The ids, but for what a mask leaves out; as in TRL, ``assistant_masks`` holds whatever is to be learnt."""
+        names = ("assistant_masks",) if self.learn == "all" else ("assistant_masks", "completion_mask")
+        masks = [batch[name] for name in names if name in batch]
+        if not masks and self.learn in ("answers", "last_answer"):
+            raise ConfigError(
+                "token ids do not say where their answers are: give labels, completion_mask or assistant_masks too."
+            )
+        return [
+            [token if all(kept) else IGNORED for token, *kept in zip(row, *rows)]
+            for row, *rows in zip(batch["input_ids"], *masks)
+        ]
 
 
 def _columns(made: list[Tokens], numbers: list[int], max_length: int, weighs: bool) -> dict[str, list[Any]]:

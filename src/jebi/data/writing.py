@@ -109,11 +109,11 @@ class TextWriter:
     def _spans(self, text: str, row: Mapping[str, Any], number: int) -> tuple[tuple[int, int, float], ...]:
         """Where the answers are: where rendering the turns puts them, or where the parts say."""
         if self.behind is not None:
-            made = self.behind.write({name: [value] for name, value in row.items()}, [number])[0][1]
             bos = str(self.encoder.tokenizer.bos_token or "")
-            shift = len(made.text) - len(text)
-            if made.text in (text, bos + text) and made.spans is not None:
-                return tuple((start - shift, end - shift, weight) for start, end, weight in made.spans)
+            for _, made in self.behind.write({name: [value] for name, value in row.items()}, [number]):
+                shift = len(made.text) - len(text)
+                if made.text in (text, bos + text) and made.spans is not None:
+                    return tuple((start - shift, end - shift, weight) for start, end, weight in made.spans)
         if self.how.parts is None:
             raise ConfigError(
                 "ready texts do not say where their answers are: give the columns they were made of alone, or use "
