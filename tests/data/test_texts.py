@@ -6,11 +6,14 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from datasets import Dataset
 
 from jebi.data.mojibake import repair
+from jebi.data.rows import Rows
 from jebi.data.sources import load_rows
+from jebi.data.streams import stream_rows
 from jebi.data.text_faults import text_faults
-from jebi.data.texts import answers, leaves
+from jebi.data.texts import answers, as_table, leaves
 
 TALKS: list[Any] = [
     [{"role": "user", "content": "cafÃ©s Ã©"}, {"role": "assistant", "content": "\ufffd"}],
@@ -55,10 +58,27 @@ def test_a_text_column_that_holds_no_conversation_is_text() -> None:
     assert leaf.values.to_pylist() == ["hello", None]
 
 
-def test_rows_of_a_file_are_repaired_and_keep_their_objects(tmp_path: Path) -> None:
+def test_streamed_rows_of_many_kinds_become_a_table() -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "</s>"}]}, {"role": "assistant", "content": ""}]
+    rows = [{"messages": TALKS[0], "n": 1}, {"messages": parts, "n": "Ã©tÃ©"}]
+    found = text_faults(as_table(rows), ("</s>",), None)
+    assert {code: hit.tolist() for code, hit in found.items()} == {
+        "mojibake": [0, 1],
+        "lost-characters": [0],
+        "special-in-text": [1],
+        "empty-answers": [1],
+    }
+
+
+@pytest.mark.parametrize("form", ["text", "file", "stream"])
+def test_rows_are_repaired_and_keep_their_objects(form: str, tmp_path: Path) -> None:
     table_of("file", tmp_path)
-    rows = load_rows(str(tmp_path / "talks.jsonl"))
+    if form == "text":
+        rows: Rows = Dataset.from_list([{"messages": json.dumps(talk)} for talk in TALKS])
+    else:
+        rows = (load_rows if form == "file" else stream_rows)(str(tmp_path / "talks.jsonl"))
     fixed, count = repair(rows)
-    assert count == 1
-    assert fixed[0]["messages"] == [{"role": "user", "content": "cafés é"}, TALKS[0][1]]
-    assert [row["messages"] for row in fixed][1:] == TALKS[1:], "no object gains another's members"
+    assert count == (0 if form == "stream" else 1), "a stream's are not counted"
+    talks = [json.loads(row["messages"]) if form == "text" else row["messages"] for row in fixed]
+    assert talks[0] == [{"role": "user", "content": "cafés é"}, TALKS[0][1]]
+    assert talks[1:] == TALKS[1:], "no object gains another's members"

@@ -19,6 +19,7 @@ from jebi.data.findings import CODES, SHOWN, Finding, Report
 from jebi.data.flat_rows import Bools, Hashes, Ints, flat
 from jebi.data.rows import Rows
 from jebi.data.text_faults import text_faults
+from jebi.data.texts import as_table
 from jebi.data.token_faults import (
     Marked,
     bos_faults,
@@ -183,10 +184,10 @@ def _found_in_texts(
     found: dict[str, Ints] = {"empty-answers": _having("empty-answers", seen.faults["empty-answers"], seen.numbers)}
     first = given = 0
     for source in texts:
-        if (table := _table(source)) is not None:
-            for code, hit in text_faults(table, control.names if control else (), contract.ready).items():
-                found[code] = np.union1d(found.get(code, np.empty(0, np.int64)), hit + first)
-            given += table.num_rows
+        table = _table(source)
+        for code, hit in text_faults(table, control.names if control else (), contract.ready).items():
+            found[code] = np.union1d(found.get(code, np.empty(0, np.int64)), hit + first)
+        given += table.num_rows
         first += len(source) if isinstance(source, Dataset) else 0
     if contract.all_drawn and isinstance(rows, Dataset) and len(rows) <= MOST and first == given:
         left_out = np.setdiff1d(np.arange(given), seen.numbers[~seen.faults["nothing-learnt"]])
@@ -194,14 +195,11 @@ def _found_in_texts(
     return {code: (hit, max(given, 1)) for code, hit in found.items()}
 
 
-def _table(texts: Rows) -> pa.Table | None:
-    """The rows that are looked at; None where streamed ones are of too many kinds for columns."""
+def _table(texts: Rows) -> pa.Table:
+    """The rows that are looked at."""
     if isinstance(texts, Dataset):
         return texts.with_format("arrow")[: min(len(texts), MOST)]
-    try:
-        return pa.Table.from_pylist(list(islice(texts, STREAMED)))
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return None
+    return as_table(list(islice(texts, STREAMED)))
 
 
 def _note(rows: Rows) -> str | None:

@@ -20,7 +20,7 @@ from jebi.data.turns import ROLES
 
 _ANSWERS = ("output", "completion", "response", "answer")
 _ROLES, _CONTENTS = ("role", "from"), ("content", "value")
-_TALK = ("messages", "conversations")
+TALK = ("messages", "conversations")
 """Columns that may hold a conversation as the text of its JSON."""
 _ANSWERING = pa.array([name for name, role in ROLES.items() if role == "assistant"])
 
@@ -35,6 +35,22 @@ class Leaf:
     """(N,) an arrow array of texts, some perhaps null."""
     rows: Ints
     """(N,) the row each belongs to."""
+
+
+def as_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows as a table: columns of one kind of plain values as that, all others as JSON."""
+    columns = {}
+    for column in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(column) for row in rows]
+        kinds = {type(value) for value in values} - {type(None)}
+        if len(kinds) > 1 or kinds & {dict, list}:
+            written = pa.array(
+                [None if value is None else json.dumps(value, default=str) for value in values], pa.string()
+            )
+            columns[column] = pa.ExtensionArray.from_storage(pa.json_(), written)
+        else:
+            columns[column] = pa.array(values)
+    return pa.table(columns)
 
 
 def leaves(table: pa.Table) -> Iterator[Leaf]:
@@ -86,7 +102,7 @@ def _objects(column: str, values: Any) -> list[Any] | None:
     """The values that a column holds as JSON; None where it holds none."""
     if getattr(values.type, "extension_name", None) == "arrow.json":
         return [None if text is None else json.loads(text) for text in values.storage.to_pylist()]
-    if column not in _TALK or not _is_text(values.type):
+    if column not in TALK or not _is_text(values.type):
         return None
     try:
         return [None if text is None else json.loads(text) for text in values.to_pylist()]
