@@ -115,7 +115,7 @@ def _is_hangul(text: str) -> bool:
 
 def _repaired(row: dict[str, Any]) -> dict[str, Any]:
     """A row with every text turned back, within the JSON of a conversation too, which may escape it."""
-    made = _deep(dict(row), repaired)
+    made: dict[str, Any] = _deep(dict(row), repaired)
     for column in TALK:
         if isinstance(made.get(column), str):
             try:
