@@ -23,6 +23,14 @@ def test_a_stream_has_the_files_rows(kind: str, tmp_path: Path) -> None:
         assert list(stream_rows(str(tmp_path))) == load_rows(str(tmp_path)).to_list() == [ROWS[1], *ROWS]
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_line_ends_of_windows_are_read_alike(name: str, tmp_path: Path) -> None:
+    content = {"rows.csv": 'a,b\r\n1,"two\r\nlines"\r\n', "rows.jsonl": '{"a": "1", "b": "two\\nlines"}\r\n'}[name]
+    (tmp_path / name).write_bytes(content.encode())
+    path = str(tmp_path / name)
+    assert list(stream_rows(path)) == load_rows(path).to_list() == [{"a": "1", "b": "two\nlines"}]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
