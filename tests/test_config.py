@@ -288,3 +288,10 @@ def test_a_template_beside_ready_texts_is_refused(path: Path) -> None:
 def test_answers_alone_are_learnt_only_where_they_are_known_apart(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.learn 'answers' needs the answers apart: use a template"):
         read_run(path, ["data.learn=answers", "data.text_field=text"])
+
+
+def test_an_adapter_and_all_weights_exclude_each_other() -> None:
+    document = {"data": {"train": "rows.jsonl"}, "model": {"full_finetuning": True}}
+    assert run_from_dict(document).model.full_finetuning
+    with pytest.raises(ConfigError, match=r"model.full_finetuning trains .* drop it or section 'lora'"):
+        run_from_dict(document | {"lora": {"r": 32}})

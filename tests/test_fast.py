@@ -124,11 +124,16 @@ def test_a_model_saved_with_another_rope_means_the_same_to_transformers(tiny_lla
     [
         ({"r": 0}, "r must be a whole number above 0, not 0"),
         ({"lora_dropout": 1.0}, "lora_dropout must be from 0 to below 1"),
-        ({"bias": "some"}, "bias must be 'none', 'all' or 'lora_only'"),
+        ({"bias": "some"}, "bias must be one of none, all, lora_only"),
         ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": ["W_pack"]}, "the model has no 'W_pack'"),
         ({"loftq_config": {"loftq_bits": 8}}, "loftq_bits must be 4, not 8"),
         ({"use_dorra": True}, "setting 'use_dorra' is unknown. Did you mean 'use_dora'"),
+        ({"r": True}, "r must be int, not True"),
+        ({"lora_dropout": "0.1"}, "lora_dropout must be float, not '0.1'"),
+        ({"use_rslora": "yes"}, "use_rslora must be bool, not 'yes'"),
+        ({"random_state": None}, "random_state must be int, not None"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save must be list.* or null, not 'lm_head'"),
         ({"use_gradient_checkpointing": "often"}, "must be True, False, 'unsloth' or 'auto', not 'often'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -241,3 +246,56 @@ def test_what_yaml_says_reaches_the_model(tiny_llama, tmp_path: Path, text: str)
     again, _ = load(tmp_path / "adapter")
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     assert again.adapter.config == model.adapter.config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_seq_length": None}, "max_seq_length must be int, not None"),
+        ({"load_in_4bit": "yes"}, "load_in_4bit must be bool or null, not 'yes'"),
+        ({"rope_scaling": {"rope_type": "yarn", "type": "linear", "factor": 2.0}}, "'linear' contradicts .*'yarn'"),
+    ],
+    ids=str,
+)
+def test_impossible_ways_to_load_are_refused(tiny_llama, settings, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tiny_llama("worded"), **settings)
+
+
+def test_layers_may_be_a_range(tiny_llama, tmp_path: Path) -> None:
+    model, _ = load(tiny_llama("worded"))
+    FastLanguageModel.get_peft_model(model, layers_to_transform=range(1), modules_to_save=("lm_head",))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["layers_to_transform"] == [0]
+
+
+def test_the_tokenizer_beside_an_adapter_is_its_own(tiny_llama, tmp_path: Path) -> None:
+    model, tokenizer = load(tiny_llama("worded"))
+    tokenizer.add_tokens(["<제비>"])
+    model.resize_token_embeddings(len(tokenizer))
+    FastLanguageModel.get_peft_model(model, modules_to_save=["embed_tokens"])
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    _, again = load(tmp_path)
+    assert again("<제비>").input_ids == [len(tokenizer) - 1]
+    assert again.padding_side == "left"
+
+
+def test_an_adapter_says_that_it_was_trained_with_another_rope(
+    tiny_llama, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = load(tiny_llama("worded"), max_seq_length=320)
+    FastLanguageModel.get_peft_model(model)
+    model.save_pretrained(tmp_path)
+    caplog.clear()
+    load(tmp_path)
+    assert "was trained with RoPE" in caplog.text
+    assert "max_seq_length and rope_scaling of the training" in caplog.text
+    caplog.clear()
+    load(tmp_path, max_seq_length=320)
+    assert "was trained with RoPE" not in caplog.text
+
+
+def test_saving_does_not_pretend_to_push(tiny_llama, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="drop push_to_hub=True"):
+        load(tiny_llama("worded"))[0].save_pretrained(tmp_path, push_to_hub=True)

@@ -11,14 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from jebi.adapters import pissa, reference
 from jebi.adapters.lora import attach, detach
-from jebi.adapters.peft_config import CONFIG_FILE, base_of, read_config, takes_from_base
+from jebi.adapters.peft_config import CONFIG_FILE, base_of, other_rope, read_config, takes_from_base
 from jebi.adapters.peft_files import read_weights, stored_vocabulary
 from jebi.config import TARGET_MODULES, LoraConfig, ModelConfig, reject_unknown
 from jebi.errors import AdapterError, ConfigError
 from jebi.inference.generation import prepare
 from jebi.models.decoder import Checkpointing
 from jebi.models.device import default_device, default_dtype
-from jebi.models.files import find
+from jebi.models.files import find, read_tokenizer
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.loading import load_model
 from jebi.models.reward import JebiForSequenceClassification
@@ -29,6 +29,8 @@ from jebi.models.tokenizer import ready
 logger = logging.getLogger(__name__)
 
 _Model = TypeVar("_Model", bound=JebiPreTrainedModel)
+
+_SEVERAL = (tuple, set, range)
 
 _CHECKPOINTING: dict[Any, Checkpointing] = {
     False: "none",
@@ -43,7 +45,7 @@ class FastLanguageModel:
 
     @staticmethod
     def from_pretrained(  # noqa: PLR0913  (the script's own argument list)
-        model_name: str = "smollm2",
+        model_name: str | Path = "smollm2",
         max_seq_length: int = 2048,
         dtype: torch.dtype | None = None,
         load_in_4bit: bool | None = None,
@@ -57,7 +59,7 @@ class FastLanguageModel:
 
         Args:
             model_name: ``smollm2``, a folder, a .gguf file, a hub id, or a folder that a training wrote (its base
-                model is loaded and the adapter put on it).
+                model is loaded and the adapter put on it; its tokenizer is the adapter's where one lies there).
             max_seq_length: longest row; beyond the model's own length RoPE is scaled.
             dtype: torch.float32, bfloat16 or float16; None takes what the device computes fastest.
             load_in_4bit: store the projections as NF4; None does, unless ``load_in_8bit`` is True.
@@ -72,6 +74,7 @@ class FastLanguageModel:
             ModelError: the model is not there, or of a kind that jebi does not have.
             WeightsError: its weights are incomplete or broken.
         """
+        model_name = str(model_name)
         storage = ModelConfig(
             model_name, max_seq_length, load_in_4bit, load_in_8bit, full_finetuning, rope_scaling=rope_scaling
         ).storage
@@ -91,7 +94,9 @@ class FastLanguageModel:
         # The name the user gave, so that an adapter saved later can be used on another machine.
         local = Path(base).expanduser()
         model.name_or_path = model.config.name_or_path = str(local.resolve()) if local.exists() else base
-        tokenizer = ready(files.tokenizer(), model)
+        # Beside an adapter lies the tokenizer it was trained with, which may know more tokens.
+        own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+        tokenizer = ready(read_tokenizer(folder) if own else files.tokenizer(), model)
         model.max_seq_length = max_seq_length
         if adapter:
             FastLanguageModel.put_adapter(model, adapter)
@@ -120,6 +125,8 @@ class FastLanguageModel:
             detach(model)
             model.resize_token_embeddings(before)
             raise
+        if notice := other_rope(folder, model.config):
+            logger.warning(notice)
         return model
 
     @staticmethod
@@ -155,6 +162,8 @@ class FastLanguageModel:
         reject_unknown(settings, {field.name for field in dataclasses.fields(LoraConfig)}, "")
         if loftq_config is not None and not isinstance(loftq_config, dict):
             loftq_config = {name: getattr(loftq_config, name, None) for name in ("loftq_bits", "loftq_iter")}
+        # Only lists go into an adapter's settings file.
+        settings = {key: list(value) if isinstance(value, _SEVERAL) else value for key, value in settings.items()}
         config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha,

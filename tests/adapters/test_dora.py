@@ -89,3 +89,12 @@ def test_four_bits_start_unchanged_and_answer_alike(tiny_llama, load) -> None:
     torch.testing.assert_close(model(IDS).logits, tuned)
     with model.disable_adapter():
         torch.testing.assert_close(model(IDS).logits, before)
+
+
+@torch.no_grad()
+def test_a_row_of_zeros_gives_nothing_rather_than_nan(tiny_llama, load) -> None:
+    model = load(tiny_llama())
+    linear = model.model.layers[0].mlp.up_proj
+    linear.weight[3] = 0
+    attach(model, LoraConfig(use_dora=True))
+    assert linear(torch.ones(2, 64))[:, 3].tolist() == [0.0, 0.0]

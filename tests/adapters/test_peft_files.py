@@ -216,7 +216,7 @@ def test_a_broken_config(folder: Path, text: str) -> None:
         ({"ensure_weight_tying": True}, r"trained copies that stay tied \(ensure_weight_tying\)"),
         ({"r": None}, "lacks r"),
         ({"r": 0}, "r must be a whole number above 0"),
-        ({"bias": "some"}, "bias must be 'none', 'all' or 'lora_only', not 'some'"),
+        ({"bias": "some"}, "bias must be one of none, all, lora_only, not 'some'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from jebi.adapters.lora import attach
 from jebi.adapters.peft_files import adapter_tensors
 from jebi.config import LoraConfig
+from jebi.errors import ModelError
 from jebi.models.families import FAMILIES
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.reward import JebiForSequenceClassification
@@ -118,6 +119,47 @@ def test_generation(name: str, twins, rows, note) -> None:
     note(name, "generation", f"{tokens[0].numel()} tokens equal")
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
+def test_each_row_outgrows_its_frequencies_at_its_own_length(settings: dict[str, Any], twins) -> None:
+    """Three rows that cross 20 tokens at different steps: each answers as transformers lets it alone."""
+    ours, theirs = (model.eval() for model in twins("phi3, longrope that generation outgrows"))
+    prompts = [torch.randint(3, 300, (1, n), generator=torch.Generator().manual_seed(n)) for n in (13, 7, 2)]
+    batch, mask = (torch.zeros(3, 13, dtype=torch.long) for _ in range(2))
+    for row, prompt in enumerate(prompts):
+        batch[row, 13 - prompt.shape[1] :], mask[row, 13 - prompt.shape[1] :] = prompt[0], 1
+    settings |= {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    made = ours.generate(batch, attention_mask=mask, **settings)[:, 13:]
+    for prompt, answer in zip(prompts, made, strict=True):
+        alone = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+        assert torch.equal(answer, alone[0, -20:])
+
+
+@pytest.mark.parametrize("name", ["mistral, window", "gemma2"])
+def test_generation_from_embeddings(name: str, twins, rows) -> None:
+    ours, theirs = (model.eval() for model in twins(name))
+    inputs = rows(name, "left")
+    tokens = [
+        model.generate(
+            inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]),
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=12,
+            min_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        for model in (ours, theirs)
+    ]
+    assert torch.equal(*tokens)
+
+
+def test_embeddings_do_not_tell_how_to_begin_again(twins) -> None:
+    ours = twins("phi3, longrope that generation outgrows")[0].eval()
+    embeds = ours.get_input_embeddings()(torch.full((1, 18), 7))
+    mask = torch.ones(1, 18, dtype=torch.long)
+    with pytest.raises(ModelError, match="outgrew its RoPE's first frequencies"):
+        ours.generate(inputs_embeds=embeds, attention_mask=mask, min_new_tokens=9, max_new_tokens=9, pad_token_id=0)
+
+
 @every
 def test_saving_and_loading(name: str, checkpoint, load, rows, note, difference, tmp_path: Path) -> None:
     """What jebi writes is what transformers wrote, and both read it."""
@@ -196,3 +238,12 @@ def test_the_scoring_model_is_transformers(name: str, checkpoint, load, rows, di
 def test_every_checkpoint_is_here(checkpoint_names: list[str], model_types: set[str]) -> None:
     assert sorted(NAMES) == sorted(checkpoint_names)
     assert model_types == set(FAMILIES)
+
+
+@torch.no_grad()
+def test_a_score_is_read_before_the_pad_tokens_where_no_mask_is_given(checkpoint, load, difference, tmp_path) -> None:
+    ours = JebiForSequenceClassification(load(checkpoint("llama")))
+    ours.save_pretrained(tmp_path)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 0, 0]])
+    assert difference(ours(ids).logits, theirs(ids).logits) <= BAR

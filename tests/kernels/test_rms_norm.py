@@ -102,3 +102,14 @@ def test_weights_stored_less_one_and_trained_weights(
     for name, one, other, plain, fine in zip(("y", "dx", "dw"), ours, reference, run(dtype), run(torch.float64)):
         at_most_twice(name, one, plain, fine)
         at_most_twice(f"{name} of the reference", other, plain, fine)
+
+
+def test_an_offset_weight_is_multiplied_before_rounding_as_gemmas() -> None:
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+
+    theirs = GemmaRMSNorm(64, 1e-6).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, 64, generator=generator).bfloat16() for shape in ((9,), ()))
+    with torch.no_grad():
+        theirs.weight.copy_(weight)
+        assert torch.equal(rms_norm(x, weight, 1e-6, unit_offset=True), theirs(x))

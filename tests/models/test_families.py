@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Phi3Config, Qwen3Config
 
 from jebi.errors import ModelError
 from jebi.models.families import FAMILIES, read_config
@@ -67,9 +67,16 @@ def test_embedding_models_are_refused(tmp_path: Path) -> None:
     [
         ({"num_key_value_heads": 3}, "num_attention_heads=4, which is no multiple of num_key_value_heads=3"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0; a number above 0"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0; a number above 0 is needed, or null"),
+        (
+            {"model_type": "gemma2", "sliding_window": None},
+            "layer_types with 'sliding_attention', and no sliding_window",
+        ),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0; a number above 0"),
+        ({"partial_rotary_factor": 0.5, "rope_theta": 1e4}, "partial_rotary_factor, which 'llama' models do not"),
     ],
 )
-def test_impossible_sizes_are_named(tmp_path: Path, changes: dict[str, int], message: str) -> None:
+def test_impossible_sizes_are_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         load(with_config(tmp_path, **changes))
 
@@ -84,9 +91,11 @@ def test_layer_types_must_be_known_and_as_many_as_layers() -> None:
         read_config(config)
 
 
-def test_dropout_of_attention_is_said_not_to_happen(caplog: pytest.LogCaptureFixture) -> None:
+def test_dropout_is_said_not_to_happen(caplog: pytest.LogCaptureFixture) -> None:
     read_config(LlamaConfig(attention_dropout=0.1))
     assert "attention_dropout=0.1" in caplog.text
+    read_config(Phi3Config(resid_pdrop=0.2, pad_token_id=0))
+    assert "resid_pdrop=0.2" in caplog.text
 
 
 def test_sizes_are_those_of_the_config() -> None:
@@ -114,3 +123,50 @@ def test_heads_share_the_width_when_no_size_is_stated() -> None:
     config.head_dim = None
     assert read_config(config).layer.head_dim == 16
     assert read_rotary(config, CPU)["full_attention"].inv_freq.shape == (8,)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("qwen3", {"attention_bias": True}),
+        ("gemma", {"attention_bias": True}),
+        ("gemma2", {"attention_bias": True}),
+        ("gemma3_text", {"attention_bias": True, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 1.0}),
+        ("gemma", {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}),
+        ("gemma", {"hidden_act": "gelu", "hidden_activation": None}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"hidden_act": "gelu_new"}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_what_a_config_may_say_beside_means_what_transformers_means(
+    tmp_path: Path, model_type: str, changes: dict[str, object]
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300}
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes | changes), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in theirs.parameters():
+        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    theirs.save_pretrained(tmp_path)
+    files, ids = find(str(tmp_path)), torch.arange(3, 12)[None]
+    ours, expected = load_model(files, files.config(), torch.float32, CPU, "dense")(ids).logits, theirs(ids).logits
+    # Float32's roundings over two layers; the two forms of GELU differ by 1e-3.
+    assert (ours - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"rope_theta": None}, "'rope_theta': None.* make no RoPE"),
+        ({"rope_theta": 1e4, "rope_type": "linear", "factor": "two"}, "'factor': 'two'.* make no RoPE"),
+        ({"rope_theta": 1e4, "partial_rotary_factor": 2.0}, "turn 32 of a head's 16"),
+        ({"rope_theta": 1e4, "partial_rotary_factor": 0.07}, "turn 1 of a head's 16; an even part"),
+    ],
+)
+def test_parameters_that_make_no_rope_are_named(parameters: dict[str, object], message: str) -> None:
+    config = Phi3Config(hidden_size=64, num_attention_heads=4, pad_token_id=0)
+    config.rope_parameters = parameters
+    with pytest.raises(ModelError, match=message):
+        read_rotary(config, CPU)

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from jebi.errors import ModelError, WeightsError
 from jebi.models import files as module
@@ -94,10 +95,28 @@ def test_a_wrong_shape(folder: Path, load) -> None:
 
 
 def test_leftovers_of_old_checkpoints_do_no_harm(folder: Path, load) -> None:
-    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "lm_head.weight": torch.ones(300, 64)}
+    head = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "lm_head.weight": head}
     change(folder, lambda tensors: tensors.update(old))
     model = load(folder)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@torch.no_grad()
+def test_a_head_of_its_own_is_kept_whatever_the_config_says(
+    folder: Path, load, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As transformers does; what is written then says so."""
+    head = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    change(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
+    model, ids = load(folder), torch.arange(3, 12)[None]
+    assert "they are not tied" in caplog.text
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = theirs(ids).logits
+    # Float32's roundings over two layers.
+    assert (model(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(load(tmp_path / "again")(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

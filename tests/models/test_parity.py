@@ -212,7 +212,33 @@ def test_what_is_never_held_is_refused(tiny_llama, load, setting: str) -> None:
         load(tiny_llama())(torch.ones(1, 3, dtype=torch.long), **{setting: True})
 
 
+def test_ids_and_embeddings_exclude_each_other(tiny_llama, load) -> None:
+    ours = load(tiny_llama())
+    ids = torch.full((1, 4), 7)
+    for inputs in ({}, {"input_ids": ids, "inputs_embeds": ours.get_input_embeddings()(ids)}):
+        with pytest.raises(ModelError, match="input_ids or inputs_embeds, one of the two"):
+            ours(**inputs)
+
+
 def test_masks_of_four_dimensions_are_refused(tiny_llama, load) -> None:
     ids = torch.ones(1, 3, dtype=torch.long)
     with pytest.raises(ModelError, match=r"attention_mask must be \(batch, tokens\)"):
         load(tiny_llama())(ids, attention_mask=torch.ones(1, 1, 3, 3))
+
+
+def test_padding_in_front_predicts_nothing(tiny_llama, load) -> None:
+    """Where labels are given for every real token, the loss is that of the row without its padding."""
+    ours, row = load(tiny_llama()), torch.arange(5, 12)[None]
+    ids, mask = torch.cat((torch.zeros(1, 3, dtype=torch.long), row), 1), torch.tensor([[0] * 3 + [1] * 7])
+    loss = ours(ids, attention_mask=mask, labels=ids.where(mask == 1, -100)).loss
+    assert torch.equal(loss, ours(row, labels=row).loss)
+
+
+def test_disabling_twice_leaves_the_adapter_off_in_between(tiny_llama, load) -> None:
+    ours, _ = twins(load, tiny_llama())
+    ids = torch.arange(5, 12)[None]
+    with torch.no_grad(), ours.eval().disable_adapter():
+        base = ours(ids).logits
+        with ours.disable_adapter():
+            pass
+        assert torch.equal(ours(ids).logits, base)

@@ -62,6 +62,24 @@ def test_masks_of_other_shapes_are_refused() -> None:
         lay_out(HIDDEN, torch.ones(2, 1, 4, 4), None)
 
 
+@pytest.mark.parametrize("positions", [None, torch.arange(4)[None]])
+def test_padding_inside_a_row_is_refused(positions: torch.Tensor | None) -> None:
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]])
+    with pytest.raises(ModelError, match="padding inside a row"):
+        lay_out(HIDDEN, mask, positions)
+
+
+def test_padding_alone_is_refused() -> None:
+    with pytest.raises(ModelError, match="every token as padding"):
+        lay_out(HIDDEN, torch.zeros(2, 4), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
+    layout = lay_out(HIDDEN, torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]]).to(dtype), None)
+    assert layout.rows.starts == (0, 3, 5)
+
+
 def test_labels_are_the_next_tokens_within_a_row() -> None:
     labels = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]])
     assert shift_labels(labels, None).tolist() == [[11, 12, 13, -100], [21, 22, 23, -100]]

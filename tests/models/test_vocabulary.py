@@ -138,3 +138,14 @@ def test_what_is_refused_leaves_the_model_as_it_was(tiny_llama, load, tmp_path: 
         FastLanguageModel.put_adapter(other, tmp_path)
     assert (other.config.vocab_size, other.adapter) == (300, None)
     assert not adapter_tensors(other)
+
+
+@torch.no_grad()
+def test_a_scoring_adapter_brings_its_vocabulary(tiny_llama, load, tmp_path: Path) -> None:
+    model = load(tiny_llama())
+    model.resize_token_embeddings(310)
+    attach(model, LoraConfig(r=4, modules_to_save=["embed_tokens"]))
+    scoring = FastLanguageModel.reward_model_of(model)
+    scoring.save_pretrained(tmp_path)
+    again = FastLanguageModel.put_adapter(FastLanguageModel.reward_model_of(load(tiny_llama())), tmp_path)
+    assert torch.equal(again(IDS).logits, scoring(IDS).logits)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig
 
 from jebi.config import LoraConfig
 from jebi.errors import AdapterError, ConfigError
@@ -16,8 +17,8 @@ from jebi.errors import AdapterError, ConfigError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_NOTE = "jebi"
-"""Key of the note in the weights file's header."""
+_NOTE, _ROPE_NOTE = "jebi", "jebi_rope"
+"""Keys of notes in the weights file's header: how the adapter was started, and the RoPE it was trained with."""
 
 _UNSUPPORTED = {
     "target_parameters": "adapted parameters",
@@ -84,12 +85,24 @@ def as_scorer(document: dict[str, Any]) -> dict[str, Any]:
     return {"task_type": "SEQ_CLS", "modules_to_save": [*wholly, *_SCORE_HEADS]}
 
 
-def header_note(config: LoraConfig) -> dict[str, str]:
-    """What the header of the weights file says beside; nothing where PEFT's settings say it all."""
+def header_note(config: LoraConfig, model_config: PretrainedConfig) -> dict[str, str]:
+    """What the header of the weights file says beside PEFT's settings."""
+    notes = {_ROPE_NOTE: json.dumps(model_config.rope_parameters, sort_keys=True)}
     if not _is_pissa(config) and config.init_lora_weights != "loftq":
-        return {}
+        return notes
     names = ("init_lora_weights", "loftq_config", "r", "lora_alpha", "rank_pattern", "alpha_pattern")
-    return {_NOTE: json.dumps({name: getattr(config, name) for name in names})}
+    return notes | {_NOTE: json.dumps({name: getattr(config, name) for name in names})}
+
+
+def other_rope(folder: Path, model_config: PretrainedConfig) -> str | None:
+    """A notice where an adapter notes another RoPE than the model's, as ``max_seq_length`` scales it."""
+    noted, present = _header(folder).get(_ROPE_NOTE), json.dumps(model_config.rope_parameters, sort_keys=True)
+    if noted in (None, present):
+        return None
+    return (
+        f"adapter '{folder}' was trained with RoPE {noted}, and the model has {present}: load it with the "
+        "max_seq_length and rope_scaling of the training."
+    )
 
 
 def read_config(folder: Path) -> LoraConfig:
@@ -171,12 +184,15 @@ def read_document(folder: Path) -> dict[str, Any]:
 
 def _header_note(folder: Path) -> dict[str, Any]:
     """The note that `header_note` made; a file that cannot be read is told when its tensors are."""
+    return dict(json.loads(_header(folder).get(_NOTE, "{}")))
+
+
+def _header(folder: Path) -> dict[str, str]:
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
-            header = weights.metadata() or {}
+            return weights.metadata() or {}
     except (SafetensorError, OSError):
         return {}
-    return dict(json.loads(header.get(_NOTE, "{}")))
 
 
 def _is_pissa(config: LoraConfig) -> bool:

@@ -45,7 +45,7 @@ def write_adapter(model: JebiPreTrainedModel, config: LoraConfig, folder: Path) 
     if isinstance(model, JebiForSequenceClassification):
         document |= as_scorer(document)
     try:
-        save_file(tensors, _partial(weights), metadata={"format": "pt"} | header_note(config))
+        save_file(tensors, _partial(weights), metadata={"format": "pt"} | header_note(config, model.config))
         _partial(settings).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if shifted:
             save_file(shifted, _partial(shift), metadata={"format": "pt"})

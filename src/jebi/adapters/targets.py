@@ -35,6 +35,7 @@ def resolve(model: JebiPreTrainedModel, config: LoraConfig) -> tuple[LoraConfig,
     """
     maps = {path: linear for path, linear in model.linears() if path != _HEAD}
     names = _names(config.target_modules, maps)
+    _require_layers(config.layers_to_transform, len(model.model.layers))
     config = dataclasses.replace(config, target_modules=names)
     chosen = {
         path: linear
@@ -82,6 +83,12 @@ def _names(asked: list[str] | str, maps: dict[str, Linear]) -> list[str] | str:
     if fused := [name for name in names if name not in asked]:
         logger.warning(f"target_modules: the model holds some of these maps as one, so {', '.join(fused)} are adapted.")
     return names
+
+
+def _require_layers(asked: list[int] | int | None, count: int) -> None:
+    for layer in [asked] if isinstance(asked, int) else asked or ():
+        if layer not in range(count):
+            raise ConfigError(f"layers_to_transform: the model has no layer {layer!r}; its {count} count from 0.")
 
 
 def _named(names: list[str] | str, path: str) -> bool:

@@ -1,5 +1,6 @@
 """Keys and types of settings, checked: a mistake names the setting and what it may be."""
 
+import dataclasses
 import difflib
 import types
 import typing
@@ -21,6 +22,13 @@ def check_type(hint: Any, value: Any, name: str) -> None:
     """`ConfigError` unless the value has the hinted type; a hint that is no class or union of classes passes."""
     if hint is not Any and all(isinstance(typing.get_origin(option) or option, type) for option in _options(hint)):
         typed(hint, value, name)
+
+
+def check_fields(section: Any) -> None:
+    """`ConfigError` unless every field of a section, a dataclass, has its type."""
+    hints = typing.get_type_hints(type(section))
+    for found in dataclasses.fields(section):
+        typed(hints[found.name], getattr(section, found.name), found.name)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -50,6 +50,8 @@ def run_from_dict(document: dict[str, Any]) -> RunConfig:
     known = {"model": ModelConfig, "lora": LoraConfig, "data": DataConfig}
     reject_unknown(document, {*known, "train"}, "")
     sections = {name: _section(cls, document.get(name) or {}, name) for name, cls in known.items()}
+    if sections["model"].full_finetuning and sections["lora"] != LoraConfig():
+        raise ConfigError("model.full_finetuning trains every weight and no adapter: drop it or section 'lora'.")
     train = document.get("train") or {}
     if not isinstance(train, dict):
         raise ConfigError("section 'train' must hold settings, one a line.")

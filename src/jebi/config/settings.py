@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jebi.config.checking import reject_unknown
+from jebi.config.checking import check_fields, reject_unknown
 from jebi.errors import ConfigError
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -42,6 +42,7 @@ class ModelConfig:
     """How RoPE is scaled, such as {rope_type: yarn, factor: 4.0}; null carries the model's own scaling on."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.max_seq_length < 1:
             raise ConfigError(f"max_seq_length must be at least 1, not {self.max_seq_length}; 2048 is usual.")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
@@ -102,14 +103,13 @@ class LoraConfig:
     """Seed of the first matrices."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.r, int) or self.r < 1:
+        check_fields(self)
+        if self.r < 1:
             raise ConfigError(f"r must be a whole number above 0, not {self.r}; 8, 16, 32, 64 or 128 are usual.")
-        if not isinstance(self.lora_alpha, int | float) or not 0 < self.lora_alpha < float("inf"):
+        if not 0 < self.lora_alpha < float("inf"):
             raise ConfigError(f"lora_alpha must be a number above 0, not {self.lora_alpha!r}; r or 2 r is usual.")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must be from 0 to below 1, not {self.lora_dropout}.")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ConfigError(f"bias must be 'none', 'all' or 'lora_only', not '{self.bias}'.")
         if not self.target_modules:
             raise ConfigError(f"target_modules is empty; name at least one of {', '.join(TARGET_MODULES)}.")
         self._check_layers()

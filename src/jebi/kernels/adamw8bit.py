@@ -60,6 +60,13 @@ def adamw8bit_(param_T: Tensor, grad_T: Tensor, moments: Moments8, rates: Rates)
     ``param_T`` and ``grad_T`` are float32, bfloat16 or float16, contiguous [T]; the arithmetic is float32 and
     the parameter is rounded once. A NaN in the gradient reaches its parameter, and its block's scales.
     """
+    if param_T.is_cuda:
+        from jebi.kernels.gpu import adamw8bit as gpu
+
+        states = moments.state1, moments.state2, moments.absmax1, moments.absmax2
+        tables = (dynamic8.tables_on(True, param_T.device), dynamic8.tables_on(False, param_T.device))
+        gpu.step_(param_T, grad_T, states, rates, tables)
+        return
     first = dynamic8.dequantize(moments.state1, moments.absmax1, signed=True)
     second = dynamic8.dequantize(moments.state2, moments.absmax2, signed=False)
     _fold(first, second, grad_T.float(), rates)

@@ -48,6 +48,8 @@ class Family:
     """Their config in jebi's terms."""
     models: str
     """Whose they are, for people."""
+    turns_part: bool = False
+    """Whether RoPE may turn a part of a head; transformers' other families pass over the config's word for it."""
 
 
 def read_config(config: PretrainedConfig) -> DecoderShape:
@@ -63,9 +65,12 @@ def read_config(config: PretrainedConfig) -> DecoderShape:
             )
     if getattr(config, "use_bidirectional_attention", False):
         raise ModelError("use_bidirectional_attention=true (an embedding model) is not supported: jebi's is causal.")
-    if getattr(config, "attention_dropout", 0):
-        logger.warning(
-            f"attention_dropout={config.attention_dropout} of the model's config is not applied in training."
+    for name in ("attention_dropout", "resid_pdrop"):
+        if getattr(config, name, 0):
+            logger.warning(f"{name}={getattr(config, name)} of the model's config is not applied in training.")
+    if not family.turns_part and _turns_part(config):
+        raise ModelError(
+            f"the model's config has partial_rotary_factor, which '{config.model_type}' models do not: delete it."
         )
     shape = family.read(config)
     if shape.layer.heads % shape.layer.kv_heads:
@@ -80,6 +85,12 @@ def head_dim(config: PretrainedConfig) -> int:
     """Size of one head: stated, or the width shared among the heads."""
     stated = getattr(config, "head_dim", None)
     return int(stated or config.hidden_size // config.num_attention_heads)
+
+
+def _turns_part(config: PretrainedConfig) -> bool:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return any(found.get("partial_rotary_factor") not in (None, 1) for found in (parameters, *nested))
 
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
@@ -176,6 +187,10 @@ def _later_gemma(config: PretrainedConfig, qk_norm: bool) -> DecoderShape:
     bias = config.attention_bias
     layer = _layer(config, config.hidden_activation)
     softcap = None if qk_norm else config.attn_logit_softcapping
+    if config.query_pre_attn_scalar <= 0:
+        raise ModelError(
+            f"the model's config has query_pre_attn_scalar={config.query_pre_attn_scalar}; a number above 0 is needed."
+        )
     form = AttentionForm(config.query_pre_attn_scalar**-0.5, softcap=softcap)
     flags: dict[str, Any] = {"unit_offset": True, "sandwich": True, "qk_norm": qk_norm}
     layer = replace(layer, attention=form, qkv_bias=bias, o_bias=bias, **flags)
@@ -204,7 +219,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(_gemma, "Gemma 1, CodeGemma"),
     "gemma2": Family(_gemma2, "Gemma 2"),
     "gemma3_text": Family(_gemma3_text, "Gemma 3 text (270M, 1B)"),
-    "phi3": Family(_phi3, "Phi-3, Phi-3.5, Phi-4"),
+    "phi3": Family(_phi3, "Phi-3, Phi-3.5, Phi-4", turns_part=True),
 }
 """Model types that jebi loads, by the config's ``model_type``."""
 
@@ -237,6 +252,10 @@ def _layer(config: PretrainedConfig, activation: str) -> LayerShape:
 
 
 def _windowed(layer: LayerShape, window: int | None) -> LayerShape:
+    if window is not None and window < 1:
+        raise ModelError(
+            f"the model's config has sliding_window={window}; a number above 0 is needed, or null for none."
+        )
     return replace(layer, attention=replace(layer.attention, window=window))
 
 
@@ -247,6 +266,8 @@ def _decoder(config: PretrainedConfig, layer: LayerShape) -> DecoderShape:
 
 def _mixed(config: PretrainedConfig, layer: LayerShape) -> DecoderShape:
     """Local and global layers by the config's ``layer_types``."""
+    if "sliding_attention" in config.layer_types and config.sliding_window is None:
+        raise ModelError("the model's config has layer_types with 'sliding_attention', and no sliding_window for them.")
     local = replace(_windowed(layer, config.sliding_window), kind="sliding_attention")
     kinds = {"full_attention": layer, "sliding_attention": local}
     for kind in config.layer_types:

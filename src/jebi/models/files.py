@@ -148,10 +148,7 @@ class Folder:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Read the tokenizer files."""
-        try:
-            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-        except (ValueError, OSError, TypeError) as error:
-            raise ModelError(f"'{self.path}' has no tokenizer that transformers can read: {error}") from error
+        return read_tokenizer(self.path)
 
     def tensors(self) -> Iterator[StoredTensor]:
         """Every tensor of every file; all headers are read first, so that a broken file shows before any weight is."""
@@ -166,6 +163,18 @@ class Folder:
                 shape = tuple(weights.get_slice(name).get_shape())
                 found.append(StoredTensor(name, shape, file, partial(files.read, file, name)))
         yield from found
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder.
+
+    Raises:
+        ModelError: there is none, or none that transformers can read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, TypeError) as error:
+        raise ModelError(f"'{folder}' has no tokenizer that transformers can read: {error}") from error
 
 
 class _Mapped:

@@ -21,7 +21,7 @@ from jebi.models.cache import growing_cache
 from jebi.models.decoder import Decoder
 from jebi.models.families import DecoderShape
 from jebi.models.shell import JebiPreTrainedModel
-from jebi.models.unpadding import IGNORED, Layout, Learnt, lay_out, learnt_of, shift_labels
+from jebi.models.unpadding import IGNORED, Layout, Learnt, lay_out, learnt_of, padding_mask, shift_labels
 from jebi.nn.linear import Linear
 from jebi.nn.rotary import Rotary
 from jebi.nn.rows import Rows
@@ -44,7 +44,12 @@ class Backbone(Decoder):
         """Final hidden states (B, S, D), zero at padding.
 
         ``rows`` may be given with a batch of one row of flat tokens; it spares finding the boundaries again.
+
+        Raises:
+            ModelError: both ``input_ids`` and ``inputs_embeds`` were given, or neither; or a mask that is not taken.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ModelError("give input_ids or inputs_embeds, one of the two.")
         hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache or past_key_values is not None:
             cache = past_key_values if past_key_values is not None else growing_cache()
@@ -61,6 +66,8 @@ class Backbone(Decoder):
         self, hidden_BSD: Tensor, mask_BL: Tensor | None, positions_BS: Tensor | None, cache: Cache
     ) -> BaseModelOutputWithPast:
         new = hidden_BSD.shape[1]
+        if mask_BL is not None:
+            mask_BL = padding_mask(mask_BL)
         if positions_BS is None:
             past = cache.get_seq_length()
             positions_BS = torch.arange(past, past + new, device=hidden_BSD.device)[None]
@@ -111,9 +118,10 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
         """As transformers' causal language models, with these differences.
 
         With labels only the loss is returned, since making the logits would cost more memory than the training;
-        ``return_logits=True`` asks for both. ``shift_labels`` (already shifted), ``num_items_in_batch``,
-        ``label_smoothing``, ``rows``, ``counts`` (how often each token counts in the loss) and ``learnt`` (all of that
-        at once) are taken as keywords.
+        ``return_logits=True`` asks for both. Labels after padding and across restarting positions are not learnt.
+        Keys and values are kept only where ``use_cache=True`` asks for them. ``shift_labels`` (already shifted),
+        ``num_items_in_batch``, ``label_smoothing``, ``rows``, ``counts`` (how often each token counts in the loss) and
+        ``learnt`` (all of that at once) are taken as keywords.
 
         Raises:
             ModelError: hidden states or attention weights were asked for, which jebi never holds.
@@ -152,14 +160,36 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
         # Typed for a protocol with settable `device` and `dtype`, which no PreTrainedModel has.
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
-    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', but rows that outgrow their RoPE's first frequencies begin again with the others."""
-        cache = kwargs.get("past_key_values")
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """As transformers', but the batch begins again when a row outgrows its RoPE's first frequencies.
+
+        ``inputs_embeds`` has a name here because ``generate`` looks for it.
+        """
+        cache, mask_BL = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         past = 0 if cache is None else cache.get_seq_length()
-        if any(rotary.outgrown(past, input_ids.shape[1]) for rotary in self.model.rotary.values()):
+        # Beside embeddings the ids are those of the answer alone.
+        length = input_ids.shape[1] if inputs_embeds is None else past + 1
+        if past and self._outgrown(past, length, mask_BL):
+            if inputs_embeds is not None:
+                raise ModelError(
+                    "a row outgrew its RoPE's first frequencies and would begin again from its tokens, which "
+                    "inputs_embeds do not tell: pass input_ids."
+                )
             kwargs |= {"past_key_values": growing_cache(), "next_sequence_length": None}
         # Typed for the same protocol as below.
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
+
+    def _outgrown(self, past: int, length: int, mask_BL: Tensor | None) -> bool:
+        """Whether a row needs other frequencies at ``length`` tokens than at ``past``, its padding not counted."""
+        rotaries = [rotary for rotary in self.model.rotary.values() if rotary.restarts]
+        if not rotaries:
+            return False
+        sizes = {(past, length)}
+        if mask_BL is not None:
+            sizes = set(zip(mask_BL[:, :past].sum(1).tolist(), mask_BL.sum(1).tolist()))
+        return any(rotary.outgrown(*size) for rotary in rotaries for size in sizes)
 
     def _learnt(
         self, labels: Tensor | None, mask_BS: Tensor | None, positions_BS: Tensor | None, kwargs: dict[str, Any]

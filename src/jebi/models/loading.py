@@ -4,6 +4,8 @@ Beside the model no more than the weight under way is in memory. Every mismatch 
 the file. Where tensors come from is `models.files`'; what the model is, `models.decoder`'s and `models.hf`'s.
 """
 
+import dataclasses
+import logging
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +27,8 @@ from jebi.models.rope import read_rotary
 from jebi.nn.linear import Linear
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
+
+logger = logging.getLogger(__name__)
 
 _HARMLESS = ("rotary_emb.inv_freq",)
 """Endings of names that old checkpoints carry and no model needs."""
@@ -64,14 +68,12 @@ def load_model(
     vars(config).pop("quantization_config", None)
     model = JebiForCausalLM(config, shape, dtype, read_rotary(config, device))
     awaited = dict(model.named_parameters(remove_duplicate=False))
-    if shape.tied:
-        awaited.pop("lm_head.weight")
-    total = len(awaited)
+    total = len(awaited) - shape.tied
     # Where a checkpoint in the form asked for has a dense projection, its makers had their reasons.
     form: _Form = "as stored" if scheme and scheme.as_stored and storage == "nf4" else storage
     tensors = files.tensors() if scheme is None else joined(files.tensors(), scheme)
     for stored in _progress(tensors, total):
-        if stored.name.endswith(_HARMLESS) or (shape.tied and stored.name == "lm_head.weight"):
+        if stored.name.endswith(_HARMLESS):
             continue
         _check(stored, awaited.pop(stored.name, None), config)
         owner_name, _, leaf = stored.name.rpartition(".")
@@ -80,18 +82,32 @@ def load_model(
             owner.store(_read(stored, dtype, device, form))
         else:
             setattr(owner, leaf, _read(stored, dtype, device, "masters" if storage == "masters" else "dense"))
+    own_head = shape.tied and awaited.pop("lm_head.weight", None) is None
     if awaited:
         raise WeightsError(
             f"'{files.path}' lacks {len(awaited)} of the {total} tensors its config calls for, "
             f"first '{min(awaited)}'. The file is incomplete or its config is another model's ({_sizes(config)})."
         )
     if shape.tied:
-        embedding = model.model.embed_tokens.weight
-        assert isinstance(embedding, nn.Parameter)
-        model.lm_head.weight = embedding
+        _tie(model, own_head)
     model.source = files if scheme is None else None
     model.eval()
     return model
+
+
+def _tie(model: JebiForCausalLM, own_head: bool) -> None:
+    """Make the embedding the head too, unless the checkpoint has a head of its own: transformers keeps it then."""
+    embedding = model.model.embed_tokens.weight
+    assert isinstance(model.lm_head.weight, nn.Parameter)
+    if own_head and not torch.equal(model.lm_head.weight, embedding):
+        logger.warning(
+            "the model's config has tie_word_embeddings=true, and its checkpoint a head that is not the embedding: "
+            "they are not tied. tie_word_embeddings=false in config.json says the same."
+        )
+        model.config.tie_word_embeddings = False
+        model.model.shape = dataclasses.replace(model.model.shape, tied=False)
+        return
+    model.lm_head.weight = embedding
 
 
 @torch.no_grad()

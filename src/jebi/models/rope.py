@@ -55,13 +55,18 @@ def read_rotary(config: PretrainedConfig, device: torch.device) -> dict[str, Rot
     """The rotary positions of each kind of layer; one object under both keys where the model has one RoPE.
 
     Raises:
-        ModelError: the config names a kind of scaling that is not known.
+        ModelError: the config names a kind of scaling that is not known, or its numbers make no frequencies.
     """
     config = copy.deepcopy(config)  # read again for longer rows, and by then it may have been changed
-    if not _nested(config):
-        rotary = _read(config, None, device)
-        return {GLOBAL: rotary, LOCAL: rotary}
-    return {layers: _read(config, layers, device) for layers in (GLOBAL, LOCAL)}
+    try:
+        if not _nested(config):
+            rotary = _read(config, None, device)
+            return {GLOBAL: rotary, LOCAL: rotary}
+        return {layers: _read(config, layers, device) for layers in (GLOBAL, LOCAL)}
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise ModelError(
+            f"the model's config has rope_parameters={config.rope_parameters}, which make no RoPE: {error!r}"
+        ) from error
 
 
 def scale_context(config: PretrainedConfig, max_seq_length: int, rope_scaling: dict[str, Any] | None) -> str | None:
@@ -116,8 +121,12 @@ def _read(config: PretrainedConfig, layers: str | None, device: torch.device) ->
     kind = parameters.get("rope_type", "default")
     if kind not in _KINDS:
         raise ModelError(f"rope_type '{kind}' is not known. Known: {', '.join(_KINDS)}.")
+    size = _turned(config, parameters)
+    if size % 2 or not 0 < size <= head_dim(config):
+        raise ModelError(
+            f"the model's config has RoPE turn {size} of a head's {head_dim(config)}; an even part is needed."
+        )
     if kind == "default":
-        size = int(head_dim(config) * (parameters.get("partial_rotary_factor") or 1.0))
         steps = torch.arange(0, size, 2, dtype=torch.float32, device=device)
         return Rotary(1.0 / (float(parameters["rope_theta"]) ** (steps / size)))
     inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, device, layer_type=layers)
@@ -133,6 +142,11 @@ def _read(config: PretrainedConfig, layers: str | None, device: torch.device) ->
         restarts = config.model_type == "phi3"
         return Rotary(inv_freq, scaling, reach, partial(_whatever_length, long), restarts)
     return Rotary(inv_freq, scaling)
+
+
+def _turned(config: PretrainedConfig, parameters: dict[str, Any]) -> int:
+    """How much of a head is turned."""
+    return int(head_dim(config) * (parameters.get("partial_rotary_factor") or 1.0))
 
 
 def _inv_freq_at(config: PretrainedConfig, layers: str | None, device: torch.device, length: int) -> Tensor:
@@ -195,6 +209,8 @@ def _checked(rope_scaling: dict[str, Any], config: PretrainedConfig) -> dict[str
     chosen = dict(rope_scaling)
     old = chosen.pop("type", None)
     name = chosen.setdefault("rope_type", old)
+    if old not in (None, name):
+        raise ConfigError(f"rope_scaling: type '{old}' contradicts rope_type '{name}': drop one of the two.")
     if not isinstance(name, str) or name not in _KINDS:
         raise ConfigError(f"rope_scaling: rope_type {name!r} is not known; use one of {', '.join(_KINDS)}.")
     kind = _KINDS[name]
@@ -215,7 +231,7 @@ def _checked(rope_scaling: dict[str, Any], config: PretrainedConfig) -> dict[str
 def _check_values(chosen: dict[str, Any], config: PretrainedConfig) -> None:
     for key, value in chosen.items():
         if key in _LISTS:
-            size = int(head_dim(config) * (_parameters(config).get("partial_rotary_factor") or 1.0)) // 2
+            size = _turned(config, _parameters(config)) // 2
             if not isinstance(value, list | tuple) or len(value) != size or not all(map(_positive, value)):
                 raise ConfigError(f"rope_scaling: {key} must be a list of {size} numbers above 0, one a frequency.")
             chosen[key] = list(value)

@@ -25,7 +25,7 @@ class Learnt:
     index_N: Tensor
     """Their places among the flat tokens, int64."""
     labels_N: Tensor
-    """Their next tokens; a negative one is not learnt after all."""
+    """Their next tokens."""
     counts_N: Tensor | None
     """How often each counts, float32; once when None."""
 
@@ -66,21 +66,42 @@ class Layout:
 
 
 def lay_out(hidden_BSD: Tensor, mask_BS: Tensor | None, positions_BS: Tensor | None) -> Layout:
-    """Find the real tokens and the row boundaries of a batch."""
+    """Find the real tokens and the row boundaries of a batch.
+
+    Raises:
+        ModelError: the mask has another shape, nothing but padding, or padding inside a row.
+    """
     batch, length = hidden_BSD.shape[:2]
     device = hidden_BSD.device
-    if mask_BS is not None and mask_BS.dim() != 2:
-        raise ModelError("attention_mask must be (batch, tokens); 4-D masks are not supported.")
+    if mask_BS is not None:
+        mask_BS = padding_mask(mask_BS)
     if positions_BS is not None:
         positions_BS = positions_BS.expand(batch, length)
     if mask_BS is not None and not bool(mask_BS.all()):
         real_T = mask_BS.flatten().nonzero().flatten()
+        if not len(real_T):
+            raise ModelError("attention_mask marks every token as padding: mark real tokens with 1.")
+        begins_B = mask_BS[:, 0] + (mask_BS[:, 1:] > mask_BS[:, :-1]).sum(1)
+        if bool((begins_B > 1).any()):
+            # transformers counts positions and windows over such padding; flat rows have none to count.
+            raise ModelError("attention_mask has padding inside a row: it may stand before and behind rows only.")
         if positions_BS is not None:
             return Layout(real_T, _rows_at(positions_BS.flatten()[real_T], mask_BS.sum(1).tolist()))
         return Layout(real_T, rows_from_lengths([n for n in mask_BS.sum(1).tolist() if n], device))
     if positions_BS is not None:
         return Layout(None, _rows_at(positions_BS.flatten(), [length] * batch))
     return Layout(None, rows_from_lengths([length] * batch, device))
+
+
+def padding_mask(mask: Tensor) -> Tensor:
+    """An attention mask of any dtype as booleans (B, L), true for real tokens.
+
+    Raises:
+        ModelError: it is of another shape.
+    """
+    if mask.dim() != 2:
+        raise ModelError("attention_mask must be (batch, tokens); 4-D masks are not supported.")
+    return mask != 0
 
 
 def shift_labels(labels_BS: Tensor, positions_BS: Tensor | None) -> Tensor:

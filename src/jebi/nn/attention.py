@@ -166,6 +166,11 @@ def seen(queries: int, keys: int, past: int, window: int | None, device: torch.d
 
 
 def _varlen_serves(q_THd: Tensor) -> bool:
-    if q_THd.device.type != "cuda" or q_THd.dtype not in (torch.float16, torch.bfloat16):
+    return varlen_serves(q_THd.device, q_THd.dtype)
+
+
+def varlen_serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether rows of any lengths go through one call there, without the host knowing the lengths."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
-    return torch.cuda.get_device_capability(q_THd.device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -41,8 +41,8 @@ class Rows:
         return self.cu is None and len({end - start for start, end in pairwise(self.starts)}) == 1
 
     def spans(self) -> list[tuple[int, int]]:
-        """Start and end of every row."""
-        return list(pairwise(self.starts))
+        """Start and end of every row; where `cu` decides, it is read, for which the host waits."""
+        return list(pairwise(self.starts if self.cu is None else self.cu.tolist()))
 
     def to(self, device: torch.device) -> "Rows":
         """The same rows with their tensors on another device."""

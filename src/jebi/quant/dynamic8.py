@@ -82,6 +82,11 @@ def code_on(signed: bool, device: torch.device) -> Tensor:
     return dynamic_code(signed).to(device)
 
 
+def tables_on(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the 256 codes and, for each of the 65536 grid points, the nearest one's index; never to be written to."""
+    return code_on(signed, device), _nearest_code(signed, device)
+
+
 def _quantize_rows(values_BK: Tensor, table_G: Tensor, codes_out: Tensor, absmax_out_B: Tensor) -> None:
     torch.amax(values_BK.abs(), dim=1, out=absmax_out_B)
     scaled = values_BK * absmax_out_B.reciprocal()[:, None]

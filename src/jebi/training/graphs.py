@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from jebi.data.passes import Pass
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.unpadding import IGNORED, Learnt, learnt_of
+from jebi.nn.attention import varlen_serves
 from jebi.nn.rows import Rows
 
 
@@ -55,10 +56,11 @@ class PassGraphs:
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._flat = torch.zeros(sum(_padded(p) for p in self._trained), dtype=torch.float32, device=model.device)
         self._grads = _views(self._flat, self._trained)
-        self._captured: dict[Shape, _Graph] = {}
+        self._captured: dict[Shape, PassGraph] = {}
         self._casts: torch.cuda.CUDAGraph | None = None
         self._pool = torch.cuda.graph_pool_handle()
-        self._warm = False
+        self._warm: set[tuple[bool, bool]] = set()
+        self._version = -1
 
     @staticmethod
     def serves(model: JebiForCausalLM) -> bool:
@@ -67,7 +69,7 @@ class PassGraphs:
         masters = all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
         same_everywhere = all(rotary.reach is None for rotary in model.model.rotary.values())
         capped = any(shape.attention.softcap is not None for shape in model.model.shape.layers)
-        on_card = model.device.type == "cuda" and model.model.checkpointing != "offload"
+        on_card = varlen_serves(model.device, model.dtype) and model.model.checkpointing != "offload"
         return stacked and masters and same_everywhere and on_card and not capped
 
     def run(self, part: Pass, items: Tensor | int) -> Tensor:
@@ -76,11 +78,12 @@ class PassGraphs:
         shape = shape_of(part)
         graph = self._captured.get(shape)
         if graph is None:
-            graph = _Graph(shape, self._model.device)
+            graph = PassGraph(shape, self._model.device)
             graph.fill(part, items)
-            if not self._warm:
+            kind = (shape.alike, shape.whole is None)
+            if kind not in self._warm:
                 # Kernels are compiled and libraries set up at their first use, which must not be captured.
-                self._warm = True
+                self._warm.add(kind)
                 return self._pass(graph)
             self._captured[shape] = graph
             graph.capture(lambda: self._pass(graph), self._pool)
@@ -88,13 +91,16 @@ class PassGraphs:
         return graph.replay()
 
     def _begin(self) -> None:
-        """At a step's first pass, whose gradients were just dropped: empty ones where the graphs expect them."""
-        if all(p.grad is grad for p, grad in zip(self._trained, self._grads)):
-            return
-        self._flat.zero_()
-        for parameter, grad in zip(self._trained, self._grads):
-            parameter.grad = grad
-        self._cast()
+        """See to it that gradients lie where the graphs expect them, and that what is trained is cast as it is now."""
+        if not all(p.grad is grad for p, grad in zip(self._trained, self._grads)):
+            # A step's first pass: the last step's gradients were dropped.
+            self._flat.zero_()
+            for parameter, grad in zip(self._trained, self._grads):
+                parameter.grad = grad
+        version = sum(p._version for p in self._trained)
+        if version != self._version:
+            self._version = version
+            self._cast()
 
     def _cast(self) -> None:
         """Cast the adapters for the step, in one replay instead of two launches a matrix."""
@@ -107,14 +113,14 @@ class PassGraphs:
         self._model.model.cast_adapters(again=False)
         self._casts.replay()
 
-    def _pass(self, graph: "_Graph") -> Tensor:
+    def _pass(self, graph: "PassGraph") -> Tensor:
         loss = self._model(**graph.inputs(), **self._settings).loss
         assert isinstance(loss, Tensor)
         self._backward(loss)
         return loss.detach()
 
 
-class _Graph:
+class PassGraph:
     """Input buffers of one shape, and the captured pass."""
 
     def __init__(self, shape: Shape, device: torch.device):
@@ -155,7 +161,8 @@ class _Graph:
             "ids": F.pad(part.input_ids, (0, spare)),
             "positions": torch.cat([rows.positions_U, torch.arange(spare)]),
             "index": F.pad(learnt.index_N, (0, missing)),
-            "labels": F.pad(learnt.labels_N, (0, missing), value=IGNORED),
+            # Some token, which does not count.
+            "labels": F.pad(learnt.labels_N, (0, missing)),
             "counts": F.pad(learnt.counts_N, (0, missing)),
         }
         if not shape.alike:
@@ -171,7 +178,8 @@ class _Graph:
             values["first"] = torch.cat([first_U, torch.arange(whole_T.shape[0], whole_T.shape[0] + spare)])
         for name, value in values.items():
             buffer = self._buffers[name]
-            buffer.copy_(value.to(buffer.dtype).pin_memory(), non_blocking=True)
+            value = value.to(buffer.dtype)
+            buffer.copy_(value.pin_memory() if buffer.is_cuda else value, non_blocking=True)
         if isinstance(items, Tensor):
             self._buffers["items"].copy_(items)
         else:

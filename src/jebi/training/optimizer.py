@@ -211,8 +211,8 @@ def _padded(param: Tensor) -> int:
 
 
 def _stretch(device: torch.device) -> int:
-    """Values updated at a time: what a CPU's cache holds; elsewhere as many as keep launches few."""
-    return 1 << 19 if device.type == "cpu" else 1 << 22
+    """Values updated at a time: what a CPU's cache holds; elsewhere as many as keep launches few and copies small."""
+    return 1 << 19 if device.type == "cpu" else 1 << 24
 
 
 def _empty_moments(size: int, device: torch.device, eight_bit: bool) -> Moments8 | Moments32:

@@ -128,8 +128,11 @@ def memory_before(device: torch.device) -> MemoryBefore:
 def free_bytes(device: torch.device) -> int:
     """Memory that this process could still take."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        # What set_per_process_memory_fraction leaves.
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
+        return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
     return int(psutil.virtual_memory().available)
 
 

@@ -145,6 +145,7 @@ class SFTTrainer(Trainer):
             self.data_report = self.prepare.check(self.train_dataset, self.texts, self.eval_dataset, eos)
         self._plan = None
         plan = self._current_plan()
+        self._drops_out = any(m.adapter is not None and m.adapter.dropout > 0 for _, m in self.model.linears())
         self._losses.clear()
         meter = Meter(self.model.device)
         self._engine = Engine(self.model, self._settings(), self.accelerator)
@@ -196,10 +197,11 @@ class SFTTrainer(Trainer):
             return torch.zeros((), device=self.args.device)
         assert num_items_in_batch is not None, "passes of one step must be weighted by the step's learnt tokens"
         batches, self._bag = self._bag, []
-        model.train()
+        if not model.training:  # for its own sake a no-op, and a walk through all modules
+            model.train()
         _set_mode(self.optimizer, "train")
         # Tokens held once would also share one dropout mask.
-        share = not self._drops_out() and self.model.shares_beginnings(longest(batches))
+        share = not self._drops_out and self.model.shares_beginnings(longest(batches))
         passes = cut(batches, self._current_plan().tokens, share)
         loss = self._engine.run(model, passes, num_items_in_batch, self._loss_of)
         self._trained_tokens += sum(part.tokens for part in passes)
@@ -215,9 +217,6 @@ class SFTTrainer(Trainer):
             loss = self.compute_loss(model, inputs, num_items_in_batch=items)
         assert isinstance(loss, Tensor)
         return loss
-
-    def _drops_out(self) -> bool:
-        return any(linear.adapter is not None and linear.adapter.dropout > 0 for _, linear in self.model.linears())
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As Trainer's; before anything is logged or saved, the losses are looked at."""

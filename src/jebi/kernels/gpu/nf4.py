@@ -28,6 +28,7 @@ def dequantize(
     _dequantize[(triton.cdiv(values, _VALUES),)](
         packed, absmax, nested_absmax, offset, *tables, out_NK, values, out_NK.stride(0),
         COLUMNS=columns, VALUES=_VALUES, num_warps=4,
+        enable_fp_fusion=False,  # a fused scale would differ from `quant.nf4`'s in its last bit
     )  # fmt: skip
 
 

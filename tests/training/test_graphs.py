@@ -1,0 +1,113 @@
+"""``training.graphs``: a pass padded to its shape has the pass's loss and gradients. Captures need a card."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from jebi.adapters.lora import attach
+from jebi.adapters.peft_files import adapter_tensors
+from jebi.config import LoraConfig
+from jebi.data.heldout import inputs_of
+from jebi.data.passes import Pass, collate, cut
+from jebi.models.hf import JebiForCausalLM
+from jebi.training.graphs import PassGraph, PassGraphs, shape_of
+
+CPU = torch.device("cpu")
+SHARED = list(range(10, 40))
+
+
+def row(number: int, length: int, start: list[int], learnt_from: int = 0) -> dict[str, list[int]]:
+    drawn = torch.randint(3, 300, (length - len(start),), generator=torch.Generator().manual_seed(number)).tolist()
+    ids = start + drawn
+    labels = [-100] * learnt_from + ids[learnt_from:]
+    return {"input_ids": ids, "labels": labels, "row": [number], "lengths": [length]}
+
+
+PASSES = {
+    "rows of one length": [row(0, 40, []), row(1, 40, []), row(2, 40, [])],
+    "rows of many lengths": [row(0, 40, []), row(1, 5, []), row(2, 97, []), row(3, 1, [])],
+    "answers alone": [row(0, 60, [], 50), row(1, 70, [], 65)],
+    "shared beginnings": [row(0, 40, SHARED), row(1, 50, SHARED), row(2, 33, SHARED[:20]), row(3, 12, [])],
+    "one row": [row(0, 90, [])],
+}
+
+
+@pytest.fixture
+def model(tiny_llama: Callable[..., Path], load: Callable[..., JebiForCausalLM]) -> Callable[[], JebiForCausalLM]:
+    def make() -> JebiForCausalLM:
+        model = load(tiny_llama("untied"))
+        attach(model, LoraConfig(r=4))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for tensor in adapter_tensors(model).values():
+                tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
+        model.model.stack(keep=True)
+        return model.train()
+
+    return make
+
+
+def run(model: JebiForCausalLM, inputs: dict) -> dict[str, Tensor]:
+    loss = model(**inputs).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: tensor.grad for name, tensor in adapter_tensors(model).items()}
+
+
+def only(name: str) -> Pass:
+    (part,) = cut([collate(PASSES[name])], 4096)
+    return part
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_padded_pass_is_the_pass(name: str, model: Callable[[], JebiForCausalLM]) -> None:
+    part = only(name)
+    graph = PassGraph(shape_of(part), CPU)
+    # A second fill, after another pass: nothing of that may be left.
+    if name != "rows of one length":
+        graph.fill(only(name), 1)
+    graph.fill(part, 17)
+    padded = run(model(), graph.inputs())
+    plain = run(model(), inputs_of(part, CPU) | {"num_items_in_batch": 17})
+    assert (part.rows.whole_T is not None) == (name == "shared beginnings")
+    for key, value in plain.items():
+        # Sums over more rows of zeros are blocked otherwise: roundings of float32, grown over two layers.
+        torch.testing.assert_close(padded[key], value, rtol=1e-4, atol=1e-4 * value.abs().max().item())
+
+
+def test_passes_of_like_sizes_have_one_shape() -> None:
+    """So that few are captured; what differs in kind has another."""
+    shapes = {name: shape_of(only(name)) for name in PASSES}
+    others = [row(0, 31, []), row(1, 88, []), row(2, 7, [])]
+    (part,) = cut([collate(others)], 4096)
+    assert shape_of(part) == shapes["rows of many lengths"]
+    assert len({shapes["rows of many lengths"], shapes["shared beginnings"], shapes["one row"]}) == 3
+    assert shapes["rows of one length"].alike
+    assert shapes["shared beginnings"].whole is not None
+
+
+def test_shapes_hold_every_pass_of_their_kind() -> None:
+    """Many random passes: rows, tokens and learnt tokens fit, and the last start is the end."""
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        count = int(torch.randint(1, 30, (1,), generator=generator))
+        lengths = torch.randint(1, 700, (count,), generator=generator).tolist()
+        starts = [SHARED[: min(length - 1, 30)] if n % 2 else [] for n, length in enumerate(lengths)]
+        rows = [row(n, length, start) for n, (length, start) in enumerate(zip(lengths, starts))]
+        for part in cut([collate(rows)], 4096):
+            shape = shape_of(part)
+            graph = PassGraph(shape, CPU)
+            graph.fill(part, 1)
+            inputs = graph.inputs()
+            if inputs["rows"].cu is not None:
+                ends = inputs["rows"].cu.tolist()
+                assert ends == sorted(ends)
+                assert ends[-1] == (shape.whole or shape.tokens)
+                assert max(b - a for a, b in pairwise(ends)) <= inputs["rows"].longest
+
+
+def test_a_cpu_captures_nothing(model: Callable[[], JebiForCausalLM]) -> None:
+    assert not PassGraphs.serves(model())
