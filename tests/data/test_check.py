@@ -181,6 +181,10 @@ def test_rows_in_another_form_than_the_saved_template(byte_tokenizer: Callable[.
     report.require()  # a warning
     own = [f"<user>{question}</s><assistant>" for question in QUESTIONS]
     assert look(tokens_of(tokenizer, own), tokenizer).findings == ()
+    half = tokens_of(tokenizer, QUESTIONS[:5] + own[5:])
+    assert only(look(half, tokenizer), "template-mismatch")[:2] == (5, 10)
+    fewer = tokens_of(tokenizer, QUESTIONS[:4] + own[4:])
+    assert look(fewer, tokenizer).findings == (), "single rows may have been cut before their answer"
 
 
 def test_control_tokens_in_a_users_text(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -48,8 +48,7 @@ def read_turns(messages: Any, roles: Mapping[str, str]) -> tuple[Turn, ...]:
     Raises:
         DataError: there are none, or one cannot be read; the message does not name the row.
     """
-    if isinstance(messages, str):
-        messages = read_json(messages, "the conversation")
+    messages = read_json(messages, "the conversation") if isinstance(messages, str) else without_nulls(messages)
     if not isinstance(messages, list | tuple) or not messages:
         raise DataError("the conversation is empty.")
     return tuple(_read_turn(message, number, roles) for number, message in enumerate(messages))
@@ -57,11 +56,10 @@ def read_turns(messages: Any, roles: Mapping[str, str]) -> tuple[Turn, ...]:
 
 def read_tools(tools: Any) -> tuple[dict[str, Any], ...]:
     """A row's tools as OpenAI describes functions, whether wrapped so or bare, as objects or as JSON."""
-    if isinstance(tools, str) and tools.strip():
-        tools = read_json(tools, "tools")
+    tools = read_json(tools, "tools") if isinstance(tools, str) and tools.strip() else without_nulls(tools)
     if not tools:
         return ()
-    listed = [without_nulls(tool) for tool in (tools if isinstance(tools, list | tuple) else [tools])]
+    listed = list(tools) if isinstance(tools, list | tuple) else [tools]
     for number, tool in enumerate(listed):
         if isinstance(tool, str):
             listed[number] = tool = read_json(tool, "a tool")
@@ -81,7 +79,10 @@ def read_json(text: str, what: str) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without members that are null: Arrow gives every object all the members that any of them has."""
+    """The value without members that are null: Arrow gives every object all the members that any of them has.
+
+    What a row spells as JSON has only the members that were meant, and keeps its nulls.
+    """
     if isinstance(value, Mapping):
         return {key: without_nulls(member) for key, member in value.items() if member is not None}
     if isinstance(value, list | tuple):
@@ -163,10 +164,7 @@ def _read_calls(given: Any) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             arguments = read_json(arguments, "a call's arguments") if arguments.strip() else {}
         identity = {"id": call["id"]} if call.get("id") else {}
-        made.append(
-            {"type": "function", "function": {"name": function["name"], "arguments": without_nulls(arguments)}}
-            | identity
-        )
+        made.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}} | identity)
     return made
 
 
