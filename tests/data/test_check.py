@@ -144,6 +144,21 @@ def test_an_eos_within_a_conversation_is_to_be_learnt_too(tokenizer: PreTrainedT
     assert only(look(rows, tokenizer), "masked-eos")[0] == 1
 
 
+def test_an_eos_that_begins_the_next_row_ends_no_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As in models whose BOS and EOS are one token."""
+    rows = tokens_of(tokenizer)
+    begun = [
+        {
+            **row,
+            "input_ids": [2, *row["input_ids"]],
+            "labels": [-100, *row["labels"]],
+            "lengths": [row["lengths"][0] + 1],
+        }
+        for row in rows
+    ]
+    assert look(begun, tokenizer).findings == ()
+
+
 def test_an_eos_masked_as_padding(byte_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> None:
     tokenizer = byte_tokenizer(False)
     tokenizer.pad_token = tokenizer.eos_token
@@ -266,6 +281,16 @@ def test_rows_that_leak(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_rows_of_almost_only_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = tokens_of(tokenizer, [QUESTIONS[0], "<pad>" * 30], ["a", "b"])
     assert only(look(rows, tokenizer), "mostly-special") == (1, 2, (1,))
+
+
+def test_a_row_of_special_tokens_has_no_empty_answer_and_one_of_half_of_them_is_sound(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    whole = {"input_ids": [1, 2], "labels": [1, 2], "row": [0], "lengths": [2]}
+    assert only(look([whole], tokenizer), "mostly-special") == (1, 1, (0,))
+    ids = [1, *tokenizer("abc", add_special_tokens=False)["input_ids"], *[2] * 5]
+    half = {"input_ids": ids, "labels": ids, "row": [0], "lengths": [len(ids)]}
+    assert look([half], tokenizer).findings == ()
 
 
 def test_an_answer_that_repeats_itself(tokenizer: PreTrainedTokenizerFast) -> None:
