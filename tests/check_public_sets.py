@@ -17,8 +17,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer
 
 from jebi.data.check import Contract, check_rows
-from jebi.data.long_rows import UNCUT
-from jebi.data.preparation import Preparation
+from jebi.data.preparation import UNCUT, Preparation
 from jebi.data.rows import tokenize
 from jebi.data.sources import load_rows
 from jebi.errors import DataError

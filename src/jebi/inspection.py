@@ -15,8 +15,9 @@ from jebi.data.check import first_rows
 from jebi.data.control_tokens import as_ids
 from jebi.data.findings import Report
 from jebi.data.flat_rows import FlatRows, Ints, flat
-from jebi.data.long_rows import UNCUT, fit
+from jebi.data.long_rows import fit
 from jebi.data.packing import pack
+from jebi.data.preparation import UNCUT
 from jebi.models.files import find
 from jebi.run import arguments, preparation, read, token_rows
 from jebi.training.prepared import Prepare
@@ -54,7 +55,7 @@ def inspect(config: RunConfig) -> Inspection:
     ready = token_rows(rows, heldout, config, args, tokenizer, UNCUT)
     tokens = fit(ready.train, longest, data.long, data.overlap)
     eos = as_ids(generation.eos_token_id if generation else None)
-    prepare = Prepare(tokenizer, preparation(data, longest), data.packing)
+    prepare = Prepare(tokenizer, preparation(data, longest), data.packing, all_drawn=ready.all_drawn)
     report = prepare.report(tokens, ready.texts, ready.heldout, eos)
     packed = pack(tokens, longest) if data.packing else tokens
     sequences = len(packed) if isinstance(packed, Dataset) else None

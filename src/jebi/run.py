@@ -20,12 +20,12 @@ from jebi.config import DataConfig, RunConfig, check_type, reject_unknown
 from jebi.data import loading, templates
 from jebi.data.conversation import question
 from jebi.data.formatters import load_formatter
-from jebi.data.long_rows import UNCUT
 from jebi.data.mixing import read_sources
 from jebi.data.mojibake import repair
-from jebi.data.preparation import Preparation
+from jebi.data.preparation import UNCUT, Preparation
 from jebi.data.rows import Rows
 from jebi.data.sources import load_rows, require_columns
+from jebi.data.turns import require_roles
 from jebi.errors import AdapterError, ConfigError
 from jebi.fast import FastLanguageModel
 from jebi.inference.compare import Questions, compare_models
@@ -65,12 +65,14 @@ def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = Fa
         tokenizer=tokenizer,
         train_dataset=ready.train,
         eval_dataset=ready.heldout,
+        dataset_text_field=config.data.text_field,
         max_seq_length=longest,
         packing=config.data.packing,
         args=args,
         callbacks=callbacks,
     )
     trainer.texts = ready.texts
+    trainer.prepare.all_drawn = ready.all_drawn
     # The callers' callbacks show progress; Trainer's own print their log lines to stdout.
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -95,6 +97,8 @@ class TokenRows:
     """What the training rows were made of."""
     template: str | None
     """What wrote them; None where they were ready texts."""
+    all_drawn: bool
+    """Whether every row of theirs is among the training rows, but for those that teach nothing."""
 
 
 def token_rows(
@@ -114,7 +118,8 @@ def token_rows(
     seed = args.seed if args.data_seed is None else args.data_seed
     train = loading.prepare(rows, tokenizer, how, seed, config.data.shuffle_buffer)
     apart = loading.prepare(heldout, tokenizer, how, seed) if heldout else None
-    return TokenRows(train, apart, [part for _, part in rows], template)
+    all_drawn = all(source.weight >= 1 for source, _ in rows)
+    return TokenRows(train, apart, [part for _, part in rows], template, all_drawn)
 
 
 _ELSEWHERE = {
@@ -159,6 +164,8 @@ def arguments(config: RunConfig, evaluates: bool = False) -> SFTConfig:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"section 'train': {error}") from error
     refuse(args)
+    if config.data.streaming and args.max_steps <= 0:
+        raise ConfigError("data.streaming needs train.max_steps: how long a stream is nobody knows.")
     return args
 
 
@@ -174,10 +181,7 @@ def compare(
     """Ask base and tuned model the same questions; write compare.json and compare.html into ``output``."""
     if not (adapter / CONFIG_FILE).is_file():
         raise AdapterError(f"adapter '{adapter}' has no {CONFIG_FILE}; name a folder that a training wrote.")
-    base, form = (
-        base_for(adapter, base),
-        template_of(adapter, template),
-    )  # what is wrong is said before a model is loaded
+    base, form = base_for(adapter, base), template_of(adapter, template)  # faults are told before a model is loaded
     asked = _questions(questions, heldout)
     require_writable(output)
     run = _run_of(adapter)
@@ -250,6 +254,7 @@ def read(data: DataConfig) -> tuple[loading.Parts, loading.Parts]:
     """Training rows and held-out rows; what is wrong with them is told before a model is loaded."""
     if data.template:
         templates.check(data.template)
+    require_roles(data.roles)
     heldout: loading.Parts = []
     rows = loading.read(read_sources(data.train, "data.train"), data.split, data.streaming)
     if data.heldout:
@@ -257,12 +262,12 @@ def read(data: DataConfig) -> tuple[loading.Parts, loading.Parts]:
         heldout = [(replace(source, weight=1.0), part) for source, part in heldout]
     if data.repair_encoding:
         rows, heldout = _repaired(rows), _repaired(heldout)
-    if data.heldout_share and not heldout:
-        rows, heldout = loading.hold_out(rows, data.heldout_share)
     if data.formatter is None:
         how = preparation(data, 1)
         loading.template_of_all(rows + heldout, how)
         loading.require_readable(rows + heldout, how)
+    if data.heldout_share and not heldout:
+        rows, heldout = loading.hold_out(rows, data.heldout_share)
     return rows, heldout
 
 
@@ -282,7 +287,7 @@ def preparation(data: DataConfig, max_length: int, workers: int | None = None) -
     return Preparation(
         max_length=max_length,
         text_field=data.text_field,
-        format=data.format,
+        format="text" if data.text_field else data.format,
         template=data.template,
         learn=data.learn,
         special_tokens=None if data.special_tokens_in_text == "auto" else data.special_tokens_in_text,

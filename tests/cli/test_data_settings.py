@@ -116,6 +116,38 @@ def test_special_tokens_and_bad_rows_are_handled_as_set(jebi: Run, config: Path,
     assert [ids.count(2) for ids in trainer.train_dataset["input_ids"]] == [1, 1, 1, 2]
 
 
+def test_a_source_that_is_weighed_below_1_trains(jebi: Run, config: Path, rows: Path) -> None:
+    done = jebi("inspect", str(config), "--set", f"data.train=[{{source: {rows}, weight: 0.5}}]", "--rows", "0")
+    assert (done.code, "nothing-learnt" in done.out) == (0, False), done.err
+    assert len(learnt(config, f"data.train=[{{source: {rows}, weight: 0.5}}]")[0]) == 2
+
+
+def test_ready_texts_of_any_column_may_hold_control_tokens(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "body.jsonl").write_text("".join(json.dumps({"body": f"text {n}</s>"}) + "\n" for n in range(4)))
+    settings = [f"data.train={tmp_path / 'body.jsonl'}", "data.text_field=body", "data.template=null"]
+    trainer = train(read_run(config, [*settings, "train.disable_tqdm=true"]), [])
+    assert trainer.data_report is not None
+    assert [finding.code for finding in trainer.data_report.findings] == []
+
+
+def test_a_row_is_named_by_its_number_in_the_file_where_a_share_is_held_out(
+    jebi: Run, config: Path, talk: Path
+) -> None:
+    with open(talk, "a") as file:
+        file.write('{"conversations": []}\n')
+    done = jebi("inspect", str(config), "--set", f"data.train={talk}", "--set", "data.heldout_share=0.5")
+    assert done.code == 2
+    assert "talk.jsonl': row 3 (counted from 0): the conversation is empty." in done.err
+
+
+def test_half_characters_are_told(jebi: Run, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "half.jsonl").write_text('{"text": "whole</s>"}\n{"text": "half \\ud800</s>"}\n')
+    words = ("--set", f"data.train={tmp_path / 'half.jsonl'}", "--set", "data.template=null")
+    done = jebi("inspect", str(config), *words, "--set", "data.streaming=true")
+    assert done.code == 2
+    assert "row 1 (counted from 0): the text holds '\\ud800', which is half a character" in done.err
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -126,6 +158,13 @@ def test_special_tokens_and_bad_rows_are_handled_as_set(jebi: Run, config: Path,
         (["data.bad_rows=drop"], "data.bad_rows must be one of error, skip, not 'drop'"),
         (["data.train=[]"], "data.train is missing"),
         (["data.train=[{file: a}]"], "data.train must be a file, a folder or a hub id, or a list of them"),
+        (
+            ["data.text_field=body", "data.template=null"],
+            "rows.jsonl': data.text_field 'body' is no column. There are: ",
+        ),
+        (["data.streaming=true", "train.max_steps=-1"], "data.streaming needs train.max_steps"),
+        (["data.roles={1: user}"], "data.roles: 1 must be a text and mean one of system, user, assistant, tool"),
+        (["data.roles={narrator: usr}"], "data.roles: 'narrator' must be a text and mean one of system, user"),
         (["data.format=chatml"], "data.format 'chatml' is not known. Recognised are"),
     ],
 )

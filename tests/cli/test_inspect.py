@@ -150,3 +150,12 @@ def test_of_a_stream_the_first_rows_are_shown(jebi: Run, config: Path) -> None:
     assert done.code == 0, done.err
     assert "2 of 2 (max_steps)\n" in "\n".join(line.rstrip() + "\n" for line in done.out.splitlines())
     assert "The rows are streamed: the first 1,000 were checked." in done.out
+
+
+def test_a_picture_that_cannot_be_written_is_told(jebi: Run, config: Path, tmp_path: Path) -> None:
+    for form in ("svg", "html"):
+        done = jebi("inspect", str(config), f"--{form}", str(tmp_path))
+        assert done.code == 2
+        assert (
+            done.err.splitlines()[-1] == f"jebi: --{form} '{tmp_path}' cannot be written: Is a directory. Name another."
+        )

@@ -316,3 +316,24 @@ def test_a_template_that_drops_an_answer_is_refused(tokenizer: PreTrainedTokeniz
     jinja = "{% for m in messages %}{% if loop.index0 != 1 %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     with pytest.raises(DataError, match="leaves out turn 1, an answer"):
         ChatTemplate(tokenizer, jinja).render(conversation(("user", "a"), ("assistant", "b"), ("user", "c")), (1,))
+
+
+def test_white_space_before_an_earlier_turns_end_is_part_of_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    jinja = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '<pad>' if loop.last else ' </s>' }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    row = conversation(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    rendered = ChatTemplate(tokenizer, jinja).render(row, (1, 3))
+    assert [rendered.text[a.start : a.end] for a in rendered.answers] == ["b </s>", "d<pad>"]
+
+
+def test_an_answer_that_is_opened_in_another_way_begins_where_the_ways_part(tokenizer: PreTrainedTokenizerFast) -> None:
+    jinja = (
+        "{% for m in messages %}{% if m.tool_calls %}[CALL]{{ m.tool_calls[0].function.name }}{% else %}"
+        "<{{ m.role }}>{{ m.content }}{% endif %}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    row = Conversation((Turn("user", "a"), Turn("assistant", "", tool_calls=(call,))))
+    rendered = ChatTemplate(tokenizer, jinja).render(row, (1,))
+    assert [rendered.text[a.start : a.end] for a in rendered.answers] == ["[CALL]f</s>"]

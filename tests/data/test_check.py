@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerFast
 
 from jebi.data.check import STREAMED, Contract, check_rows
 from jebi.data.findings import CODES, Report
-from jebi.data.long_rows import UNCUT, fit
+from jebi.data.long_rows import fit
 from jebi.data.packing import pack
-from jebi.data.preparation import Preparation
+from jebi.data.preparation import UNCUT, Preparation
 from jebi.data.rows import tokenize
-from jebi.errors import CheckError
+from jebi.errors import CheckError, DataError
 
 LONGEST = 200
 QUESTIONS = [f"What is {number} and {number + 1}?" for number in range(10)]
@@ -144,6 +144,21 @@ def test_an_eos_within_a_conversation_is_to_be_learnt_too(tokenizer: PreTrainedT
     assert only(look(rows, tokenizer), "masked-eos")[0] == 1
 
 
+def test_an_eos_that_begins_the_next_row_ends_no_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As in models whose BOS and EOS are one token."""
+    rows = tokens_of(tokenizer)
+    begun = [
+        {
+            **row,
+            "input_ids": [2, *row["input_ids"]],
+            "labels": [-100, *row["labels"]],
+            "lengths": [row["lengths"][0] + 1],
+        }
+        for row in rows
+    ]
+    assert look(begun, tokenizer).findings == ()
+
+
 def test_an_eos_masked_as_padding(byte_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> None:
     tokenizer = byte_tokenizer(False)
     tokenizer.pad_token = tokenizer.eos_token
@@ -181,6 +196,10 @@ def test_rows_in_another_form_than_the_saved_template(byte_tokenizer: Callable[.
     report.require()  # a warning
     own = [f"<user>{question}</s><assistant>" for question in QUESTIONS]
     assert look(tokens_of(tokenizer, own), tokenizer).findings == ()
+    half = tokens_of(tokenizer, QUESTIONS[:5] + own[5:])
+    assert only(look(half, tokenizer), "template-mismatch")[:2] == (5, 10)
+    fewer = tokens_of(tokenizer, QUESTIONS[:4] + own[4:])
+    assert look(fewer, tokenizer).findings == (), "single rows may have been cut before their answer"
 
 
 def test_control_tokens_in_a_users_text(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -264,6 +283,16 @@ def test_rows_of_almost_only_special_tokens(tokenizer: PreTrainedTokenizerFast) 
     assert only(look(rows, tokenizer), "mostly-special") == (1, 2, (1,))
 
 
+def test_a_row_of_special_tokens_has_no_empty_answer_and_one_of_half_of_them_is_sound(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    whole = {"input_ids": [1, 2], "labels": [1, 2], "row": [0], "lengths": [2]}
+    assert only(look([whole], tokenizer), "mostly-special") == (1, 1, (0,))
+    ids = [1, *tokenizer("abc", add_special_tokens=False)["input_ids"], *[2] * 5]
+    half = {"input_ids": ids, "labels": ids, "row": [0], "lengths": [len(ids)]}
+    assert look([half], tokenizer).findings == ()
+
+
 def test_an_answer_that_repeats_itself(tokenizer: PreTrainedTokenizerFast) -> None:
     looping = ["yes and no " * 15, "The quick brown fox jumps over the lazy dog, and no word stands here twice."]
     assert only(look(tokens_of(tokenizer, ["a?", "b?"], looping), tokenizer), "repetitive") == (1, 2, (0,))
@@ -327,6 +356,18 @@ def test_uncut_rows_are_judged_as_they_will_be_cut(tokenizer: PreTrainedTokenize
     texts = Dataset.from_dict({"text": [f"{q} {'z' * 300 if n < 3 else ''}</s>" for n, q in enumerate(QUESTIONS)]})
     uncut, cut = (tokenize(texts, tokenizer, Preparation(limit)) for limit in (UNCUT, LONGEST))
     assert check_rows(uncut, tokenizer, Contract(LONGEST)) == check_rows(cut, tokenizer, Contract(LONGEST))
+
+
+def test_rows_that_a_weight_below_1_leaves_undrawn_are_no_fault(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [{"instruction": q, "output": a} for q, a in zip(QUESTIONS, ANSWERS)]
+    assert only(look(tokens_of(tokenizer)[:4], tokenizer, texts), "nothing-learnt") == (6, 10, (4, 5, 6, 7, 8))
+    assert look(tokens_of(tokenizer)[:4], tokenizer, texts, all_drawn=False).findings == ()
+
+
+def test_a_stream_of_no_rows_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
+    stream = Dataset.from_list(tokens_of(tokenizer)).to_iterable_dataset().filter(lambda row: False)
+    with pytest.raises(DataError, match="none of the rows that were looked at has anything to learn"):
+        check_rows(stream, tokenizer, Contract(LONGEST))
 
 
 def test_the_tests_here_cover_every_code() -> None:

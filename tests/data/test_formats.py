@@ -171,6 +171,21 @@ def test_nulls_that_arrow_adds_are_no_arguments() -> None:
     assert turn.tool_calls[0]["function"]["arguments"] == {"a": 1}
 
 
+@pytest.mark.parametrize("form", ["call", "arguments", "conversation"])
+def test_nulls_that_a_row_spells_are_kept(form: str) -> None:
+    given: Any = {"b": None}
+    call: dict[str, Any] = {"name": "f", "arguments": json.dumps(given) if form == "arguments" else given}
+    turn: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [call]}
+    if form == "call":
+        turn = {"role": "function_call", "content": json.dumps(call)}
+    messages: Any = [{"role": "user", "content": "q"}, turn]
+    tools = json.dumps([{"name": "f", "parameters": {"b": {"default": None}}}])
+    row = {"messages": json.dumps(messages) if form == "conversation" else messages, "tools": tools}
+    read = read_row(FORMATS["messages"], row, 0, {})
+    assert read.turns[1].tool_calls[0]["function"]["arguments"] == given
+    assert read.tools[0]["function"]["parameters"] == {"b": {"default": None}}
+
+
 def test_every_format_has_a_default_template() -> None:
     from jebi.data.templates import DEFAULTS
 

@@ -25,6 +25,12 @@ def columns(row):
 def number(row):
     return 3
 
+def mixed(row):
+    return {"text": "one"} if row["q"] == "one" else {"prompt": "two", "completion": "2"}
+
+def kinds(row):
+    return {"text": "one" if row["q"] == "one" else ["two"]}
+
 def broken(row):
     return row["nowhere"]
 """
@@ -63,11 +69,15 @@ def test_a_jinja_text_has_the_columns_and_the_special_tokens(tokenizer: PreTrain
         ("{path}:nothing", "own.py' has no function 'nothing'"),
         ("just words", "must be file.py:function, or a Jinja text with {{ column }}"),
         ("{{% if %}}", "data.formatter is no Jinja"),
+        ("{path}x.py:f", r"own.pyx.py' cannot be run: SyntaxError"),
+        ("{path}y.py:f", r"own.pyy.py' cannot be run: ModuleNotFoundError: No module named 'nowhere_'"),
     ],
 )
 def test_a_formatter_that_is_not_there_is_told(
     spec: str, message: str, path: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
+    Path(f"{path}x.py").write_text("def f(row:\n")
+    Path(f"{path}y.py").write_text("import nowhere_\n")
     with pytest.raises(ConfigError, match=message):
         load_formatter(spec.format(path=path) if "{" in spec else spec, tokenizer)
 
@@ -77,6 +87,8 @@ def test_a_formatter_that_is_not_there_is_told(
     [
         ("{path}:broken", r"row 0 \(counted from 0\): data.formatter failed: KeyError: 'nowhere'"),
         ("{path}:number", r"row 0 \(counted from 0\): data.formatter must give a text, a list of messages or columns"),
+        ("{path}:mixed", r"row 1 .*: data.formatter gives columns prompt, completion where it gave text before"),
+        ("{path}:kinds", r"row 1 .*: data.formatter gives a list in column 'text' where it gave a str before"),
         ("{{{{ b }}}}", r"row 0 \(counted from 0\): data.formatter failed: UndefinedError: 'b' is undefined"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from jebi.data.chat_template import ChatTemplate
 from jebi.data.conversation import Conversation, Turn
 from jebi.data.heldout import answer_rows, summed_loss
 from jebi.data.passes import collate
@@ -39,6 +40,12 @@ def test_bos_is_not_doubled_by_a_template_that_begins_with_it(bos_tokenizer: Pre
     (made,) = answer_rows([row("add", "", "three")], template, bos_tokenizer, 100)
     assert made["input_ids"] == bos_tokenizer("add|three</s>")["input_ids"]
     assert bos_tokenizer.decode([label for label in made["labels"] if label != IGNORED]) == "three</s>"
+
+
+def test_a_chat_template_that_writes_no_bos_gets_none(bos_tokenizer: PreTrainedTokenizerFast) -> None:
+    jinja = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+    (made,) = answer_rows([row("add", "", "three")], ChatTemplate(bos_tokenizer, jinja), bos_tokenizer, 100)
+    assert bos_tokenizer.decode(made["input_ids"]) == "user:add</s>assistant:three</s>", "as in training"
 
 
 def test_a_long_row_is_cut(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -162,6 +162,8 @@ def test_ready_texts_need_no_parts_where_their_turns_stand_beside_them(tokenizer
     changed = row | {"text": TEXTS[0].replace("<user>", "<question>")}
     with pytest.raises(ConfigError, match="ready texts do not say where their answers are"):
         prepared([changed], tokenizer, **how)
+    with pytest.raises(ConfigError, match="ready texts do not say where their answers are"):
+        prepared([row | {"messages": []}], tokenizer, **how, skip_bad_rows=True)
     parts = ResponseParts("<question>", "<assistant>")
     assert learnt(tokenizer, *prepared([changed], tokenizer, **how, parts=parts)) == "1</s>|이</s>"
 

@@ -50,6 +50,11 @@ def test_sources_come_as_often_as_their_weights_say(
     assert max(counts[n] for n in range(10, 16)) == 1, "row numbers go on through the sources"
 
 
+def test_of_no_source_nothing_is_left(sources: tuple[str, str], tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = mixed([{"source": sources[0], "weight": 0.01}, {"source": sources[1], "weight": 0.01}], tokenizer)
+    assert sorted(row["row"][0] >= 10 for row in rows) == [False, True]
+
+
 def test_the_seed_fixes_the_order(sources: tuple[str, str], tokenizer: PreTrainedTokenizerFast) -> None:
     assert mixed(list(sources), tokenizer, 1) == mixed(list(sources), tokenizer, 1)
     assert mixed(list(sources), tokenizer, 1) != mixed(list(sources), tokenizer, 2)
@@ -102,11 +107,23 @@ def test_a_stream_is_read_row_by_row(tmp_path: Path, tokenizer: PreTrainedTokeni
         ([{"source": "a.jsonl", "weight": 0}], r"data.train: the weight of 'a.jsonl' must be a number above 0, not 0"),
         ([{"source": "a.jsonl", "weight": "2"}], "must be a number above 0, not '2'"),
         ([{"source": "a.jsonl", "share": 2}], "data.train must be a file"),
+        ([{"source": "a.jsonl", "split": 2}], "data.train: the split of 'a.jsonl' must be a name, not 2"),
     ],
 )
 def test_what_is_no_list_of_sources_is_refused(given: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_sources(given, "data.train")
+
+
+def test_a_column_that_a_stream_brings_up_later_is_told(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Else a weight would be lost, since the first row says what columns there are."""
+    content: list[dict[str, Any]] = [{"prompt": "a", "completion": "b"} for _ in range(3)]
+    for late in (content[0] | {"weight": 0.5}, content[0] | {"weight": 0}):
+        path = write(tmp_path / "late.jsonl", [*content, late])
+        with pytest.raises(DataError, match="column 'weight' comes up in rows 0 to 3 of the stream, but its first row"):
+            mixed(path, tokenizer, streaming=True)
+    path = write(tmp_path / "early.jsonl", [content[0] | {"weight": None}, late])
+    assert [row["row"][0] for row in mixed(path, tokenizer, streaming=True)] == [0]
 
 
 def test_a_share_is_held_out_of_every_source_the_same_way_every_time(sources: tuple[str, str]) -> None:

@@ -23,6 +23,11 @@ def test_the_tutorials_four_rows_fill_two_sequences() -> None:
     assert sorted(len(ids) for ids in packed["input_ids"]) == [250, 500]
 
 
+def test_room_is_filled_to_the_last_token() -> None:
+    assert best_fit([300, 212, 500, 12], 512) == [[2, 3], [0, 1]]
+    assert best_fit([300, 213], 512) == [[0], [1]]
+
+
 def test_a_packed_sequence_keeps_the_boundaries_of_its_rows() -> None:
     for sequence in pack(token_rows([3, 5, 2, 4]), 8):
         expected = [number for number, length in zip(sequence["row"], sequence["lengths"]) for _ in range(length)]

@@ -182,6 +182,29 @@ def test_labels_that_are_there_are_kept(tokenizer: PreTrainedTokenizerFast) -> N
     assert rows_of(dataset, tokenizer)[0]["labels"] == [-100, -100, 7]
 
 
+@pytest.mark.parametrize(
+    ("masks", "learn", "labels"),
+    [
+        ({"completion_mask": [0, 0, 1, 1]}, "auto", [-100, -100, 7, 8]),
+        ({"completion_mask": [0, 0, 1, 1]}, "all", [5, 6, 7, 8]),
+        ({"assistant_masks": [0, 1, 1, 0]}, "all", [-100, 6, 7, -100]),
+        ({"completion_mask": [0, 0, 1, 1], "assistant_masks": [0, 1, 1, 0]}, "answers", [-100, -100, 7, -100]),
+    ],
+)
+def test_trls_masks_say_what_is_learnt(
+    masks: dict[str, list[int]], learn: Any, labels: list[int], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    dataset = Dataset.from_list([{"input_ids": [5, 6, 7, 8]} | masks])
+    (row,) = tokenize(dataset, tokenizer, Preparation(100, learn=learn))
+    assert row["labels"] == labels
+
+
+def test_token_ids_without_a_mask_have_no_answers(tokenizer: PreTrainedTokenizerFast) -> None:
+    dataset = Dataset.from_list([{"input_ids": [5, 6, 7, 8]}])
+    with pytest.raises(ConfigError, match="token ids do not say where their answers are: give labels"):
+        tokenize(dataset, tokenizer, Preparation(100, learn="answers"))
+
+
 def test_padding_that_is_there_is_taken_off(tokenizer: PreTrainedTokenizerFast) -> None:
     dataset = Dataset.from_dict(
         {"input_ids": [[2, 2, 5, 6], [7, 8, 9, 2]], "attention_mask": [[0, 0, 1, 1], [1, 1, 1, 0]]}

@@ -1,5 +1,6 @@
 """``data.sources``: every form of file is read alike, and every fault of one is a `DataError` naming file and place."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,16 @@ def test_csv_and_parquet_are_read_alike(tmp_path: Path) -> None:
     table.to_parquet(tmp_path / "rows.parquet")
     assert load_rows(str(tmp_path / "rows.csv")).to_list() == ROWS[:1]
     assert load_rows(str(tmp_path / "rows.parquet")).to_list() == ROWS[:1]
+
+
+def test_a_parquet_file_that_changed_within_its_time_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    read = []
+    for text in ("a", "b"):
+        Dataset.from_list([{"text": text}]).to_parquet(path)
+        os.utime(path, (1, 1))
+        read.append(load_rows(str(path))[0]["text"])
+    assert read == ["a", "b"]
 
 
 def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

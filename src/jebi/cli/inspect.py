@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jebi.config import read_run
+from jebi.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -38,30 +39,31 @@ def command(
     run.data.allow += allow or []
     inspection = inspect(run)
     _show(Console(), inspection, rows)
-    for path, save in ((html, "save_html"), (svg, "save_svg")):
+    for path, form in ((html, "html"), (svg, "svg")):
         if path is not None:
-            _save(path, save, inspection, rows, f"jebi inspect {config}")
+            try:
+                _save(path, form, inspection, rows, f"jebi inspect {config}")
+            except OSError as error:
+                raise ConfigError(f"--{form} '{path}' cannot be written: {error.strerror}. Name another.") from error
     inspection.report.require(run.data.allow)
 
 
-def _save(path: Path, save: str, inspection: "Inspection", rows: int, title: str) -> None:
+def _save(path: Path, form: str, inspection: "Inspection", rows: int, title: str) -> None:
     import io
     import re
 
     from rich._export_format import CONSOLE_SVG_FORMAT
     from rich.console import Console
 
-    from jebi.training.checkpoints import require_writable
-
-    require_writable(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     _show(console, inspection, rows)
-    if save == "save_html":
+    if form == "html":
         console.save_html(str(path))
         return
     # rich would have the picture load fonts from the network, and name its parts by chance.
-    form = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
-    console.save_svg(str(path), title=title, code_format=form, unique_id="jebi")
+    page = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+    console.save_svg(str(path), title=title, code_format=page, unique_id="jebi")
 
 
 def _show(console: "Console", inspection: "Inspection", rows: int) -> None:

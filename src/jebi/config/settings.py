@@ -217,7 +217,7 @@ class DataConfig:
     long: Literal["cut", "split", "refuse"] = "cut"
     """A row longer than max_seq_length is cut, split into pieces, or refused by its number."""
     overlap: int = 0
-    """Tokens that a piece repeats of the piece before it, to read and not to learn; with `long` split."""
+    """Tokens, one at least, that a piece repeats of the piece before it to read, not to learn; with `long` split."""
     repair_encoding: bool = False
     """Turn back text that was read in the wrong encoding, such as Ã© for é."""
     allow: list[str] = field(default_factory=list)

@@ -88,5 +88,6 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         whole = backend.to_str()
         text = whole[whole.index('"added_tokens"') :]  # before it stand padding and truncation, which each call sets
-    settings = [text, tokenizer.special_tokens_map, type(tokenizer).__name__]
+    splits = getattr(tokenizer, "split_special_tokens", False)
+    settings = [text, tokenizer.special_tokens_map, type(tokenizer).__name__, splits]
     return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()

@@ -19,6 +19,7 @@ from jebi.data.findings import CODES, SHOWN, Finding, Report
 from jebi.data.flat_rows import Bools, Hashes, Ints, flat
 from jebi.data.rows import Rows
 from jebi.data.text_faults import text_faults
+from jebi.data.texts import as_table
 from jebi.data.token_faults import (
     Marked,
     bos_faults,
@@ -31,6 +32,7 @@ from jebi.data.token_faults import (
     repeated,
     repetitive,
 )
+from jebi.errors import DataError
 
 STREAMED = 1_000
 """Rows of a stream that are looked at: the first ones, since reading on may take hours."""
@@ -40,7 +42,6 @@ MOST = 200_000
 
 _AT_ONCE = 5_000
 """Rows whose tokens are in memory together."""
-
 
 CUT_ABOVE = 0.05
 """Share of rows cut by ``max_seq_length`` that is worth a finding."""
@@ -62,6 +63,8 @@ class Contract:
     """Ids that end an answer beside the tokenizer's EOS, such as the model's generation config has."""
     ready: str | None = "text"
     """The column of ready texts, where control tokens may stand on purpose; None where there is none."""
+    all_drawn: bool = True
+    """Whether every raw row is to be among the token rows; of a source that is weighed below 1 some are not."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ def _look(
     for some in _portions(rows):
         marked = mark(flat(some).cut(contract.longest), control, tokenizer)
         parts.append(_Seen(_faults(marked, control, contract), marked.rows.numbers, hashes(marked)))
+    if not any(len(part.numbers) for part in parts):
+        raise DataError("none of the rows that were looked at has anything to learn: look at weights and data.learn.")
     return _Seen(
         {code: np.concatenate([part.faults[code] for part in parts]) for code in parts[0].faults},
         np.concatenate([part.numbers for part in parts]),
@@ -179,25 +184,22 @@ def _found_in_texts(
     found: dict[str, Ints] = {"empty-answers": _having("empty-answers", seen.faults["empty-answers"], seen.numbers)}
     first = given = 0
     for source in texts:
-        if (table := _table(source)) is not None:
-            for code, hit in text_faults(table, control.names if control else (), contract.ready).items():
-                found[code] = np.union1d(found.get(code, np.empty(0, np.int64)), hit + first)
-            given += table.num_rows
+        table = _table(source)
+        for code, hit in text_faults(table, control.names if control else (), contract.ready).items():
+            found[code] = np.union1d(found.get(code, np.empty(0, np.int64)), hit + first)
+        given += table.num_rows
         first += len(source) if isinstance(source, Dataset) else 0
-    if isinstance(rows, Dataset) and len(rows) <= MOST and first == given:
+    if contract.all_drawn and isinstance(rows, Dataset) and len(rows) <= MOST and first == given:
         left_out = np.setdiff1d(np.arange(given), seen.numbers[~seen.faults["nothing-learnt"]])
         found["nothing-learnt"] = left_out
     return {code: (hit, max(given, 1)) for code, hit in found.items()}
 
 
-def _table(texts: Rows) -> pa.Table | None:
-    """The rows that are looked at; None where streamed ones are of too many kinds for columns."""
+def _table(texts: Rows) -> pa.Table:
+    """The rows that are looked at."""
     if isinstance(texts, Dataset):
         return texts.with_format("arrow")[: min(len(texts), MOST)]
-    try:
-        return pa.Table.from_pylist(list(islice(texts, STREAMED)))
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return None
+    return as_table(list(islice(texts, STREAMED)))
 
 
 def _note(rows: Rows) -> str | None:

@@ -48,10 +48,13 @@ def apply_formatter(rows: Dataset | IterableDataset, formatter: Formatter) -> An
     Raises:
         DataError: it fails on a row or gives something else; the message names the row.
     """
+    kinds: dict[str, str] = {}
 
     def change(row: dict[str, Any], number: int) -> dict[str, Any]:
         try:
-            return _columns(formatter(dict(row)))
+            made = _columns(formatter(dict(row)))
+            _require_alike(made, kinds)
+            return made
         except DataError as error:
             raise DataError(f"{at(number)}: {error}") from error
         except Exception as error:
@@ -64,10 +67,27 @@ def apply_formatter(rows: Dataset | IterableDataset, formatter: Formatter) -> An
     return rows.map(change, with_indices=True, remove_columns=columns, **settings)
 
 
+def _require_alike(made: dict[str, Any], kinds: dict[str, str]) -> None:
+    """`DataError` unless a row has the columns and the kinds of values that ``kinds`` says; arrow would make texts."""
+    if kinds and made.keys() != kinds.keys():
+        raise DataError(
+            f"data.formatter gives columns {', '.join(made)} where it gave {', '.join(kinds)} before: "
+            "give the same for every row."
+        )
+    for name, value in made.items():
+        kind = "number" if isinstance(value, int | float) else type(value).__name__
+        if value is not None and kinds.get(name, "NoneType") not in ("NoneType", kind):
+            raise DataError(f"data.formatter gives a {kind} in column '{name}' where it gave a {kinds[name]} before.")
+        kinds[name] = kind if value is not None else kinds.get(name, kind)
+
+
 def _function(path: Path, name: str) -> Formatter:
     if not path.is_file():
         raise ConfigError(f"data.formatter: there is no file '{path}'.")
-    found = runpy.run_path(str(path)).get(name)
+    try:
+        found = runpy.run_path(str(path)).get(name)
+    except Exception as error:
+        raise ConfigError(f"data.formatter: '{path}' cannot be run: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ConfigError(f"data.formatter: '{path}' has no function '{name}'.")
     function: Formatter = found

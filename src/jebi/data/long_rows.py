@@ -1,7 +1,8 @@
 """Rows longer than ``max_seq_length``: split into pieces, or refused by their number. Cutting is `data.rows`'.
 
 A piece goes on ``overlap`` tokens before the end of the piece before it, so that it has something to read first. Those
-tokens are learnt once, in the earlier piece.
+tokens are learnt once, in the earlier piece. One token is repeated at least: a first token, which nothing precedes, is
+not learnt, and it may be the EOS.
 """
 
 from typing import Any
@@ -9,9 +10,6 @@ from typing import Any
 from jebi.data.rows import Rows
 from jebi.errors import ConfigError, DataError
 from jebi.models.unpadding import IGNORED
-
-UNCUT = 2**31
-"""A ``max_length`` for `data.rows.tokenize` that leaves every row whole."""
 
 CHOICES = ("cut", "split", "refuse")
 """What may happen to a long row."""
@@ -66,10 +64,10 @@ def fit(rows: Rows, longest: int, long: str, overlap: int) -> Rows:
 
 def _pieces(row: dict[str, Any], longest: int, overlap: int) -> list[dict[str, Any]]:
     """The row's pieces that teach something; columns with a value for each token are cut along."""
-    size = len(row["input_ids"])
+    size, overlap = len(row["input_ids"]), max(overlap, 1)
     per_token = [name for name, value in row.items() if isinstance(value, list) and len(value) == size > 1]
     pieces = []
-    for begin in range(0, max(size - overlap, 1), longest - overlap):
+    for begin in range(0, max(size - overlap, 1), max(longest - overlap, 1)):
         end = min(begin + longest, size)
         piece = row | {name: row[name][begin:end] for name in per_token} | {"lengths": [end - begin]}
         if begin:

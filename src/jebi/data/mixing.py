@@ -42,7 +42,9 @@ def read_sources(given: Any, setting: str) -> list[Source]:
                 raise ConfigError(
                     f"{setting}: the weight of '{one['source']}' must be a number above 0, not {weight!r}."
                 )
-            sources.append(Source(one["source"], float(weight), one.get("split")))
+            if not isinstance(split := one.get("split"), str | None):
+                raise ConfigError(f"{setting}: the split of '{one['source']}' must be a name, not {split!r}.")
+            sources.append(Source(one["source"], float(weight), split))
         else:
             raise ConfigError(
                 f"{setting} must be a file, a folder or a hub id, or a list of them and of "
@@ -65,7 +67,8 @@ def mix(parts: list[Dataset], weights: list[float], seed: int = SEED) -> Dataset
     drawn = []
     for part, weight in zip(_alike(parts), weights):
         whole, rest = divmod(weight, 1)
-        more = np.sort(chance.permutation(len(part))[: round(rest * len(part))])
+        count = max(round(rest * len(part)), 0 if whole else 1)  # of no source nothing is left
+        more = np.sort(chance.permutation(len(part))[:count])
         drawn.append(part.select(np.concatenate([np.arange(len(part))] * int(whole) + [more])))
     return concatenate_datasets(drawn).shuffle(seed=seed)
 

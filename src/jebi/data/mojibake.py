@@ -4,6 +4,7 @@ Three readings leave text that can be turned back: UTF-8 as Latin-1 or Windows-1
 (``안녕`` as ``¾È³ç``), and, rarely, UTF-8 as CP949 (``고래`` as ``怨좊옒``). Only what turns into valid text counts.
 """
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from jebi.data.rows import Rows
-from jebi.data.texts import leaves
+from jebi.data.texts import TALK, leaves
 
 _BYTES = {bytes([code]).decode("cp1252"): code for code in range(0x80, 0xA0) if code not in b"\x81\x8d\x8f\x90\x9d"}
 """Windows-1252's characters of 0x80 to 0x9f; all others are Latin-1's, at their own code point."""
@@ -48,13 +49,14 @@ def repair(rows: Rows) -> tuple[Rows, int]:
     A stream's are turned back as they come, and not counted.
     """
     if not isinstance(rows, Dataset):
-        return rows.map(lambda row: _deep(dict(row), repaired)), 0
+        return rows.map(_repaired), 0
     damaged = {row for leaf in leaves(rows.with_format("arrow")[:]) for row in damaged_rows(leaf.values, leaf.rows)}
     if not damaged:
         return rows, 0
     fixed = rows.map(
-        lambda row, number: _deep(dict(row), repaired) if number in damaged else row,
+        lambda row, number: _repaired(row) if number in damaged else row,
         with_indices=True,
+        features=rows.features,  # guessed anew, objects would gain each other's members
         desc="Repairing",
     )
     return fixed, len(damaged)
@@ -109,6 +111,18 @@ def _as_cp949(text: str) -> str:
 
 def _is_hangul(text: str) -> bool:
     return all("가" <= character <= "힣" for character in text)
+
+
+def _repaired(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with every text turned back, within the JSON of a conversation too, which may escape it."""
+    made: dict[str, Any] = _deep(dict(row), repaired)
+    for column in TALK:
+        if isinstance(made.get(column), str):
+            try:
+                made[column] = json.dumps(_deep(json.loads(made[column]), repaired), ensure_ascii=False)
+            except json.JSONDecodeError:  # a text
+                continue
+    return made
 
 
 def _deep(value: Any, change: Callable[[str], str]) -> Any:

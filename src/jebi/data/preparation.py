@@ -17,6 +17,9 @@ from jebi.errors import DataError
 FormattingFunc = Callable[[dict[str, Any]], str | list[str]]
 """One example, or a batch of columns, to its text or texts."""
 
+UNCUT = 2**31
+"""A ``max_length`` that leaves every row whole."""
+
 Learn = Literal["auto", "all", "answers", "last_answer"]
 """What is learnt: the whole text; the answers, each with its end-of-turn token; the last of them. ``auto`` is the whole
 text, but of prompt and completion the completion."""
@@ -54,6 +57,10 @@ class Preparation:
 
 def format_of(columns: list[str], how: Preparation) -> Format:
     """The format named, or ready texts where their column is there, or the one recognised."""
+    if how.format == "text" and how.text_field is not None:
+        if how.text_field not in columns:
+            raise DataError(f"data.text_field '{how.text_field}' is no column. There are: {', '.join(columns)}.")
+        return formats.FORMATS["text"]
     if how.format is not None:
         return formats.format_named(how.format, columns)
     if how.text_field is None:

@@ -1,16 +1,15 @@
 """Rows that are read while they are trained on: a stream never holds the whole set.
 
-Lines of .jsonl and .csv files are read one by one here, .parquet files and hub data sets by the datasets package.
+Lines of .jsonl and .csv files are read one by one, .parquet files and hub data sets by the datasets package.
 """
 
-import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from datasets import IterableDataset, load_dataset
 
+from jebi.data.records import Read, csv_records, jsonl_records
 from jebi.data.sources import SUFFIXES, UNREADABLE, files_of, reason
 from jebi.errors import DataError
 
@@ -39,7 +38,7 @@ def stream_rows(source: str, split: str = "train") -> IterableDataset:
         raise DataError(f"'{source}' cannot be streamed: write its rows as .jsonl, one object a line.")
     if kinds == {".parquet"}:
         return _load("parquet", data_files=[str(file) for file in files], split="train")
-    read = _jsonl if kinds == {".jsonl"} else _csv
+    read = jsonl_records if kinds == {".jsonl"} else csv_records
     stream = IterableDataset.from_generator(_all, gen_kwargs={"read": read, "files": [str(file) for file in files]})
     assert isinstance(stream, IterableDataset)
     return stream
@@ -54,39 +53,14 @@ def _load(*args: Any, **kwargs: Any) -> IterableDataset:
     return stream
 
 
-def _all(read: Any, files: list[str]) -> Iterator[dict[str, Any]]:
+def _all(read: Read, files: list[str]) -> Iterator[dict[str, Any]]:
     for file in files:
-        yield from read(file)
-
-
-def _jsonl(path: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"'{path}' line {number}: invalid JSON: {error.msg} at column {error.colno}.") from error
-        if not isinstance(record, dict):
-            raise DataError(f"'{path}' line {number}: a row must be an object with columns, not {record!r:.40}.")
-        yield record
-
-
-def _csv(path: str) -> Iterator[dict[str, Any]]:
-    reader = csv.reader(_lines(path), strict=True)
-    header = next(reader, [])
-    for values in reader:
-        if values and len(values) != len(header):
-            raise DataError(
-                f"'{path}' line {reader.line_num}: {len(values)} values, but the first line names {len(header)}."
-            )
-        if values:
-            yield dict(zip(header, values))
+        yield from read(Path(file), _lines(file))
 
 
 def _lines(path: str) -> Iterator[str]:
     try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
+        with open(path, encoding="utf-8-sig") as file:
             yield from file
     except UnicodeDecodeError as error:
         raise DataError(f"'{path}' is not UTF-8; save it as UTF-8.") from error

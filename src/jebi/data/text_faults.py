@@ -33,9 +33,7 @@ def text_faults(table: pa.Table, names: tuple[str, ...], ready: str | None) -> d
         found["lost-characters"].append(_holding(leaf, pc.match_substring(leaf.values, LOST)))
         if names and leaf.column != ready:
             found["special-in-text"].append(_holding(leaf, pc.match_substring_regex(leaf.values, spelt)))
-    empty = [
-        _holding(leaf, pc.equal(pc.utf8_trim_whitespace(pc.fill_null(leaf.values, "")), "")) for leaf in answers(table)
-    ]
+    empty = [_holding(leaf, _is_blank(leaf.values)) for leaf in answers(table)]
     return {code: _distinct(rows) for code, rows in (found | {"empty-answers": empty}).items()}
 
 

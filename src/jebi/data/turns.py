@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jebi.data.conversation import Role, Turn
-from jebi.errors import DataError
+from jebi.errors import ConfigError, DataError
 
 ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -30,6 +30,14 @@ _TRAINS = "train"
 """Axolotl's flag: whether the turn is learnt."""
 
 
+def require_roles(roles: Mapping[Any, Any]) -> None:
+    """`ConfigError` unless the user's own roles mean known ones."""
+    for name, meant in roles.items():
+        if not isinstance(name, str) or not isinstance(meant, str) or meant not in ROLES:
+            known = ", ".join(dict.fromkeys(ROLES.values()))
+            raise ConfigError(f"data.roles: {name!r} must be a text and mean one of {known}, not {meant!r}.")
+
+
 def read_turns(messages: Any, roles: Mapping[str, str]) -> tuple[Turn, ...]:
     """The turns of a row.
 
@@ -40,8 +48,7 @@ def read_turns(messages: Any, roles: Mapping[str, str]) -> tuple[Turn, ...]:
     Raises:
         DataError: there are none, or one cannot be read; the message does not name the row.
     """
-    if isinstance(messages, str):
-        messages = read_json(messages, "the conversation")
+    messages = read_json(messages, "the conversation") if isinstance(messages, str) else without_nulls(messages)
     if not isinstance(messages, list | tuple) or not messages:
         raise DataError("the conversation is empty.")
     return tuple(_read_turn(message, number, roles) for number, message in enumerate(messages))
@@ -49,11 +56,10 @@ def read_turns(messages: Any, roles: Mapping[str, str]) -> tuple[Turn, ...]:
 
 def read_tools(tools: Any) -> tuple[dict[str, Any], ...]:
     """A row's tools as OpenAI describes functions, whether wrapped so or bare, as objects or as JSON."""
-    if isinstance(tools, str) and tools.strip():
-        tools = read_json(tools, "tools")
+    tools = read_json(tools, "tools") if isinstance(tools, str) and tools.strip() else without_nulls(tools)
     if not tools:
         return ()
-    listed = [without_nulls(tool) for tool in (tools if isinstance(tools, list | tuple) else [tools])]
+    listed = list(tools) if isinstance(tools, list | tuple) else [tools]
     for number, tool in enumerate(listed):
         if isinstance(tool, str):
             listed[number] = tool = read_json(tool, "a tool")
@@ -73,7 +79,10 @@ def read_json(text: str, what: str) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without members that are null: Arrow gives every object all the members that any of them has."""
+    """The value without members that are null: Arrow gives every object all the members that any of them has.
+
+    What a row spells as JSON has only the members that were meant, and keeps its nulls.
+    """
     if isinstance(value, Mapping):
         return {key: without_nulls(member) for key, member in value.items() if member is not None}
     if isinstance(value, list | tuple):
@@ -155,10 +164,7 @@ def _read_calls(given: Any) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             arguments = read_json(arguments, "a call's arguments") if arguments.strip() else {}
         identity = {"id": call["id"]} if call.get("id") else {}
-        made.append(
-            {"type": "function", "function": {"name": function["name"], "arguments": without_nulls(arguments)}}
-            | identity
-        )
+        made.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}} | identity)
     return made
 
 

@@ -64,6 +64,7 @@ class ConversationWriter:
             turns = learnt_turns(row, learning(self.how.learn, self.form))
             hidden = self.encoder.special.hide(row)
             rendered = self.template.render(hidden, tuple(turns or ()))
+            _require_whole(rendered.text)
             if self.how.parts is not None:
                 self.how.parts.check(rendered)
         except DataError as error:
@@ -92,20 +93,27 @@ class TextWriter:
             raise DataError("every row must give one text; look at dataset_text_field or formatting_func.")
         written = []
         for number, text, row in zip(numbers, texts, examples(batch)):
-            hidden = self.encoder.special.hide_text(text)
+            hidden = self._hidden(text, number)
             spans = self._spans(text, row, number) if self.how.learn in ("answers", "last_answer") else None
             weight = 1.0 if row.get("weight") is None else read_weight(row["weight"], at(number))
             written.append((number, Written(hidden, hidden != text, False, spans, weight)))
         return written
 
+    def _hidden(self, text: str, number: int) -> str:
+        try:
+            _require_whole(text)
+            return self.encoder.special.hide_text(text)
+        except DataError as error:
+            raise DataError(f"{at(number)}: {error}") from error
+
     def _spans(self, text: str, row: Mapping[str, Any], number: int) -> tuple[tuple[int, int, float], ...]:
         """Where the answers are: where rendering the turns puts them, or where the parts say."""
         if self.behind is not None:
-            made = self.behind.write({name: [value] for name, value in row.items()}, [number])[0][1]
             bos = str(self.encoder.tokenizer.bos_token or "")
-            shift = len(made.text) - len(text)
-            if made.text in (text, bos + text) and made.spans is not None:
-                return tuple((start - shift, end - shift, weight) for start, end, weight in made.spans)
+            for _, made in self.behind.write({name: [value] for name, value in row.items()}, [number]):
+                shift = len(made.text) - len(text)
+                if made.text in (text, bos + text) and made.spans is not None:
+                    return tuple((start - shift, end - shift, weight) for start, end, weight in made.spans)
         if self.how.parts is None:
             raise ConfigError(
                 "ready texts do not say where their answers are: give the columns they were made of alone, or use "
@@ -169,6 +177,14 @@ def _takes_one(formatting_func: FormattingFunc, example: dict[str, Any]) -> bool
 def examples(batch: Batch) -> list[dict[str, Any]]:
     """The rows of a batch of columns."""
     return [dict(zip(batch, values)) for values in zip(*batch.values())]
+
+
+def _require_whole(text: str) -> None:
+    """`DataError` for half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the text holds {text[error.start]!a}, which is half a character: take it out.") from error
 
 
 def _are_texts(texts: Any, count: int) -> bool:

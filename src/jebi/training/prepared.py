@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from jebi.data.check import Contract, check_rows
 from jebi.data.findings import Report
-from jebi.data.long_rows import UNCUT, fit
+from jebi.data.long_rows import fit
 from jebi.data.packing import pack
-from jebi.data.preparation import Preparation
+from jebi.data.preparation import UNCUT, Preparation
 from jebi.data.rows import Rows, tokenize
 from jebi.errors import ConfigError
 
@@ -28,6 +28,8 @@ class Prepare:
     long: str = "cut"
     overlap: int = 0
     allow: tuple[str, ...] = ()
+    all_drawn: bool = True
+    """As `Contract.all_drawn`."""
 
     def __call__(self, dataset: Any) -> Any:
         """A data set, a dictionary of them, or nothing, as token rows."""
@@ -65,5 +67,5 @@ class Prepare:
         """
         ready = None if self.how.formatting_func else self.how.text_field or "text"
         parts = heldout.values() if isinstance(heldout, dict) else [heldout]
-        contract = Contract(self.how.max_length, tuple(eos), ready)
+        contract = Contract(self.how.max_length, tuple(eos), ready, self.all_drawn)
         return check_rows(rows, self.tokenizer, contract, texts, [part for part in parts if part is not None])
