@@ -5,6 +5,7 @@ Both kinds of checkpoint are written by transformers, so that reading them prove
 
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -209,3 +210,20 @@ def byte_tokenizer() -> "Callable[[bool], PreTrainedTokenizerFast]":
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(byte_tokenizer: "Callable[[bool], PreTrainedTokenizerFast]") -> "PreTrainedTokenizerFast":
+    """One token a byte, an EOS that is not the pad token, and no BOS added."""
+    return byte_tokenizer(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(
+    tiny_llama: Callable[[str], Path], tokenizer: "PreTrainedTokenizerFast", tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny checkpoint with the byte tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    shutil.copytree(tiny_llama("tied"), folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,6 +1,5 @@
 """Fixtures of the ecosystem's tests: one start of an adapter, on jebi's model and, through PEFT, on transformers'."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from jebi.adapters.peft_files import adapter_tensors
 from jebi.fast import FastLanguageModel
@@ -19,23 +18,6 @@ from jebi.models.hf import JebiForCausalLM
 @pytest.fixture(autouse=True, scope="session")
 def _no_bars() -> None:
     datasets.disable_progress_bars()
-
-
-@pytest.fixture(scope="session")
-def tokenizer(byte_tokenizer: Callable[[bool], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
-    """One token a byte, and an EOS that is not the pad token."""
-    return byte_tokenizer(False)
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(
-    tiny_llama: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The tiny checkpoint with the byte tokenizer beside it."""
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    shutil.copytree(tiny_llama("tied"), folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

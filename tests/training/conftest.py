@@ -2,7 +2,6 @@
 
 import gc
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,23 +48,6 @@ def _quick() -> Iterator[None]:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenised rows are kept; not in the user's home, not from one test to the next."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="session")
-def tokenizer(byte_tokenizer: Callable[[bool], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
-    """One token a byte; it adds none of its own."""
-    return byte_tokenizer(False)
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(
-    tiny_llama: Callable[[str], Path], tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The tiny checkpoint with the byte tokenizer beside it."""
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    shutil.copytree(tiny_llama("tied"), folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

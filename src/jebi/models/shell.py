@@ -155,10 +155,11 @@ class JebiPreTrainedModel(PreTrainedModel):
     def trainable_parameters(self) -> tuple[int, int]:
         """How many numbers are trained, and how many there are; a 4-bit weight counts its values, not its bytes."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        quantised = sum(
-            m.in_features * m.out_features for _, m in self.linears() if not isinstance(m.weight, nn.Parameter)
-        )
-        return trained, sum(p.numel() for p in self.parameters()) + quantised
+        return trained, sum(p.numel() for p in self.parameters()) + self.packed_values()
+
+    def packed_values(self) -> int:
+        """How many numbers are held in 4 or 8 bits."""
+        return sum(m.in_features * m.out_features for _, m in self.linears() if not isinstance(m.weight, nn.Parameter))
 
     def print_trainable_parameters(self) -> None:
         """Print how much of the model is trained, in PEFT's words."""

@@ -49,7 +49,7 @@ def _attend_whole(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, rows: Rows, form:
     tokens, Llama 8B's heads, H100: 0.64 ms with backward, where flash attention takes 1.1) and others through one
     variable-length call. Elsewhere row by row, which on a CPU costs nothing (a small call a row) and makes no padding.
     """
-    if form.softcap is None and _varlen_serves(q_THd):
+    if form.softcap is None and varlen_serves(q_THd.device, q_THd.dtype):
         if rows.alike and form.window is None:
             return _rows_alike(q_THd, k_TGd, v_TGd, len(rows.starts) - 1, form)
         return _varlen(q_THd, k_TGd, v_TGd, rows, form)
@@ -163,10 +163,6 @@ def seen(queries: int, keys: int, past: int, window: int | None, device: torch.d
     """(queries, keys) booleans: which keys each query may look at, the first query standing at key ``past``."""
     back_QK = torch.arange(past, past + queries, device=device)[:, None] - torch.arange(keys, device=device)
     return back_QK >= 0 if window is None else (back_QK >= 0) & (back_QK < window)
-
-
-def _varlen_serves(q_THd: Tensor) -> bool:
-    return varlen_serves(q_THd.device, q_THd.dtype)
 
 
 def varlen_serves(device: torch.device, dtype: torch.dtype) -> bool:

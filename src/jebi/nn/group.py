@@ -8,6 +8,7 @@ Shapes: T tokens, K inputs, N outputs of all maps, R ranks of all adapters.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -154,9 +155,10 @@ class Stacked:
                 that are dense already move into the one matrix, of which the maps' own become parts.
         """
         self.maps = maps
-        self.rows = [0]
-        for linear in maps:
-            self.rows.append(self.rows[-1] + linear.out_features)
+        ends = list(accumulate(linear.out_features for linear in maps))
+        self._spans = list(zip(maps, [0, *ends], ends))
+        """Each map with its first row and the one behind its last."""
+        self._outputs = ends[-1]
         self.columns = maps[0].in_features
         self.dtype = maps[0].dtype
         packed = any(not isinstance(linear.weight, nn.Parameter) for linear in maps)
@@ -172,7 +174,7 @@ class Stacked:
         self.refresh()
         weight_KN = self._weight().t()
         y_TN = x_TK @ weight_KN if residual_TN is None else torch.addmm(residual_TN, x_TK, weight_KN)
-        for linear, start, end in zip(self.maps, self.rows, self.rows[1:]):
+        for linear, start, end in self._spans:
             if linear.bias is not None:
                 y_TN[:, start:end] += linear.bias.to(y_TN.dtype)
         xa_TR = self._compress(x_TK)
@@ -189,7 +191,7 @@ class Stacked:
 
     def places(self, sizes: list[int], dtype: torch.dtype, tokens: int) -> list[Tensor]:
         """See `Group`."""
-        whole_TN = torch.empty(tokens, self.rows[-1], dtype=dtype, device=self.maps[0].device())
+        whole_TN = torch.empty(tokens, self._outputs, dtype=dtype, device=self.maps[0].device())
         return list(whole_TN.split(sizes, dim=1))
 
     def backward_input(
@@ -210,7 +212,7 @@ class Stacked:
     def backward_trained(self, shares: Shares, x_TK: Tensor, kept: Kept | None, grads: Grads) -> None:
         """See `Group`."""
         dy_TN, dxa_TR = shares.dy[0], shares.maps[0].dxa_TR
-        for linear, start, end in zip(self.maps, self.rows, self.rows[1:]):
+        for linear, start, end in self._spans:
             if linear.bias is not None and linear.bias.requires_grad:
                 grads[linear.bias] = dy_TN[:, start:end].sum(0, dtype=torch.float32)
         xa_TR = kept.xa[0] if kept is not None else self._compress(x_TK)
@@ -243,7 +245,7 @@ class Stacked:
     def _arrange(self) -> None:
         """Find which maps have adapters, and make room for these."""
         self._ranks, rank = [], 0
-        for linear, start in zip(self.maps, self.rows):
+        for linear, start, _ in self._spans:
             if linear.adapter is not None:
                 self._ranks.append((linear, start, rank))
                 rank += linear.adapter.rank
@@ -252,7 +254,7 @@ class Stacked:
         elif self._down_RK is None or self._down_RK.shape[0] != rank:
             device = self.maps[0].device()
             self._down_RK = torch.zeros(rank, self.columns, dtype=self.dtype, device=device)
-            self._up_NR = torch.zeros(self.rows[-1], rank, dtype=self.dtype, device=device)
+            self._up_NR = torch.zeros(self._outputs, rank, dtype=self.dtype, device=device)
 
     @torch.no_grad()
     def cast(self) -> None:
@@ -273,7 +275,7 @@ class Stacked:
         if self._weight_NK is not None:
             return self._weight_NK
         assert self._scratch is not None
-        weight_NK = self._scratch.matrix(self.rows[-1], self.columns, self.dtype, self.maps[0].device())
+        weight_NK = self._scratch.matrix(self._outputs, self.columns, self.dtype, self.maps[0].device())
         self._fill(weight_NK)
         return weight_NK
 
@@ -281,15 +283,15 @@ class Stacked:
         """All weights in one matrix; dense ones become parts of it, so that they are not held twice."""
         if len(self.maps) == 1 and isinstance(self.maps[0].weight, nn.Parameter):
             return self.maps[0].weight.detach()
-        weight_NK = torch.empty(self.rows[-1], self.columns, dtype=self.dtype, device=device)
+        weight_NK = torch.empty(self._outputs, self.columns, dtype=self.dtype, device=device)
         self._fill(weight_NK)
-        for linear, start, end in zip(self.maps, self.rows, self.rows[1:]):
+        for linear, start, end in self._spans:
             if isinstance(linear.weight, nn.Parameter):
                 linear.store(nn.Parameter(weight_NK[start:end], requires_grad=False))
         return weight_NK
 
     def _fill(self, weight_NK: Tensor) -> None:
-        for linear, start, end in zip(self.maps, self.rows, self.rows[1:]):
+        for linear, start, end in self._spans:
             if isinstance(linear.weight, nn.Parameter):
                 weight_NK[start:end] = linear.weight
             else:

@@ -58,8 +58,7 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
     element, limit = model.dtype.itemsize, CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS
     trained, _ = model.trainable_parameters()
     free = free_bytes(device) - TRAINED_BYTES * trained
-    packed = sum(m.in_features * m.out_features for _, m in model.linears() if not isinstance(m.weight, nn.Parameter))
-    weights = packed * element if device.type == "cuda" else 0
+    weights = model.packed_values() * element if device.type == "cuda" else 0
     plan = choose(backbone.shape, element, free, settings.longest, asked, limit, weights)
     backbone.checkpointing = plan.checkpointing
     if device.type == "cuda":

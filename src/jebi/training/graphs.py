@@ -76,10 +76,9 @@ class PassGraphs:
         """Forward and backward of a pass; its loss, which the next pass writes over."""
         self._begin()
         shape = shape_of(part)
-        graph = self._captured.get(shape)
-        if graph is None:
-            graph = PassGraph(shape, self._model.device)
-            graph.fill(part, items)
+        graph = self._captured.get(shape) or PassGraph(shape, self._model.device)
+        graph.fill(part, items)
+        if shape not in self._captured:
             kind = (shape.alike, shape.whole is None)
             if kind not in self._warm:
                 # Kernels are compiled and libraries set up at their first use, which must not be captured.
@@ -87,7 +86,6 @@ class PassGraphs:
                 return self._pass(graph)
             self._captured[shape] = graph
             graph.capture(lambda: self._pass(graph), self._pool)
-        graph.fill(part, items)
         return graph.replay()
 
     def _begin(self) -> None:
@@ -168,14 +166,13 @@ class PassGraph:
         if not shape.alike:
             values["cu"] = self._padded_starts(rows, spare)
         if shape.whole is not None:
-            held = torch.arange(rows.positions_U.shape[0])
-            whole_T = held if rows.whole_T is None else rows.whole_T
-            first_U = held if rows.first_U is None else rows.first_U
+            assert rows.whole_T is not None
+            assert rows.first_U is not None
             # Spare held tokens stand in a row of their own, and what room is left in the whole rows repeats the last.
             spares = torch.arange(shape.tokens - spare, shape.tokens)
-            filled = torch.cat([whole_T, spares])
+            filled = torch.cat([rows.whole_T, spares])
             values["whole"] = F.pad(filled, (0, shape.whole - filled.shape[0]), value=shape.tokens - 1)
-            values["first"] = torch.cat([first_U, torch.arange(whole_T.shape[0], whole_T.shape[0] + spare)])
+            values["first"] = torch.cat([rows.first_U, torch.arange(part.tokens, part.tokens + spare)])
         for name, value in values.items():
             buffer = self._buffers[name]
             value = value.to(buffer.dtype)
