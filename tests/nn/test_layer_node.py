@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jebi.kernels.rope import rope_tables
 from jebi.nn.attention import AttentionForm, attend_rows
-from jebi.nn.group import Scratch
+from jebi.nn.base_product import DenseProduct, Scratch
 from jebi.nn.layer import DecoderLayer, LayerShape
 from jebi.nn.layer_node import Keep, run_layer, serves
 from jebi.nn.lora import Lora
@@ -208,7 +208,8 @@ def test_output_and_gradients(at_most_twice, dtype: torch.dtype, setup: Setup, t
                 continue
             layer = build(setup, dtype)
             if keep.startswith("stacked"):
-                layer.stack(Scratch() if "dequantised" in keep else None)
+                scratch = Scratch() if "dequantised" in keep else None
+                layer.stack(lambda maps, scratch=scratch: DenseProduct(maps, scratch))
                 assert layer.stacked is not None
             form = {"plain": None}.get(keep, "all" if keep.startswith("stacked") else keep)
             draws.append(run(layer, values[0], trained_input, values[1], form))
