@@ -171,16 +171,21 @@ def _feed_forward_backward(layer: DecoderLayer, kept: _Kept, dout_TD: Tensor, gr
         dblock_TD = _norm_backward(layer.out_norm, dout_TD, kept.out, grads)
     dact_TF, shares = groups.down.backward_input([dblock_TD], whole=False)
     assert dact_TF is not None
-    act_TF, *dgate_up = glu_backward_(
-        dact_TF, kept.gate_TF, kept.up_TF, layer.shape.activation, _thin(layer, kept), shares.thin
+    down_kept = kept.groups.get("down")
+    # The product itself is needed only where the adapter's gradients do not come with it.
+    wants_act = shares.thin is None or down_kept is None
+    made = glu_backward_(
+        dact_TF, kept.gate_TF, kept.up_TF, layer.shape.activation, _thin(layer, kept), shares.thin, wants_act
     )
-    groups.down.backward_trained(shares, act_TF, kept.groups.get("down"), grads)
-    del act_TF, dact_TF, shares
+    *up_sums, down_sum = made.sums
+    groups.down.backward_trained(shares, made.act_TF, down_kept, grads, group.Sums(down_sum))
+    dgate_up = [made.gate_TF, made.up_TF]
+    del made, dact_TF, shares
     dx_TD, shares = groups.gate_up.backward_input(dgate_up)
     assert dx_TD is not None
     middle = _Normed(kept.middle_TD, kept.rstd_mid_T1)
     x_TD = _norm_apply(layer.middle_norm, middle)
-    groups.gate_up.backward_trained(shares, x_TD, kept.groups["gate_up"], grads)
+    groups.gate_up.backward_trained(shares, x_TD, kept.groups["gate_up"], grads, group.Sums(up=tuple(up_sums)))
     return _norm_backward(layer.middle_norm, dx_TD, middle, grads, dout_TD)
 
 
