@@ -73,8 +73,11 @@ def rms_norm_backward(
     weight_D: Tensor,
     unit_offset: bool = False,
     residual_TD: Tensor | None = None,
+    out_TD: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the input (..., T, D), in the input's dtype; ``residual_TD``, another part of it, is added.
+
+    It is written into ``out_TD`` (T, D), contiguous, where that is given; it may be the residual itself.
 
     With ``n = x * rstd`` and ``g = dy * weight``: ``dx = rstd * (g - n * mean(g * n))``.
     """
@@ -82,12 +85,13 @@ def rms_norm_backward(
         from jebi.kernels.gpu import rms_norm as gpu
 
         dy_TD, flat_TD = (tensor.reshape(-1, x_TD.shape[-1]) for tensor in (dy_TD, x_TD))
-        return gpu.backward(dy_TD, flat_TD, rstd_T1, weight_D, unit_offset, residual_TD).view(x_TD.shape)
+        return gpu.backward(dy_TD, flat_TD, rstd_T1, weight_D, unit_offset, residual_TD, out_TD).view(x_TD.shape)
     normed_TD = x_TD.float() * rstd_T1
     g_TD = dy_TD.float() * (weight_D.float() + 1 if unit_offset else weight_D.float())
     mean_T1 = (g_TD * normed_TD).mean(-1, keepdim=True)
     dx_TD = g_TD.sub_(normed_TD.mul_(mean_T1)).mul_(rstd_T1).to(x_TD.dtype)
-    return dx_TD if residual_TD is None else dx_TD.add_(residual_TD)
+    dx_TD = dx_TD if residual_TD is None else dx_TD.add_(residual_TD)
+    return dx_TD if out_TD is None else out_TD.copy_(dx_TD)
 
 
 def rms_norm_weight_grad(dy_TD: Tensor, x_TD: Tensor, rstd_T1: Tensor) -> Tensor:
