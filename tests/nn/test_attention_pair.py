@@ -50,7 +50,9 @@ def by_pair(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: Rows, form: Att
     return [out, *gradients]
 
 
-@pytest.mark.parametrize("rows", [ROWS, SHARED, PADDED, rows_from_lengths([7, 7], CPU)], ids=["plain", "shared", "padded", "alike"])
+@pytest.mark.parametrize(
+    "rows", [ROWS, SHARED, PADDED, rows_from_lengths([7, 7], CPU)], ids=["plain", "shared", "padded", "alike"]
+)
 @pytest.mark.parametrize("form", [PLAIN, AttentionForm(0.2, window=11), AttentionForm(0.3, window=3)], ids=str)
 @pytest.mark.parametrize(("heads", "groups"), [(6, 2), (3, 3), (4, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

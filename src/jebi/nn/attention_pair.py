@@ -1,10 +1,13 @@
 """Causal attention of flat rows as a forward and a backward of its own, for a layer that is written by hand.
 
-The same numbers as `nn.attention.attend_rows`, from the same kernels, but what the backward reads is in plain sight: the
-output and each softmax's denominator can be kept elsewhere while queries, keys and values are made again. Four ways:
-cuDNN for rows of one length on a card, flash attention for others there, flash attention row by row on a CPU, and, for
-all that these do not serve (capped scores, windows on a CPU, old cards, float32 on a card, heads of odd sizes), the
-autograd graph of `attend_rows`, of which nothing can be kept elsewhere.
+The same numbers as `nn.attention.attend_rows`, from the same kernels, but what the backward reads is in plain sight:
+the output and each softmax's denominator can be kept elsewhere while queries, keys and values are made again. Four
+ways: cuDNN for rows of one length on a card, flash attention for others there, flash attention row by row on a CPU,
+and, for all that these do not serve (capped scores, windows on a CPU, old cards, float32 on a card, heads of odd
+sizes), the autograd graph of `attend_rows`, of which nothing can be kept elsewhere.
+
+The first three call torch's operators by name. Theirs are what autograd itself calls; schemas are those of torch 2.11
+to 2.13.
 
 The backward goes through a few heads at a time where rows are long, since its workspace (a float32 gradient of the
 queries, keys' and values' gradients for every query head) is larger than its inputs.
@@ -24,7 +27,7 @@ from jebi.nn.attention import AttentionForm, attend_rows, varlen_serves
 from jebi.nn.rows import Rows
 
 TOKEN_HEADS = 2**19
-"""Tokens times query heads of one backward call: 65,536 tokens go 8 heads at a time, up to 16,384 of 32 heads at once."""
+"""Tokens times query heads of one backward call: 65,536 tokens go 8 heads at a time, 16,384 by 32 heads at once."""
 
 Way = Literal["cudnn", "flash", "cpu", "graph"]
 _aten: Any = torch.ops.aten
@@ -50,6 +53,10 @@ class Attended:
         if self.leaves is not None:
             return self.out_THd.detach()
         return rows.gather(self.out_THd).to(dtype)
+
+    def storable(self) -> list[Tensor]:
+        """The output and the denominators, which may be kept anywhere; none where a graph is kept."""
+        return [self.out_THd, self.lse] if self.lse is not None else []
 
 
 Take = Callable[[slice, slice, Tensor, Tensor, Tensor], None]
@@ -82,7 +89,7 @@ def attention_forward(q_UHd: Tensor, k_UGd: Tensor, v_UGd: Tensor, rows: Rows, f
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(*inputs, 0.0, True, scale=form.scale)
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0].t())
-    return Attended(way, *(torch.cat(x) if len(x) > 1 else x[0] for x in (outs, lses)))
+    return Attended(way, _joined(outs), _joined(lses))
 
 
 @torch.no_grad()
@@ -113,17 +120,17 @@ def attention_backward(
     step = min(groups, max(1, TOKEN_HEADS // (tokens * share)))
     for start in range(0, groups, step):
         end = min(start + step, groups)
-        part = slice(start * share, end * share), slice(start, end)
-        inputs = (dmixed_UHd[:, part[0]], qkv[0][:, part[0]], qkv[1][:, part[1]], qkv[2][:, part[1]])
+        queries, keys = slice(start * share, end * share), slice(start, end)
+        inputs = [x[:, part] for x, part in zip((dmixed_UHd, *qkv), (queries, queries, keys, keys))]
         if step < groups:
-            # Dense, as the forward's were: backends may take a layout for the one they would have made.
-            inputs = tuple(x.contiguous() for x in inputs)
-        take(*part, *_some_heads(inputs, attended, part[0], rows, form))
+            # Dense, as backends would lay them out themselves: some take one layout for the other.
+            inputs = [x.contiguous() for x in inputs]
+        take(queries, keys, *_some_heads(inputs, attended, queries, rows, form))
 
 
 def _some_heads(
-    inputs: tuple[Tensor, ...], attended: Attended, heads: slice, rows: Rows, form: AttentionForm
-) -> tuple[Tensor, ...]:
+    inputs: list[Tensor], attended: Attended, heads: slice, rows: Rows, form: AttentionForm
+) -> list[Tensor]:
     """Gradients of these heads' queries, keys and values, from those of their outputs and from themselves."""
     held, out_THd, lse = inputs[0].shape[0], attended.out_THd, attended.lse
     assert lse is not None
@@ -133,14 +140,13 @@ def _some_heads(
         lse = (lse[heads] if attended.way == "flash" else lse[:, heads]).clone()
     dout_THd = rows.gather_backward(inputs[0], out_THd.shape[0])
     q, k, v = (rows.spread(x) for x in inputs[1:])
-    gradients: tuple[Tensor, ...]
     if attended.way == "cudnn":
         dout, q, k, v, out = (_batched(x, rows) for x in (dout_THd, q, k, v, out_THd))
         length = q.shape[2]
         gradients = _aten._scaled_dot_product_cudnn_attention_backward(
             dout, q, k, v, out, lse, *attended.seeds, None, None, None, length, length, 0.0, True, scale=form.scale
         )
-        gradients = tuple(_flat(x) for x in gradients)
+        gradients = [_flat(x) for x in gradients]
     elif attended.way == "flash":
         gradients = _aten._flash_attention_backward(
             dout_THd, q, k, v, out_THd, lse, *_bounds(rows), 0.0, form.window is None, *attended.seeds,
@@ -148,10 +154,10 @@ def _some_heads(
         )  # fmt: skip
     else:
         gradients = _row_by_row((dout_THd, q, k, v, out_THd), lse, rows, form)
-    return tuple(rows.spread_backward(x, held) for x in gradients)
+    return [rows.spread_backward(x, held) for x in gradients]
 
 
-def _row_by_row(inputs: tuple[Tensor, ...], lse_TH: Tensor, rows: Rows, form: AttentionForm) -> tuple[Tensor, ...]:
+def _row_by_row(inputs: tuple[Tensor, ...], lse_TH: Tensor, rows: Rows, form: AttentionForm) -> list[Tensor]:
     parts = []
     for start, end in _filled(rows):
         row = (x[start:end].transpose(0, 1)[None].float() for x in inputs)
@@ -159,7 +165,7 @@ def _row_by_row(inputs: tuple[Tensor, ...], lse_TH: Tensor, rows: Rows, form: At
             *row, lse_TH[start:end].t()[None], 0.0, True, scale=form.scale
         )
         parts.append([x[0].transpose(0, 1).to(inputs[1].dtype) for x in gradients])
-    return tuple(torch.cat(x) if len(x) > 1 else x[0] for x in zip(*parts))
+    return [_joined(list(x)) for x in zip(*parts)]
 
 
 def _way(q: Tensor, k: Tensor, v: Tensor, rows: Rows, form: AttentionForm) -> Way:
@@ -174,13 +180,15 @@ def _way(q: Tensor, k: Tensor, v: Tensor, rows: Rows, form: AttentionForm) -> Wa
         return "graph"
     if not rows.alike or form.window is not None:
         return "flash"
-    seen = torch.backends.cuda.SDPAParams(*(_batched(x, rows) for x in (q, k, v)), None, 0.0, True, True)
+    params: Any = torch.backends.cuda.SDPAParams  # typed without the last argument
+    seen = params(*(_batched(x, rows) for x in (q, k, v)), None, 0.0, True, True)
     return "cudnn" if torch.backends.cuda.can_use_cudnn_attention(seen) else "flash"
 
 
 def _batched(x_THd: Tensor, rows: Rows) -> Tensor:
     """Rows of one length, (T, H, d) to (B, H, S, d), without a copy."""
-    return x_THd.unflatten(0, (len(rows.starts) - 1, -1)).transpose(1, 2)
+    batched: Tensor = x_THd.unflatten(0, (len(rows.starts) - 1, -1))
+    return batched.transpose(1, 2)
 
 
 def _flat(x_BHSd: Tensor) -> Tensor:
@@ -200,3 +208,7 @@ def _window(form: AttentionForm) -> dict[str, int]:
 def _filled(rows: Rows) -> list[tuple[int, int]]:
     """Rows that have tokens."""
     return [(start, end) for start, end in rows.spans() if start < end]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
