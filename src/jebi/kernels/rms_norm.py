@@ -6,6 +6,8 @@ Shapes: T tokens, D width. Statistics are float32 whatever the input is. With ``
 less one, and the product with it is taken in float32 before rounding (Gemma); without it, after (Llama).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -97,3 +99,26 @@ def rms_norm_backward(
 def rms_norm_weight_grad(dy_TD: Tensor, x_TD: Tensor, rstd_T1: Tensor) -> Tensor:
     """Gradient of a trained weight (D,) in float32: the sum of ``dy * n`` over all tokens."""
     return (x_TD.float() * rstd_T1).mul_(dy_TD).flatten(0, -2).sum(0)
+
+
+def rms_norm_lean(x: Tensor, weight_D: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    """`rms_norm` with a backward that keeps only its input and statistics, where autograd keeps float32 copies."""
+    out: Tensor = _RMSNorm.apply(x, weight_D, eps, unit_offset)
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, unit_offset: bool) -> Tensor:
+        y, rstd = rms_norm_forward(x, weight_D, eps, unit_offset)
+        ctx.unit_offset = unit_offset
+        ctx.save_for_backward(x, rstd, weight_D)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, rstd, weight_D = ctx.saved_tensors
+        dy = grads[0].contiguous()
+        dx = rms_norm_backward(dy, x, rstd, weight_D, ctx.unit_offset) if ctx.needs_input_grad[0] else None
+        dweight_D = rms_norm_weight_grad(dy, x, rstd).to(weight_D.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dweight_D, None, None
