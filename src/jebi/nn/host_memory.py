@@ -107,8 +107,9 @@ class HostMemory:
 
     def _fetch(self, slot: _Slot) -> None:
         """Start the copies back, unless the tensors are here or on their way."""
-        if slot.here or self._pool is None:
+        if slot.here or not slot.places:
             return
+        assert self._pool is not None
         slot.here = [torch.empty_like(place.like, device=self._device) for place in slot.places]
         # Their memory may still be in use by what was launched before.
         self._pool.stream.wait_stream(torch.cuda.current_stream(self._device))
