@@ -1,4 +1,4 @@
-"""``nn.host_memory``: what is put comes back, off a card and as on one, whose streams and pinned memory are stood in for.
+"""``nn.host_memory``: what is put comes back, off a card and as on one, of which streams and pinned memory stand in.
 
 On a card: `tests/nn/long_rows_on_card.py`.
 """
@@ -40,6 +40,7 @@ def tensors(layer: int) -> list[Tensor]:
         torch.randn(70 + layer, 16, generator=generator).bfloat16(),
         torch.randn(1, 3, 5, generator=generator).transpose(1, 2),
         torch.randn(2, 40, 4, 1, generator=generator),
+        torch.randn(6, 9, generator=generator)[:, :7],
     ]
 
 
@@ -64,7 +65,7 @@ def test_what_is_put_comes_back_in_the_opposite_order(memory: HostMemory) -> Non
     for layer in reversed(range(4)):
         for value, expected in zip(memory.take(layer), tensors(layer), strict=True):
             assert torch.equal(value, expected)
-            assert value.stride() == expected.stride()
+            assert value.stride() == expected.stride() or not host_memory._dense(expected)
 
 
 def test_a_slot_is_taken_once(memory: HostMemory) -> None:
@@ -89,14 +90,16 @@ def test_pinned_memory_goes_back_to_the_pool(memory: HostMemory) -> None:
     pool = memory._pool
     if pool is None:
         pytest.skip("nothing is copied")
+    for layer in range(2):
+        memory.put(memory.begin(), *tensors(layer))
+    held = {slab.data_ptr() for slab in memory._slabs}
+    memory.take(1)
+    assert 2 < len(pool.slabs) < len(held), "what the first layer is read from stays"
+    memory.take(0)
+    assert {slab.data_ptr() for slab in pool.slabs} == held
     later = HostMemory(CPU)
     later._pool = pool
     later.put(later.begin(), *tensors(0))
-    later.take(0)
-    held = [slab.data_ptr() for slab in later._slabs]
-    assert len(held) > 2
-    del later
-    assert [slab.data_ptr() for slab in pool.slabs] == held
-    memory.put(memory.begin(), *tensors(1))
-    assert {slab.data_ptr() for slab in memory._slabs} == set(held)
-    memory.take(0)
+    assert {slab.data_ptr() for slab in later._slabs} < held
+    del later  # as when a pass breaks off
+    assert {slab.data_ptr() for slab in pool.slabs} == held

@@ -31,6 +31,8 @@ class _Place:
 
     start: int
     """Its first byte, counted through all slabs."""
+    end: int
+    """The first byte behind it."""
     like: Tensor
     """Its sizes and strides, on the meta device."""
 
@@ -60,7 +62,6 @@ class HostMemory:
         self._pool = _pool(device) if device.type == "cuda" else None
         self._slots: list[_Slot] = []
         self._slabs: list[Tensor] = []
-        self._end = 0
 
     def begin(self) -> int:
         """The number of a new slot; what earlier ones hold on the card is let go."""
@@ -72,9 +73,12 @@ class HostMemory:
     def put(self, number: int, *tensors: Tensor) -> None:
         """Keep these too; nothing may write over them before the next slot begins."""
         slot = self._slots[number]
-        slot.here.extend(tensors)
         if self._pool is None:
+            slot.here.extend(tensors)
             return
+        # Copied as one run of bytes, in whichever order their dimensions lie.
+        tensors = tuple(tensor if _dense(tensor) else tensor.clone() for tensor in tensors)
+        slot.here.extend(tensors)
         self._pool.stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._pool.stream):
             for tensor in tensors:
@@ -103,6 +107,7 @@ class HostMemory:
         self._slots[number] = _Slot()
         if number:
             self._fetch(self._slots[number - 1])
+        self._give_back()
         return tensors
 
     def _fetch(self, slot: _Slot) -> None:
@@ -127,14 +132,13 @@ class HostMemory:
 
     def _place(self, tensor: Tensor) -> _Place:
         """Room for a tensor behind what is there."""
-        assert _dense(tensor), "copied as one run of bytes"
         assert self._pool is not None
-        start = self._end
-        self._end += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
-        while len(self._slabs) * _SLAB < self._end:
+        start = self._end()
+        end = start + -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+        while len(self._slabs) * _SLAB < end:
             free = self._pool.slabs
             self._slabs.append(free.pop() if free else torch.empty(_SLAB, dtype=torch.uint8, pin_memory=True))
-        return _Place(start, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"))
+        return _Place(start, end, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"))
 
     def _parts(self, place: _Place, tensor: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The bytes of a tensor as parts that lie in one slab each, beside their places there."""
@@ -146,13 +150,21 @@ class HostMemory:
             for a, b in pairwise(edges)
         ]
 
+    def _end(self) -> int:
+        """The first byte behind everything."""
+        return max((place.end for slot in self._slots for place in slot.places), default=0)
+
+    def _give_back(self) -> None:
+        """Pinned memory that is not in use goes to the pool: later copies run behind these, on the same stream."""
+        while self._pool is not None and (len(self._slabs) - 1) * _SLAB >= self._end():
+            self._pool.slabs.append(self._slabs.pop())
+
     def __del__(self) -> None:
-        """Give the pinned memory back: later copies run behind this pass's, on the same stream."""
-        if self._pool is not None:
-            for slot in self._slots:
-                # Left behind where a pass broke off: what these hold must outlast the copies that are under way.
-                self._let_go(slot)
-            self._pool.slabs.extend(self._slabs)
+        """See to what is left where a pass broke off: what copies read and write must outlast them."""
+        for slot in self._slots:
+            self._let_go(slot)
+        self._slots = []
+        self._give_back()
 
 
 def _dense(tensor: Tensor) -> bool:
