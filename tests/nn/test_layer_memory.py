@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from jebi.kernels.rope import rope_tables
 from jebi.nn import attention_pair
 from jebi.nn.attention import AttentionForm
-from jebi.nn.group import Scratch
+from jebi.nn.base_product import DenseProduct, Scratch
 from jebi.nn.layer import DecoderLayer, LayerShape
 from jebi.nn.layer_node import Keeping, run_layer
 from jebi.nn.lora import Lora
@@ -53,7 +53,8 @@ def layer() -> DecoderLayer:
     for _, linear in made.projections():
         linear.lora = Lora(linear.in_features, linear.out_features, 1, 1.0, 0.0, CPU)
         linear.lora.reset(torch.Generator())
-    made.stack(Scratch())
+    scratch = Scratch()
+    made.stack(lambda maps: DenseProduct(maps, scratch))
     return made
 
 
