@@ -50,6 +50,29 @@ print(sorted({name.partition(".")[0] for name in set(sys.modules) - before} - sy
     assert run(code) == "['jebi']\n"
 
 
+IMPORTS = """
+import sys
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GenerationMixin, PreTrainedModel{trainer}
+from transformers import PreTrainedTokenizerBase
+before = set(sys.modules)
+from jebi import {name}
+print(sorted({{name.partition(".")[0] for name in set(sys.modules) - before}} - sys.stdlib_module_names))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "trainer"),
+    [("FastLanguageModel", ""), ("SFTConfig", ", TrainingArguments, Trainer"), ("SFTTrainer", ", Trainer")],
+)
+def test_its_classes_bring_along_what_their_bases_do_and_no_more(name: str, trainer: str) -> None:
+    """Imports are most of the start of a short job, and transformers' are not ours to spare.
+
+    A name of `jebi` loads no package that PreTrainedModel and Trainer have not loaded, and a model needs no Trainer.
+    """
+    assert run(IMPORTS.format(name=name, trainer=trainer)) == "['jebi']\n"
+
+
 def test_using_jebi_patches_nothing() -> None:
     """Classes and functions of other libraries are the same objects before and after every module of jebi is loaded."""
     code = """

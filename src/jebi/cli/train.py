@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from jebi.config import RunConfig, read_run
+from jebi.models import readahead
 
 
 def command(
@@ -27,6 +28,7 @@ def command(
 
 def train_and_report(run_config: RunConfig, resume: bool = False, allow: Sequence[str] = ()) -> Path:
     """Train with a bar on stderr and print the memory and time report; returns the output folder."""
+    readahead.begin(run_config.model.name)
     from jebi.cli.progress import TrainingBar
     from jebi.run import train
 
