@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -91,12 +92,11 @@ class _Stage:
     def __init__(self, pieces: Iterator[_Piece], pool: ThreadPoolExecutor, device: torch.device):
         self._pieces, self._pool, self._device = pieces, pool, device
         self._filling: deque[tuple[_Piece, _Buffer, Future[None]]] = deque()
-        for _ in range(BUFFERS):
-            self._send(_Buffer(device))
+        for piece in islice(pieces, BUFFERS):
+            self._send(_Buffer(device), piece)
 
-    def _send(self, buffer: _Buffer) -> None:
-        if (piece := next(self._pieces, None)) is not None:
-            self._filling.append((piece, buffer, self._pool.submit(buffer.fill, piece)))
+    def _send(self, buffer: _Buffer, piece: _Piece) -> None:
+        self._filling.append((piece, buffer, self._pool.submit(buffer.fill, piece)))
 
     def read(self, stored: StoredTensor) -> Tensor:
         """The tensor whose turn it is, on the device."""
@@ -109,5 +109,6 @@ class _Stage:
             filled.result()
             start = piece.start - stored.span.start
             buffer.copy_to(out_P[start : start + piece.size])
-            self._send(buffer)
+            if (following := next(self._pieces, None)) is not None:
+                self._send(buffer, following)
         return value
