@@ -36,15 +36,14 @@ def train(path: str, steps: int, began: float) -> dict[str, Any]:
     """The tutorial's job in this process."""
     clock = Clock(began)
     clock.mark("Python")
-    import torch
-
-    clock.mark("import torch")
     from jebi import FastLanguageModel
 
     clock.mark("import FastLanguageModel")
     from jebi import SFTConfig, SFTTrainer
 
     clock.mark("import SFTTrainer")
+    import torch
+
     compilations = watch_triton()
     model, tokenizer = FastLanguageModel.from_pretrained(path, max_seq_length=2048, load_in_4bit=True)
     finish(torch)

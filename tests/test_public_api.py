@@ -1,6 +1,7 @@
 """What jebi promises from outside: its names, an import without effects, types, and sources of a readable size."""
 
 import ast
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,29 @@ jebi.__version__, jebi.__all__
 print(sorted({name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))
 """
     assert run(code) == "['jebi']\n"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_as_it_was_after_an_import(enabled: bool) -> None:
+    """It rests meanwhile: what it still does is of the few modules before and of one round after."""
+    code = f"""
+import gc
+{"" if enabled else "gc.disable()"}
+runs = []
+gc.callbacks.append(lambda phase, info: runs.append(phase))
+from jebi import SFTConfig
+print(gc.isenabled(), len(runs))
+"""
+    found, runs = run(code).split()
+    assert found == str(enabled)
+    assert int(runs) < 100  # without the rest over a thousand
+
+
+def test_nor_does_an_import_that_fails_leave_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(jebi._HOMES, "Broken", "jebi.nowhere")
+    with pytest.raises(ModuleNotFoundError):
+        _ = jebi.Broken
+    assert gc.isenabled()
 
 
 IMPORTS = """

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from jebi.config import RunConfig, read_run
+from jebi.imports import uncollected
 from jebi.models import readahead
 
 
@@ -29,8 +30,9 @@ def command(
 def train_and_report(run_config: RunConfig, resume: bool = False, allow: Sequence[str] = ()) -> Path:
     """Train with a bar on stderr and print the memory and time report; returns the output folder."""
     readahead.begin(run_config.model.name)
-    from jebi.cli.progress import TrainingBar
-    from jebi.run import train
+    with uncollected():
+        from jebi.cli.progress import TrainingBar
+        from jebi.run import train
 
     run_config.data.allow += allow
     try:
