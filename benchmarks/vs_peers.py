@@ -58,7 +58,7 @@ def batches(workload: str) -> tuple[int, int]:
 def run_jebi(arguments: argparse.Namespace) -> None:
     """Train in this process and print one line, RESULT and a JSON object."""
     began = time.time()
-    # First, as in the tutorial's script: what it imports then loads while the garbage collector rests.
+    # First: what it imports then loads while the garbage collector rests.
     from jebi import FastLanguageModel, SFTConfig, SFTTrainer
 
     imported = time.time() - began
