@@ -3,9 +3,9 @@
     python benchmarks/startup.py --path CHECKPOINT [--steps 5] [--json FILE]
 
 The parts are those of the tutorial's script, in a process of its own, on rows of drawn tokens (log-normal, median 180).
-Below them: what lies within these parts (Triton's compilations; the tokenizer, which is read beside the weights), and
-how fast the checkpoint's bytes reach the device, staged and from where the file is mapped. For cold figures, drop the
-file cache before (``echo 3 > /proc/sys/vm/drop_caches``) and set TRITON_CACHE_DIR to an empty folder.
+Below them: what lies within these parts (Triton's compilations, the tokenizer), and how fast the checkpoint's bytes
+reach the device, staged and from where the file is mapped. For cold figures, drop the file cache before
+(``echo 3 > /proc/sys/vm/drop_caches``) and set TRITON_CACHE_DIR to an empty folder.
 """
 
 import argparse
