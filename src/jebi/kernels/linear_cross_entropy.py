@@ -1,7 +1,8 @@
 """Cross-entropy of a linear head, in chunks of tokens: all the logits never exist at once.
 
 The caller passes only tokens that have a label. Gradients are computed in the forward, chunk by chunk, while the
-chunk's logits are at hand: the hidden states' where they need one, the head's weight's where that is trained.
+chunk's logits are at hand: the hidden states' where they need one, the head's weight's where that is trained. A head
+that is not dense, or not on the card, is `sliced_cross_entropy`'s.
 
 Shapes: N labelled tokens, C tokens of a chunk, D width, V vocabulary.
 """
@@ -106,10 +107,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_ND, grad_VD = ctx.saved_tensors
-        # In float32 first: under loss scaling the incoming factor alone may exceed what float16 holds.
-        scaled_ND = None if grad_ND is None else grad_ND.float().mul_(grads[0]).to(grad_ND.dtype)
+        scaled_ND = None if grad_ND is None else scaled(grad_ND, grads[0])
         scaled_VD = None if grad_VD is None else (grad_VD * grads[0]).to(ctx.weight_dtype)
         return scaled_ND, scaled_VD, None, None, None
+
+
+def scaled(grad_ND: Tensor, factor: Tensor) -> Tensor:
+    """In float32 first: under loss scaling the incoming factor alone may exceed what float16 holds."""
+    return grad_ND.float().mul_(factor).to(grad_ND.dtype)
 
 
 def _chunk_(
@@ -125,7 +130,7 @@ def _chunk_(
         return losses_C.sum(), logits_CV
     dtype = logits_CV.dtype
     logits_CV = logits_CV.float()
-    slope_CV = _cap_(logits_CV, form.softcap) if form.softcap is not None else None
+    slope_CV = cap_(logits_CV, form.softcap) if form.softcap is not None else None
     losses_C = _token_losses_(logits_CV, labels_C, form.label_smoothing)
     loss = losses_C.sum() if counts_C is None else losses_C @ counts_C
     if not wants_grad:
@@ -138,7 +143,7 @@ def _chunk_(
     return loss, dlogits_CV.to(dtype)
 
 
-def _cap_(logits_CV: Tensor, softcap: float) -> Tensor:
+def cap_(logits_CV: Tensor, softcap: float) -> Tensor:
     """Cap the logits in place and return the cap's slope at each of them."""
     tanh_CV = logits_CV.div_(softcap).tanh_()
     slope_CV = tanh_CV.square().neg_().add_(1)

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from jebi.kernels.adamw8bit import Moments8, Rates, adamw8bit_
+from jebi.kernels.gather import gather_reference
 from jebi.kernels.glu import glu
 from jebi.kernels.gpu import adamw8bit as gpu_adamw8bit
 from jebi.kernels.gpu import cross_entropy as gpu_cross_entropy
+from jebi.kernels.gpu import gather as gpu_gather
 from jebi.kernels.gpu import glu as gpu_glu
 from jebi.kernels.gpu import nf4 as gpu_nf4
 from jebi.kernels.gpu import rms_norm as gpu_rms_norm
@@ -186,7 +188,22 @@ def check_adamw8bit(dtype: torch.dtype) -> Iterator[Check]:
     yield "adamw8bit absmax", mine.absmax1, other.absmax1, other.absmax1.double()
 
 
-CHECKS = (check_rms_norm, check_rope, check_glu, check_nf4, check_cross_entropy, check_adamw8bit)
+def check_gather(dtype: torch.dtype) -> Iterator[Check]:
+    """From a table in host memory, page-locked on a card; rows that are not there are NaN."""
+    for rows, width in ((5, 7), (300, 1024), (9, 2500)):
+        table = drawn(rows, width, dtype=dtype).cpu()
+        table = table.pin_memory() if DEVICE == "cuda" else table
+        ids = torch.tensor([0, rows - 1, 2, 2, 4]).to(DEVICE)
+        out = nan(5, width, dtype=dtype)
+        gpu_gather.gather(table, ids, out)
+        expected = gather_reference(table, ids)
+        assert torch.equal(out, expected)
+        yield f"gather {rows}x{width}", out, expected, expected.double()
+        gpu_gather.gather(table, torch.tensor([-1, 0, rows]).to(DEVICE), out[:3])
+        assert out[:3].isnan().any(1).tolist() == [True, False, True]
+
+
+CHECKS = (check_rms_norm, check_rope, check_glu, check_nf4, check_cross_entropy, check_adamw8bit, check_gather)
 
 
 def rms(values: Tensor) -> float:
