@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jebi.kernels.gather import gather, readable
+from jebi.kernels.gather import gather
 from jebi.nn.host_weight import HostWeight
 
 
@@ -37,11 +37,6 @@ class Embedding(nn.Module):
         """Take a table, wherever it lies."""
         del self.weight
         self.weight = weight
-
-    @property
-    def waits(self) -> bool:
-        """Whether looking rows up makes a card wait for the host, which no CUDA graph can hold."""
-        return isinstance(self.weight, HostWeight) and not readable(self.weight.weight_NK)
 
     @property
     def num_embeddings(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from jebi.kernels.dequantize import dense_into
 from jebi.kernels.low_rank import LowRank
+from jebi.nn.host_weight import HostWeight
 from jebi.nn.linear import Grads, Linear, Share, backward_input, backward_trained, project
 
 
@@ -295,6 +296,7 @@ class Stacked:
             if isinstance(linear.weight, nn.Parameter):
                 weight_NK[start:end] = linear.weight
             else:
+                assert not isinstance(linear.weight, HostWeight), "only a head is there"
                 dense_into(linear.weight, weight_NK[start:end])
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from jebi.kernels.gather import readable
+
 logger = logging.getLogger(__name__)
 
 
@@ -41,6 +43,11 @@ class HostWeight(nn.Module):
         """The matrix's dtype."""
         return self.weight_NK.dtype
 
+    @property
+    def locked(self) -> bool:
+        """Whether a card reaches it without the host's help, as in a CUDA graph."""
+        return readable(self.weight_NK)
+
     def dense(self) -> Tensor:
         """A copy of the whole matrix on the card."""
         return self.weight_NK.to(self.device, non_blocking=True)
@@ -52,6 +59,11 @@ class HostWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HostWeight":
         self.device = fn(torch.empty(0, dtype=self.dtype, device=self.device)).device
         return self
+
+
+def matrix(weight: nn.Parameter | HostWeight) -> Tensor:
+    """The matrix, wherever it lies."""
+    return weight.weight_NK if isinstance(weight, HostWeight) else weight
 
 
 def _locked(weight_NK: Tensor) -> Tensor:

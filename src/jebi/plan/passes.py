@@ -30,6 +30,8 @@ class PassPlan:
     """Most tokens of one pass; a longer row is a pass of its own."""
     keep_weights: bool = False
     """Whether 4-bit and 8-bit weights are kept dequantised for all passes, instead of once a use."""
+    fits: bool = True
+    """Whether that holds the longest row; where not, training may run out of memory."""
 
 
 def kept_bytes_per_token(shape: DecoderShape, element: int, checkpointing: Checkpointing) -> int:
@@ -93,4 +95,4 @@ def choose(
             tokens = max(0, budget - (weights if keep else 0)) // per_token
             if tokens >= least:
                 return PassPlan(mode, min(tokens, limit), keep)
-    return PassPlan(modes[-1], max(1, min(tokens, limit)))
+    return PassPlan(modes[-1], max(1, min(tokens, limit)), fits=False)
