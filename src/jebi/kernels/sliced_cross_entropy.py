@@ -166,6 +166,14 @@ def fold_(
         the label; what sums so far are to be multiplied by (C,); and the slopes in the logits' dtype, where there is a
         cap and labels are smoothed.
     """
+    if logits_CS.is_cuda and not form.label_smoothing:
+        from jebi.kernels.gpu import cross_entropy as gpu
+
+        rescale_C = torch.empty_like(seen.top)
+        gpu.fold_(
+            logits_CS, labels_C, (seen.top, seen.others, seen.hit, seen.slope), rescale_C, form.softcap, wants_grad
+        )
+        return logits_CS, rescale_C, None
     dtype = logits_CS.dtype
     logits_CS = logits_CS.float()
     slope_CS = cap_(logits_CS, form.softcap) if form.softcap is not None else None

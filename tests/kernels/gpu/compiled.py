@@ -58,6 +58,10 @@ def cases(value: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
     entropy |= {"vocabulary": "i32", "smoothing": SCALAR, "softcap": SCALAR}
     flags = {"COUNTED": True, "CAPPED": True, "SMOOTHED": True, "GRAD": True, "BLOCK": 4096}
     found.append((cross_entropy._cross_entropy, entropy, flags, 8))
+    fold = {"logits_ptr": value, "labels_ptr": "*i64"}
+    fold |= dict.fromkeys(("top_ptr", "others_ptr", "hit_ptr", "slope_ptr", "rescale_ptr"), FLOAT)
+    fold |= {"rows": "i32", "softcap": SCALAR}
+    found.append((cross_entropy._fold, fold, {"CAPPED": True, "GRAD": True, "BLOCK": 4096}, 8))
     step = {"param_ptr": FLOAT, "grad_ptr": FLOAT, "state1_ptr": "*u8", "state2_ptr": "*u8"}
     step |= {"absmax1_ptr": FLOAT, "absmax2_ptr": FLOAT, "codes1_ptr": FLOAT, "nearest1_ptr": "*u8"}
     step |= {"codes2_ptr": FLOAT, "nearest2_ptr": "*u8", "values": "i32"}

@@ -25,10 +25,11 @@ from jebi.kernels.gpu import glu as gpu_glu
 from jebi.kernels.gpu import nf4 as gpu_nf4
 from jebi.kernels.gpu import rms_norm as gpu_rms_norm
 from jebi.kernels.gpu import rope as gpu_rope
-from jebi.kernels.linear_cross_entropy import softcapped
+from jebi.kernels.linear_cross_entropy import LossForm, softcapped
 from jebi.kernels.low_rank import LowRank
 from jebi.kernels.rms_norm import rms_norm
 from jebi.kernels.rope import rope, rope_tables
+from jebi.kernels.sliced_cross_entropy import Seen, fold_
 from jebi.quant import dynamic8, nf4
 
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
@@ -160,6 +161,40 @@ def check_cross_entropy(dtype: torch.dtype) -> Iterator[Check]:
         yield f"dlogits V={vocabulary} {smoothing} {softcap}", kernel, plain[1], fine[1]
 
 
+def check_fold(dtype: torch.dtype) -> Iterator[Check]:
+    """Two slices after each other; labels in the first, in the second, and at their edges."""
+    for second, softcap in ((13, None), (5000, None), (5000, 3.0)):
+        parts = [drawn(5, rows, seed=rows, dtype=dtype).cpu() * 2 for rows in (37, second)]
+        labels = torch.tensor([0, 36, 37, 45, 36 + second])
+        seen, plainly, first = Seen.nothing(5, torch.device(DEVICE)), Seen.nothing(5, torch.device("cpu")), 0
+        for part in parts:
+            ours, rescale, state = part.to(DEVICE, copy=True), nan(5), (seen.top, seen.others, seen.hit, seen.slope)
+            silent, apart = part.to(DEVICE, copy=True), tuple(value.clone() for value in state)
+            here = (labels - first).to(DEVICE)
+            gpu_cross_entropy.fold_(silent, here, apart, nan(5), softcap, False)
+            gpu_cross_entropy.fold_(ours, here, state, rescale, softcap, True)
+            assert torch.equal(silent.cpu(), part)
+            assert all(torch.equal(one, other) for one, other in zip(state, apart))
+            plain, other, _ = fold_(part.clone(), labels - first, plainly, LossForm(softcap=softcap), True)
+            first += part.shape[1]
+        logits = softcapped(torch.cat(parts, 1).double(), softcap)
+        top = logits.amax(1)
+        shares = (logits - top[:, None]).exp().scatter_(1, labels[:, None], 0)
+        slope = torch.ones_like(logits) if softcap is None else 1 - (logits / softcap).square()
+        name, hit = f"fold S={second} {softcap}", labels[:, None]
+        yield f"{name} others", seen.others.cpu(), plainly.others, shares.sum(1)
+        # The loss before it is added up, in which the cap's roundings are as large as in `check_cross_entropy`.
+        exact = logits.gather(1, hit).squeeze(1) - logits.logsumexp(1)
+        yield (
+            f"{name} loss",
+            *((s.hit - s.top - (s.others + (s.hit - s.top).exp()).log()).cpu() for s in (seen, plainly)),
+            exact,
+        )
+        yield f"{name} slope", seen.slope.cpu(), plainly.slope, slope.gather(1, hit).squeeze(1)
+        yield f"{name} rescale", rescale.cpu(), other, (logits[:, :37].amax(1) - top).exp()
+        yield f"{name} shares", ours.cpu(), plain, (shares * slope)[:, 37:]
+
+
 def check_adamw8bit(dtype: torch.dtype) -> Iterator[Check]:
     """Both keep the same bytes but for values at the edge between two codes, where one rounding decides."""
     values = 256 * 3 + 40
@@ -203,7 +238,9 @@ def check_gather(dtype: torch.dtype) -> Iterator[Check]:
         assert out[:3].isnan().any(1).tolist() == [True, False, True]
 
 
-CHECKS = (check_rms_norm, check_rope, check_glu, check_nf4, check_cross_entropy, check_adamw8bit, check_gather)
+CHECKS = (
+    check_rms_norm, check_rope, check_glu, check_nf4, check_cross_entropy, check_fold, check_adamw8bit, check_gather,
+)  # fmt: skip
 
 
 def rms(values: Tensor) -> float:
@@ -220,7 +257,7 @@ def main() -> None:
                 rounding = torch.finfo(ours.dtype).eps / 2 * rms(exact)
                 print(f"{dtype!s:15} {name:40} {own:.2e} {other:.2e}")
                 # A card's exponential is off by two roundings, which float32 shows.
-                times = 4 if DEVICE == "cuda" and dtype == torch.float32 else 2
+                times = 4 if DEVICE == "cuda" and ours.dtype == torch.float32 else 2
                 if not own <= times * max(other, rounding):
                     sys.exit(f"{name} at {dtype}: error {own:.3g}, plain torch {other:.3g}")
 
