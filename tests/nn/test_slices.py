@@ -63,6 +63,14 @@ def test_weights_without_double_quantisation_have_slices_too() -> None:
     assert torch.equal(single.rows(3, 7).dense(torch.float32), double.dense(torch.float32)[3:7])
 
 
+def test_a_product_of_nothing() -> None:
+    x = torch.zeros(2, 0, 64, requires_grad=True)
+    y = sliced_product(x, WeightSlices(HostWeight(drawn(5, 64), CPU), torch.float32))
+    y.sum().backward()
+    assert y.shape == (2, 0, 5)
+    assert x.grad.shape == x.shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_by_slices(at_most_twice, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype) -> None:

@@ -100,7 +100,7 @@ class _SlicedProduct(torch.autograd.Function):
         ctx.slices = slices
         y_TN = x.new_empty(x.shape[:-1].numel(), slices.vocabulary)
         _into(x.reshape(-1, x.shape[-1]), slices, y_TN)
-        return y_TN.view(*x.shape[:-1], -1)
+        return y_TN.view(*x.shape[:-1], slices.vocabulary)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -111,7 +111,7 @@ class _SlicedProduct(torch.autograd.Function):
         for slice_SK in ctx.slices:
             dx_TK += dy_TN[:, first : first + len(slice_SK)] @ slice_SK
             first += len(slice_SK)
-        return dx_TK.to(dy_TN.dtype).view(*grads[0].shape[:-1], -1), None
+        return dx_TK.to(dy_TN.dtype).view(*grads[0].shape[:-1], dx_TK.shape[1]), None
 
 
 def _into(x_TK: Tensor, slices: WeightSlices, y_TN: Tensor) -> None:
