@@ -98,12 +98,8 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], step):
             part = slice(start, start + step)
             grad_CD = grad_ND[part] if grad_ND is not None else None
-            losses_C = _chunk(hidden_ND[part], slices, labels_N[part], form, grad_CD)
-            if counts_N is not None:
-                losses_C = losses_C * counts_N[part]
-                if grad_CD is not None:
-                    grad_CD.mul_(counts_N[part, None])
-            total += losses_C.sum()
+            counts_C = counts_N[part] if counts_N is not None else None
+            total += _chunk(hidden_ND[part], slices, labels_N[part], counts_C, form, grad_CD)
         ctx.save_for_backward(grad_ND)
         return total
 
@@ -113,8 +109,15 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         return None if grad_ND is None else scaled(grad_ND, grads[0]), None, None, None, None
 
 
-def _chunk(hidden_CD: Tensor, slices: Slices, labels_C: Tensor, form: LossForm, grad_CD: Tensor | None) -> Tensor:
-    """A chunk's losses (C,); their gradient by the hidden states goes into ``grad_CD``, where there is one."""
+def _chunk(
+    hidden_CD: Tensor,
+    slices: Slices,
+    labels_C: Tensor,
+    counts_C: Tensor | None,
+    form: LossForm,
+    grad_CD: Tensor | None,
+) -> Tensor:
+    """A chunk's summed loss; its gradient by the hidden states goes into ``grad_CD``, where there is one."""
     seen = Seen.nothing(hidden_CD.shape[0], hidden_CD.device)
     sums_CD = torch.zeros_like(hidden_CD, dtype=torch.float32) if grad_CD is not None else None
     even_CD = torch.zeros_like(hidden_CD[:1], dtype=torch.float32)
@@ -141,12 +144,12 @@ def _chunk(hidden_CD: Tensor, slices: Slices, labels_C: Tensor, form: LossForm, 
         sums_CD.addcmul_(((smoothing - seen.others / total_C) * seen.slope)[:, None], hit_CD)
         if smoothing:
             sums_CD.sub_(even_CD, alpha=smoothing / slices.vocabulary)
-        grad_CD.copy_(sums_CD)
+        grad_CD.copy_(sums_CD if counts_C is None else sums_CD.mul_(counts_C[:, None]))
     losses_C = (seen.others + below_C.expm1()).log1p() - below_C
-    if not smoothing:
-        return losses_C
-    # The even share's loss is the mean of all logits' instead of the label's.
-    return losses_C + smoothing * (seen.hit - seen.plain / slices.vocabulary)
+    if smoothing:
+        # The even share's loss is the mean of all logits' instead of the label's.
+        losses_C = losses_C + smoothing * (seen.hit - seen.plain / slices.vocabulary)
+    return losses_C.sum() if counts_C is None else losses_C @ counts_C
 
 
 def fold_(
