@@ -21,10 +21,21 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from jebi.kernels import adamw8bit, dequantize, glu, linear_cross_entropy, rms_norm, rope
+from jebi.kernels import (
+    adamw8bit,
+    dequantize,
+    gather,
+    glu,
+    linear_cross_entropy,
+    rms_norm,
+    rope,
+    sliced_cross_entropy,
+)
 from jebi.kernels.low_rank import LowRank, added
+from jebi.nn.host_weight import HostWeight, matrix
+from jebi.nn.slices import WeightSlices
 from jebi.quant.nf4 import NF4Weight
 
 Run = Callable[[], object]
@@ -125,6 +136,7 @@ def cases(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Iterator[
     stored = weight.nbytes + math.prod(weight.shape) * dtype.itemsize
     yield Case("nf4 dequantise", stored, partial(dequantize.dense, weight, dtype), partial(weight.dense, dtype))
     del weight
+    yield _gather_case(shapes, drawn, generator)
     yield from _loss_cases(shapes, drawn, generator)
     yield from _adam_cases(shapes, device, generator)
 
@@ -179,6 +191,15 @@ def _glu_cases(shapes: Shapes, drawn: Callable[..., Tensor]) -> Iterator[Case]:
         yield Case(f"glu backward{name}", moved, backward, plain_backward, partial(plain, gate, up))
 
 
+def _gather_case(shapes: Shapes, drawn: Callable[..., Tensor], generator: torch.Generator) -> Case:
+    """Out of host memory, which the bus bounds and not the card's memory."""
+    table = drawn(shapes.vocabulary, shapes.width)
+    ids = torch.randint(0, shapes.vocabulary, (shapes.tokens,), device=table.device, generator=generator)
+    held = HostWeight(nn.Parameter(table.cpu(), requires_grad=False), table.device)
+    moved = 2 * shapes.tokens * shapes.width * table.element_size()
+    return Case("gather from host memory", moved, partial(gather.gather, matrix(held), ids), lambda: table[ids])
+
+
 def _loss_cases(shapes: Shapes, drawn: Callable[..., Tensor], generator: torch.Generator) -> Iterator[Case]:
     hidden = drawn(shapes.tokens, shapes.width).requires_grad_()
     head = drawn(shapes.vocabulary, shapes.width, scale=shapes.width**-0.5)
@@ -196,6 +217,16 @@ def _loss_cases(shapes: Shapes, drawn: Callable[..., Tensor], generator: torch.G
         logits = 4 * shapes.tokens * shapes.vocabulary * head.element_size()
         moved = 2 * math.ceil(shapes.tokens / chunk) * head.nbytes + logits
         yield Case(f"linear cross-entropy, chunks of {chunk}", moved, partial(chunked, chunk), reference)
+    for name, weight in (
+        ("host memory", HostWeight(nn.Parameter(head.cpu(), requires_grad=False), head.device)),
+        ("NF4", NF4Weight.quantize(head)),
+    ):
+        slices = WeightSlices(weight, head.dtype)
+
+        def sliced(slices: WeightSlices = slices) -> object:
+            return torch.autograd.grad(sliced_cross_entropy.sliced_cross_entropy(hidden, slices, labels), hidden)
+
+        yield Case(f"sliced cross-entropy, head in {name}", head.nbytes + logits, sliced, reference)
 
 
 def _adam_cases(shapes: Shapes, device: torch.device, generator: torch.Generator) -> Iterator[Case]:

@@ -38,6 +38,7 @@ FIELDS = {
         "dtype",
         "token",
         "rope_scaling",
+        *("embedding", "head"),
     ],
     LoraConfig: [
         "r",
@@ -164,6 +165,8 @@ def test_the_last_setting_wins_and_a_new_section_may_begin_with_one(tmp_path: Pa
         ("model.load_in_4bit=4", r"model.load_in_4bit must be bool or null, not 4"),
         ("model.dtype=16", r"model.dtype must be str or null, not 16"),
         ("model.dtype=int8", r"dtype must be float32, bfloat16, float16 or null, not 'int8'"),
+        ("model.embedding=nf4", r"model.embedding must be one of auto, card, host, not 'nf4'"),
+        ("model.head=disk", r"model.head must be one of auto, card, host, int8, nf4, not 'disk'"),
         ("model.max_seq_length=0", r"max_seq_length must be at least 1, not 0"),
         ("lora.target_modules=3", r"lora.target_modules must be list or str, not 3"),
         ("lora.target_modules='(q_proj'", r"target_modules '\(q_proj' is no regular expression: missing \)"),

@@ -14,7 +14,7 @@ from jebi.adapters import pissa, reference
 from jebi.adapters.lora import attach, detach
 from jebi.adapters.peft_config import CONFIG_FILE, base_of, other_rope, read_config, takes_from_base
 from jebi.adapters.peft_files import read_weights, stored_vocabulary
-from jebi.config import TARGET_MODULES, LoraConfig, ModelConfig, reject_unknown
+from jebi.config import TARGET_MODULES, EmbeddingPlace, HeadPlace, LoraConfig, ModelConfig, reject_unknown
 from jebi.errors import AdapterError, ConfigError
 from jebi.inference.generation import prepare
 from jebi.models.decoder import Checkpointing
@@ -55,6 +55,8 @@ class FastLanguageModel:
         device: torch.device | str | None = None,
         rope_scaling: dict[str, Any] | None = None,
         full_finetuning: bool = False,
+        embedding: EmbeddingPlace = "auto",
+        head: HeadPlace = "auto",
     ) -> tuple[JebiForCausalLM, PreTrainedTokenizerBase]:
         """Load a model and its tokenizer.
 
@@ -70,15 +72,21 @@ class FastLanguageModel:
             rope_scaling: how RoPE is scaled, in transformers' keys, such as ``{"rope_type": "yarn", "factor": 4.0}``;
                 None keeps the model's own, carried on where ``max_seq_length`` exceeds its length.
             full_finetuning: train every weight instead of an adapter; they are float32 and cast to ``dtype``.
+            embedding: "card", or "host": in host memory, out of which the card reads single rows. "auto" is the card,
+                until a training's plan finds no room there otherwise.
+            head: "card", "host" (copied over in slices) or "auto", likewise; or quantised on the card, "int8" or
+                "nf4", which changes what is computed.
 
         Raises:
-            ModelError: the model is not there, or of a kind that jebi does not have.
+            ModelError: the model is not there, or of a kind that jebi does not have; or embedding and head are one
+                table, which is to be in two places.
             WeightsError: its weights are incomplete or broken.
         """
         model_name = str(model_name)
-        storage = ModelConfig(
-            model_name, max_seq_length, load_in_4bit, load_in_8bit, full_finetuning, rope_scaling=rope_scaling
-        ).storage
+        asked = ModelConfig(
+            model_name, max_seq_length, load_in_4bit, load_in_8bit, full_finetuning, embedding=embedding, head=head,
+            rope_scaling=rope_scaling,
+        )  # fmt: skip
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None, not {dtype!r}.")
         folder = Path(model_name).expanduser()
@@ -94,7 +102,7 @@ class FastLanguageModel:
             if notice := scale_context(config, max_seq_length, rope_scaling):
                 logger.warning(notice)
             tokenizer = files.tokenizer()
-        model = load_model(files, config, dtype or default_dtype(place), place, storage)
+        model = load_model(files, config, dtype or default_dtype(place), place, asked.storage, asked.places)
         if generation := files.generation_config():
             model.generation_config = generation
         # The name the user gave, so that an adapter saved later can be used on another machine.

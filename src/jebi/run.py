@@ -243,6 +243,8 @@ def _load(config: RunConfig) -> tuple[JebiForCausalLM, PreTrainedTokenizerBase]:
         model.token,
         rope_scaling=model.rope_scaling,
         full_finetuning=model.full_finetuning,
+        embedding=model.embedding,
+        head=model.head,
     )
 
 
@@ -327,6 +329,8 @@ def model_settings(adapter: Path | None) -> dict[str, Any]:
         "load_in_8bit": model.get("load_in_8bit", False),
         "dtype": getattr(torch, dtype) if dtype else None,
         "rope_scaling": model.get("rope_scaling"),
+        "embedding": model.get("embedding", "auto"),
+        "head": model.get("head", "auto"),
     }
 
 

@@ -24,11 +24,13 @@ def test_kernels(tmp_path: Path) -> None:
     words = {
         "adamw8bit": "adamw8bit",
         "dequantize": "nf4 dequantise",
+        "gather": "gather from host memory",
         "glu": "glu backward",
         "linear_cross_entropy": "linear cross-entropy",
         "low_rank": "thin products",
         "rms_norm": "rms_norm backward",
         "rope": "rope",
+        "sliced_cross_entropy": "sliced cross-entropy",
     }
     files = {file.stem for file in (ROOT / "src" / "jebi" / "kernels").glob("*.py")} - {"__init__"}
     assert words.keys() == files

@@ -1,9 +1,10 @@
-"""``models.device``: which card a process takes."""
+"""``models.device``: which card a process takes, and what memory there is."""
 
+import psutil
 import pytest
 import torch
 
-from jebi.models.device import default_device
+from jebi.models.device import default_device, free_bytes
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,10 @@ def test_every_process_takes_its_own_card(
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
     assert default_device() == torch.device(expected)
+
+
+def test_a_cpu_has_the_hosts_memory() -> None:
+    assert 0 < free_bytes(torch.device("cpu")) <= psutil.virtual_memory().total
 
 
 def test_without_a_card_it_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,8 @@ def test_left_open_it_keeps_everything_while_a_pass_then_still_holds_the_longest
 def test_a_short_memory_makes_short_passes_and_never_none() -> None:
     assert plan(0.0).tokens == plan(-1.0).tokens == 1
     assert plan(0.0).checkpointing == "recompute"
+    assert not plan(0.0).fits
+    assert plan(1000.0).fits
 
 
 @pytest.mark.parametrize("asked", [*MODES, None])

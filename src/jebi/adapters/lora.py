@@ -14,8 +14,10 @@ from jebi.adapters.peft_files import write_adapter
 from jebi.adapters.targets import resolve
 from jebi.config import LoraConfig
 from jebi.errors import AdapterError, ConfigError
+from jebi.models.placement import place
 from jebi.models.shell import JebiPreTrainedModel
 from jebi.nn import dora
+from jebi.nn.host_weight import HostWeight
 from jebi.nn.linear import Linear
 from jebi.nn.lora import Lora
 from jebi.nn.trained_copy import drop_copies, train_copy
@@ -51,6 +53,8 @@ def attach(model: JebiPreTrainedModel, config: LoraConfig, fresh: bool = True) -
         )
     model.model.unstack()
     config, targets = resolve(model, config)
+    if config.modules_to_save:
+        place(model, model.places)  # what an earlier training moved off the card may be trained now
     wholly = _trained_wholly(model, config.modules_to_save or [])
     model.adapter = LoraAdapter(config)
     try:
@@ -127,10 +131,15 @@ def _trained_wholly(model: JebiPreTrainedModel, names: list[str]) -> list[nn.Mod
         if not found:
             raise ConfigError(f"modules_to_save: the model has no '{name}'; embed_tokens and lm_head are usual.")
         for path, module in found.items():
+            if isinstance(getattr(module, "weight", None), HostWeight):
+                raise ConfigError(
+                    f"modules_to_save: '{path}' lies in host memory, and is trained on the card alone: load the model "
+                    "without embedding='host' and head='host'."
+                )
             if not isinstance(getattr(module, "weight", None), nn.Parameter):
                 raise ConfigError(
                     f"modules_to_save: '{path}' has no weight that could be trained wholly; 4-bit ones need "
-                    "load_in_4bit=False."
+                    "load_in_4bit=False, a quantised head head='card'."
                 )
         modules |= found
     return list(modules.values())

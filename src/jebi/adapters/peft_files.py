@@ -17,6 +17,7 @@ from jebi.config import LoraConfig
 from jebi.errors import AdapterError
 from jebi.models.reward import JebiForSequenceClassification
 from jebi.models.shell import JebiPreTrainedModel
+from jebi.nn.host_weight import HostWeight, matrix
 from jebi.nn.linear import Linear
 from jebi.nn.trained_copy import copies
 
@@ -85,7 +86,10 @@ def read_weights(model: JebiPreTrainedModel, folder: Path) -> None:
         stored = {name: value for name, value in load_file(path).items() if not name.endswith(_DOUBLED)}
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"'{path}' is missing or broken: {error}") from error
-    awaited = {name: table for name, table in _tables(model).items() if name in stored} | adapter_tensors(model)
+    tables, head = _tables(model), f"{_PREFIX}lm_head.weight"
+    awaited = {name: table for name, table in tables.items() if name in stored} | adapter_tensors(model)
+    if head in stored and head not in awaited and model.get_output_embeddings() is not None:
+        raise AdapterError(f"adapter '{folder}' brings a head, and the model's is quantised: load it with head='card'.")
     # PEFT's own files of PiSSA hold the trained half alone; the frozen one was made from the base.
     halves = {} if takes_from_base(folder) else _frozen_halves(model)
     if stored.keys() != awaited.keys():
@@ -145,11 +149,15 @@ def _frozen_halves(model: JebiPreTrainedModel) -> dict[str, Tensor]:
 
 
 def _tables(model: JebiPreTrainedModel) -> dict[str, Tensor]:
-    """Embedding and head, which a file carries, untrained too, when the vocabulary is no longer the base's."""
+    """Embedding and head, which a file carries, untrained too, when the vocabulary is no longer the base's.
+
+    A quantised head is not among them: its vocabulary is the base's.
+    """
     named: dict[str, nn.Module] = {"model.embed_tokens": model.get_input_embeddings()}
     if (head := model.get_output_embeddings()) is not None:
         named["lm_head"] = head
-    return {f"{_PREFIX}{path}.weight": module.get_parameter("weight") for path, module in named.items()}
+    weights = {f"{_PREFIX}{path}.weight": module.weight for path, module in named.items()}
+    return {name: matrix(weight) for name, weight in weights.items() if isinstance(weight, nn.Parameter | HostWeight)}
 
 
 def _stacked(name: str) -> int:

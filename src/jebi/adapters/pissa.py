@@ -8,8 +8,6 @@ the rank, which PEFT reads on the ordinary base, and which PEFT itself writes fo
 
 from pathlib import Path
 
-from torch import nn
-
 from jebi.adapters.low_rank import best_factors, near_factors, require_rank
 from jebi.errors import AdapterError
 from jebi.models.shell import JebiPreTrainedModel
@@ -42,7 +40,7 @@ def require_dense(model: JebiPreTrainedModel, folder: Path) -> None:
     Raises:
         AdapterError: the model's weights are quantised.
     """
-    if not all(isinstance(linear.weight, nn.Parameter) for _, linear in model.linears()):
+    if model.packed_values():
         raise AdapterError(
             f"adapter '{folder}' takes its start out of the weights (init_lora_weights='pissa'), which 4-bit ones "
             "would not survive: load the base with load_in_4bit=False, or let PEFT convert the adapter "

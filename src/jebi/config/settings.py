@@ -19,6 +19,22 @@ ALL_LINEAR = "all-linear"
 Storage = Literal["dense", "nf4", "int8", "masters"]
 """How the layers' projections are held: in the compute dtype, in 4 bits, in 8, or trained, as float32."""
 
+EmbeddingPlace = Literal["auto", "card", "host"]
+"""Where the embedding's table is. "auto" is the card, until a training needs its memory for something else."""
+
+HeadPlace = Literal["auto", "card", "host", "int8", "nf4"]
+"""Where the head is, or how it is held on the card; "auto" likewise, which never quantises it."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the two large tables beside the layers are."""
+
+    embedding: EmbeddingPlace = "auto"
+    """The embedding's."""
+    head: HeadPlace = "auto"
+    """The head's."""
+
 
 @dataclass
 class ModelConfig:
@@ -40,6 +56,10 @@ class ModelConfig:
     """Hub token for gated models."""
     rope_scaling: dict[str, Any] | None = None
     """How RoPE is scaled, such as {rope_type: yarn, factor: 4.0}; null carries the model's own scaling on."""
+    embedding: EmbeddingPlace = "auto"
+    """Where a frozen embedding is while a card computes: auto, card, or host (the card reads single rows)."""
+    head: HeadPlace = "auto"
+    """Where a frozen output head is: auto, card, host (copied over in slices), or quantised on the card: int8, nf4."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -54,6 +74,14 @@ class ModelConfig:
             raise ConfigError(
                 f"full_finetuning trains the weights themselves, which have no bits to spare: drop {name}."
             )
+
+        if self.full_finetuning and (self.embedding not in ("auto", "card") or self.head not in ("auto", "card")):
+            raise ConfigError("full_finetuning trains embedding and head, on the card: leave both 'auto'.")
+
+    @property
+    def places(self) -> Places:
+        """Where embedding and head are to be."""
+        return Places(self.embedding, self.head)
 
     @property
     def storage(self) -> Storage:

@@ -1,7 +1,8 @@
 """Cross-entropy of a linear head, in chunks of tokens: all the logits never exist at once.
 
 Only tokens that have a label are multiplied. Gradients are computed in the forward, chunk by chunk, while the chunk's
-logits are at hand: the hidden states' where they need one, the head's weight's where that is trained.
+logits are at hand: the hidden states' where they need one, the head's weight's where that is trained. A head that is
+not dense, or not on the card, is `sliced_cross_entropy`'s.
 
 Shapes: T tokens, N of them labelled, C tokens of a chunk, D width, V vocabulary.
 """
@@ -119,12 +120,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_TD, grad_VD = ctx.saved_tensors
-        scaled_TD = None if grad_TD is None else _scaled(grad_TD, grads[0])
+        scaled_TD = None if grad_TD is None else scaled(grad_TD, grads[0])
         scaled_VD = None if grad_VD is None else (grad_VD * grads[0]).to(ctx.weight_dtype)
         return scaled_TD, scaled_VD, None, None, None, None
 
 
-def _scaled(grad_TD: Tensor, factor: Tensor) -> Tensor:
+def scaled(grad_TD: Tensor, factor: Tensor) -> Tensor:
     """The gradient times a factor, in its dtype.
 
     In float32 first: under loss scaling the factor alone may exceed what float16 holds. Some tokens at a time, since
@@ -149,7 +150,7 @@ def _chunk_(
         return losses_C.sum(), logits_CV
     dtype = logits_CV.dtype
     logits_CV = logits_CV.float()
-    slope_CV = _cap_(logits_CV, form.softcap) if form.softcap is not None else None
+    slope_CV = cap_(logits_CV, form.softcap) if form.softcap is not None else None
     losses_C = _token_losses_(logits_CV, labels_C, form.label_smoothing)
     loss = losses_C.sum() if counts_C is None else losses_C @ counts_C
     if not wants_grad:
@@ -162,7 +163,7 @@ def _chunk_(
     return loss, dlogits_CV.to(dtype)
 
 
-def _cap_(logits_CV: Tensor, softcap: float) -> Tensor:
+def cap_(logits_CV: Tensor, softcap: float) -> Tensor:
     """Cap the logits in place and return the cap's slope at each of them."""
     tanh_CV = logits_CV.div_(softcap).tanh_()
     slope_CV = tanh_CV.square().neg_().add_(1)

@@ -1,7 +1,8 @@
-"""Where a model goes and what it computes in, when the user leaves it open."""
+"""Where a model goes and what it computes in, when the user leaves it open, and the memory there."""
 
 import os
 
+import psutil
 import torch
 
 
@@ -27,3 +28,14 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def _cpu_has_bfloat16() -> bool:
     """Native products only: emulated ones are several times slower than float32."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process could still take."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        # What set_per_process_memory_fraction leaves.
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
+        return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
+    return int(psutil.virtual_memory().available)

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from jebi.errors import ModelError
 from jebi.kernels.linear_cross_entropy import LossForm, linear_cross_entropy, softcapped
+from jebi.kernels.sliced_cross_entropy import sliced_cross_entropy
 from jebi.models.cache import growing_cache
 from jebi.models.decoder import Decoder
 from jebi.models.families import DecoderShape
@@ -25,6 +26,7 @@ from jebi.models.unpadding import IGNORED, Layout, Learnt, lay_out, learnt_of, p
 from jebi.nn.linear import Linear
 from jebi.nn.rotary import Rotary
 from jebi.nn.rows import Rows
+from jebi.nn.slices import WeightSlices, sliced_product
 
 
 class Backbone(Decoder):
@@ -153,7 +155,7 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
             logits = None
             if loss is None or kwargs.get("return_logits"):
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-                logits = softcapped(self.lm_head(hidden_BSD[:, kept]), self.model.shape.logit_softcap)
+                logits = softcapped(self._product(hidden_BSD[:, kept]), self.model.shape.logit_softcap)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
     def _prepare_cache_for_generation(
@@ -216,16 +218,29 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
             shifted_BS = shifted_BS.masked_fill(mask_BS == 0, IGNORED)
         return learnt_of(shifted_BS, kwargs.get("counts"))
 
+    def _product(self, hidden_BSD: Tensor) -> Tensor:
+        """The head's output; a head that is not dense comes in slices."""
+        if (slices := self._slices()) is not None:
+            return sliced_product(hidden_BSD, slices)
+        logits_BSV: Tensor = self.lm_head(hidden_BSD)
+        return logits_BSV
+
+    def _slices(self) -> WeightSlices | None:
+        weight = self.lm_head.weight
+        if self.lm_head.is_dense or isinstance(weight, nn.Parameter):
+            return None
+        return WeightSlices(weight, self.lm_head.dtype)
+
     def _loss(self, hidden_BSD: Tensor, learnt: Learnt, kwargs: dict[str, Any]) -> Tensor:
-        head = self.lm_head.weight
-        total = linear_cross_entropy(
-            hidden_BSD.flatten(0, 1),
-            head if isinstance(head, nn.Parameter) else self.lm_head.dense(),
-            learnt.labels_N,
-            LossForm(kwargs.get("label_smoothing", 0.0), self.model.shape.logit_softcap),
-            learnt.counts_N,
-            learnt.index_N,
-        )
+        form = LossForm(kwargs.get("label_smoothing", 0.0), self.model.shape.logit_softcap)
+        hidden_TD = hidden_BSD.flatten(0, 1)
+        if (slices := self._slices()) is not None:
+            hidden_ND = hidden_TD.index_select(0, learnt.index_N)
+            total = sliced_cross_entropy(hidden_ND, slices, learnt.labels_N, form, learnt.counts_N)
+        else:
+            head = self.lm_head.weight
+            weight_VD = head if isinstance(head, nn.Parameter) else self.lm_head.dense()
+            total = linear_cross_entropy(hidden_TD, weight_VD, learnt.labels_N, form, learnt.counts_N, learnt.index_N)
         items = kwargs.get("num_items_in_batch")
         if items is None:
             counts_N = learnt.counts_N

@@ -17,15 +17,17 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
-from jebi.config import Storage
+from jebi.config import EmbeddingPlace, HeadPlace, Places, Storage
 from jebi.errors import WeightsError
 from jebi.kernels.dequantize import PackedWeight
 from jebi.models.families import read_config
 from jebi.models.files import Folder, ModelFiles, StoredTensor
 from jebi.models.hf import JebiForCausalLM
+from jebi.models.placement import place, resolve
 from jebi.models.prequantised import joined, read_scheme
 from jebi.models.rope import read_rotary
 from jebi.models.staging import staged
+from jebi.nn.host_weight import HostWeight, matrix
 from jebi.nn.linear import Linear
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
@@ -47,7 +49,12 @@ _Form = Storage | Literal["as stored"]
 
 
 def load_model(
-    files: ModelFiles, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, storage: Storage
+    files: ModelFiles,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    storage: Storage,
+    places: Places = Places(),  # noqa: B008  (frozen)
 ) -> JebiForCausalLM:
     """Build the model of ``config`` and fill it from ``files``.
 
@@ -57,35 +64,46 @@ def load_model(
             out of it: it is not the model's.
         dtype: compute dtype, and storage of everything that is not quantised.
         device: where the model is to live.
-        storage: how the layers' projections are held: "nf4", "int8", or "dense" in ``dtype``. Embedding, norms and
-            head are dense. A checkpoint that is NF4 already is held as it is, where "nf4" is asked for. With "masters"
-            everything is float32 and trained, and cast to ``dtype`` where it is used.
+        storage: how the layers' projections are held: "nf4", "int8", or "dense" in ``dtype``. Norms are dense. A
+            checkpoint that is NF4 already is held as it is, where "nf4" is asked for. With "masters" everything is
+            float32 and trained, and cast to ``dtype`` where it is used.
+        places: where embedding and head are, dense but for a head that is to be quantised. What is to lie in host
+            memory is never on the card.
 
     Raises:
-        ModelError: the family or the checkpoint's quantisation is not supported; raised before any weight is read.
+        ModelError: the family or the checkpoint's quantisation is not supported, or the places contradict each other;
+            raised before any weight is read.
         WeightsError: a tensor is missing, is one too many, has another shape, or its file is broken.
     """
     shape = read_config(config)
     scheme = read_scheme(config)
     vars(config).pop("quantization_config", None)
+    at = resolve(places, shape.tied, device)
+    tables = {"model.embed_tokens": at.embedding, "lm_head": at.embedding if shape.tied else at.head}
     model = JebiForCausalLM(config, shape, dtype, read_rotary(config, device))
     awaited = dict(model.named_parameters(remove_duplicate=False))
     total = len(awaited) - shape.tied
+    dense: _Form = "masters" if storage == "masters" else "dense"
     # Where a checkpoint in the form asked for has a dense projection, its makers had their reasons.
     form: _Form = "as stored" if scheme and scheme.as_stored and storage == "nf4" else storage
     tensors: Iterable[StoredTensor] = (stored for stored in files.tensors() if not stored.name.endswith(_HARMLESS))
     if scheme is not None:
         tensors = joined(tensors, scheme)
     elif device.type == "cuda":
-        tensors = staged(tensors, device)
+        on_host = {f"{name}.weight" for name, where in tables.items() if where == "host"}
+        tensors = staged((dataclasses.replace(s, span=None) if s.name in on_host else s for s in tensors), device)
     for stored in _progress(tensors, total):
         _check(stored, awaited.pop(stored.name, None), config)
         owner_name, _, leaf = stored.name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        if leaf == "weight" and isinstance(owner, Linear) and owner_name != "lm_head":
-            owner.store(_read(stored, dtype, device, form))
+        if leaf == "weight" and (where := tables.get(owner_name)) is not None:
+            value = _read_table(stored, dtype, device, where, dense)
         else:
-            setattr(owner, leaf, _read(stored, dtype, device, "masters" if storage == "masters" else "dense"))
+            projection = leaf == "weight" and isinstance(owner, Linear)
+            value = _read(stored, dtype, device, form if projection else dense)
+        if not isinstance(value, nn.Parameter):
+            delattr(owner, leaf)
+        setattr(owner, leaf, value)
     own_head = shape.tied and awaited.pop("lm_head.weight", None) is None
     if awaited:
         raise WeightsError(
@@ -94,6 +112,8 @@ def load_model(
         )
     if shape.tied:
         _tie(model, own_head)
+    place(model, places)
+    model.places = places
     model.source = files if scheme is None else None
     model.eval()
     return model
@@ -101,9 +121,9 @@ def load_model(
 
 def _tie(model: JebiForCausalLM, own_head: bool) -> None:
     """Make the embedding the head too, unless the checkpoint has a head of its own: transformers keeps it then."""
-    embedding = model.model.embed_tokens.weight
-    assert isinstance(model.lm_head.weight, nn.Parameter)
-    if own_head and not torch.equal(model.lm_head.weight, embedding):
+    embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+    assert isinstance(head, nn.Parameter | HostWeight)
+    if own_head and not torch.equal(matrix(head), matrix(embedding)):
         logger.warning(
             "the model's config has tie_word_embeddings=true, and its checkpoint a head that is not the embedding: "
             "they are not tied. tie_word_embeddings=false in config.json says the same."
@@ -111,7 +131,7 @@ def _tie(model: JebiForCausalLM, own_head: bool) -> None:
         model.config.tie_word_embeddings = False
         model.model.shape = dataclasses.replace(model.model.shape, tied=False)
         return
-    model.lm_head.weight = embedding
+    model.lm_head.store(embedding)
 
 
 @torch.no_grad()
@@ -171,6 +191,17 @@ def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device, form: 
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(f"'{stored.file}': tensor '{stored.name}' cannot be used: {error}") from error
     return nn.Parameter(value, requires_grad=form == "masters")
+
+
+def _read_table(
+    stored: StoredTensor, dtype: torch.dtype, device: torch.device, where: EmbeddingPlace | HeadPlace, dense: _Form
+) -> nn.Parameter | PackedWeight | HostWeight:
+    """Read embedding or head to where it is to be."""
+    if where == "host":
+        value = _read(stored, dtype, torch.device("cpu"), "dense")
+        assert isinstance(value, nn.Parameter)
+        return HostWeight(value, device)
+    return _read(stored, dtype, device, where if where in ("nf4", "int8") else dense)
 
 
 def _progress(tensors: Iterable[StoredTensor], total: int) -> Iterable[StoredTensor]:

@@ -37,7 +37,7 @@ class JebiForSequenceClassification(JebiPreTrainedModel):
             name.replace("ForCausalLM", "ForSequenceClassification") for name in config.architectures or ()
         ]
         super().__init__(config)
-        self.model, self.adapter, self.source = model.model, model.adapter, model.source
+        self.model, self.adapter, self.source, self.places = model.model, model.adapter, model.source, model.places
         generator = torch.Generator().manual_seed(random_state)
         drawn = torch.randn(1, self.model.shape.layer.width, generator=generator) * config.initializer_range
         self.score = nn.Linear(drawn.shape[1], 1, bias=False, device=model.device, dtype=torch.float32)

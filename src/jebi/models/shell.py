@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from jebi.config import Places
 from jebi.errors import ModelError
 from jebi.models.decoder import Decoder
 from jebi.models.files import ModelFiles
@@ -37,6 +38,8 @@ class JebiPreTrainedModel(PreTrainedModel):
     adapter: Adapter | None = None
     _counted: tuple[int, int] | None = None
     """Parameters, and those of the embedding and the head among them."""
+    places: Places = Places()
+    """Where embedding and head were asked to be; where they are, `models.placement` says."""
     source: ModelFiles | None = None
     """The checkpoint it was filled from, where that holds the weights as they were before any quantisation."""
 
@@ -155,11 +158,14 @@ class JebiPreTrainedModel(PreTrainedModel):
     def trainable_parameters(self) -> tuple[int, int]:
         """How many numbers are trained, and how many there are; a 4-bit weight counts its values, not its bytes."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return trained, sum(p.numel() for p in self.parameters()) + self.packed_values()
+        tables = {self.model.embed_tokens.weight, getattr(self.get_output_embeddings(), "weight", None)}
+        beside = sum(t.shape[0] * t.shape[1] for t in tables if t is not None and not isinstance(t, nn.Parameter))
+        return trained, sum(p.numel() for p in self.parameters()) + self.packed_values() + beside
 
     def packed_values(self) -> int:
-        """How many numbers are held in 4 or 8 bits."""
-        return sum(m.in_features * m.out_features for _, m in self.linears() if not isinstance(m.weight, nn.Parameter))
+        """How many numbers of the layers are held in 4 or 8 bits."""
+        maps = [linear for _, linear in self.linears() if linear is not self.get_output_embeddings()]
+        return sum(m.in_features * m.out_features for m in maps if not isinstance(m.weight, nn.Parameter))
 
     def print_trainable_parameters(self) -> None:
         """Print how much of the model is trained, in PEFT's words."""

@@ -7,9 +7,10 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from jebi.errors import ModelError
+from jebi.nn.host_weight import HostWeight, matrix
 from jebi.nn.linear import Linear
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def resize(model: "JebiPreTrainedModel", size: int) -> None:
     (nlp.stanford.edu/~johnhew/vocab-expansion.html, without its noise); rows beyond ``size`` are dropped.
 
     Raises:
-        ModelError: the size is below 1, or the model has an adapter, whose files name the sizes it was made for.
+        ModelError: the size is below 1; the model has an adapter, whose files name the sizes it was made for; or its
+            head is quantised.
     """
     if size < 1:
         raise ModelError(f"a vocabulary has at least 1 token, not {size}.")
@@ -32,19 +34,29 @@ def resize(model: "JebiPreTrainedModel", size: int) -> None:
     if model.adapter is not None:
         raise ModelError("resize_token_embeddings comes before get_peft_model: resize the model without its adapter.")
     embedding, head = model.model.embed_tokens, model.get_output_embeddings()
-    old_VD = embedding.weight
-    embedding.weight = _resized(old_VD, size)
+    old = embedding.weight
     if isinstance(head, Linear):
-        assert isinstance(head.weight, nn.Parameter), "heads are held dense"
-        head.weight = embedding.weight if head.weight is old_VD else _resized(head.weight, size)
+        weight = head.weight
+        if not isinstance(weight, nn.Parameter | HostWeight):
+            raise ModelError("a quantised head is not resized: load the model with head='card'.")
+        if weight is not old:
+            head.store(_resized(weight, size))
+    embedding.store(_resized(old, size))
+    if isinstance(head, Linear):
+        if head.weight is old:
+            head.store(embedding.weight)
         head.out_features = size
     model.model.shape = dataclasses.replace(model.model.shape, vocabulary=size)
     model.config.vocab_size = size
 
 
 @torch.no_grad()
-def _resized(table_VD: nn.Parameter, size: int) -> nn.Parameter:
-    kept_VD: Tensor = table_VD[:size]
+def _resized(weight: nn.Parameter | HostWeight, size: int) -> nn.Parameter | HostWeight:
+    table_VD = matrix(weight)
+    kept_VD = table_VD[:size]
     mean_D = table_VD.mean(0, dtype=torch.float32).to(table_VD.dtype)
     new_VD = mean_D.expand(size - kept_VD.shape[0], -1)
-    return nn.Parameter(torch.cat([kept_VD, new_VD]), requires_grad=table_VD.requires_grad)
+    table_VD = torch.cat([kept_VD, new_VD])
+    if isinstance(weight, HostWeight):
+        return HostWeight(table_VD, weight.device)
+    return nn.Parameter(table_VD, requires_grad=weight.requires_grad)

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jebi.errors import ModelError
+from jebi.nn.host_weight import HostWeight
+from jebi.nn.linear import Linear
 from jebi.nn.trained_copy import originals_in_place
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight, to_bitsandbytes
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from jebi.models.shell import JebiPreTrainedModel
 
 _SHARD_SIZE = "5GB"
+_HEAD = "lm_head.weight"
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -35,10 +38,12 @@ def write_checkpoint(model: "JebiPreTrainedModel", folder: Path, weights: dict[s
         ModelError: the model's weights are held in 8 bits.
     """
     if weights is None:
-        weights = {name: value.to(model.dtype) for name, value in model.named_parameters()}
+        weights = _held(model)
     tensors = {name: value.detach().contiguous() for name, value in weights.items()}
     packed: dict[str, NF4Weight] = {}
     for name, linear in model.linears():
+        if linear is model.get_output_embeddings():
+            continue
         if isinstance(linear.weight, Int8Weight):
             raise ModelError(
                 "a model held in 8 bits is not saved, as other libraries do not know its blocks: load it with "
@@ -51,11 +56,22 @@ def write_checkpoint(model: "JebiPreTrainedModel", folder: Path, weights: dict[s
     config = model.config
     if packed:
         config = copy.deepcopy(config)
-        dense = [name for name, linear in model.linears() if isinstance(linear.weight, nn.Parameter)]
+        dense = [name for name, _ in model.linears() if name not in packed]
         config.quantization_config = _quantization(packed, dense, config.dtype)
     config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
+
+
+def _held(model: "JebiPreTrainedModel") -> dict[str, Tensor]:
+    """Everything that is not 4-bit, in the compute dtype; a quantised head is written dense, as readers expect one."""
+    held = {name: value.to(model.dtype) for name, value in model.named_parameters()}
+    embedding, head = model.model.embed_tokens.weight, model.get_output_embeddings()
+    if isinstance(embedding, HostWeight):
+        held["model.embed_tokens.weight"] = embedding.weight_NK
+    if isinstance(head, Linear) and not isinstance(head.weight, nn.Parameter) and head.weight is not embedding:
+        held[_HEAD] = head.dense()
+    return held
 
 
 def write_base(model: "JebiPreTrainedModel", folder: Path) -> None:
@@ -66,7 +82,7 @@ def write_base(model: "JebiPreTrainedModel", folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with originals_in_place(model):
-        held = {name: value.to(model.dtype) for name, value in model.named_parameters() if ".lora." not in name}
+        held = {name: value for name, value in _held(model).items() if ".lora." not in name}
     write_checkpoint(model, folder, held)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jebi.kernels.dequantize import dense_into
+from jebi.nn.host_weight import HostWeight
 from jebi.nn.linear import Linear
 
 
@@ -94,4 +95,5 @@ class DenseProduct:
             if isinstance(linear.weight, nn.Parameter):
                 weight_NK[start:end] = linear.weight
             else:
+                assert not isinstance(linear.weight, HostWeight), "only a head is there"
                 dense_into(linear.weight, weight_NK[start:end])

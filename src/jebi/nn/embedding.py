@@ -1,6 +1,7 @@
 """The embedding: a row of the table for every token.
 
-The table is frozen and in the compute dtype, or trained and a float32 master that is cast where it is used.
+The table is frozen and in the compute dtype, or trained and a float32 master that is cast where it is used. A frozen
+one may lie in host memory; a card then reads the rows it needs over the bus.
 
 Shapes: V vocabulary, D width.
 """
@@ -9,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jebi.kernels.gather import gather
+from jebi.nn.host_weight import HostWeight
+
 
 class Embedding(nn.Module):
     """``scale * weight[ids]``."""
 
-    weight: nn.Parameter
+    weight: nn.Parameter | HostWeight
 
     def __init__(self, vocabulary: int, width: int, scale: float, dtype: torch.dtype):
         """Build it on the meta device: the checkpoint's table is put in when it arrives.
@@ -29,6 +33,11 @@ class Embedding(nn.Module):
         self.scale = torch.tensor(scale, dtype=dtype, device="cpu").item()
         self.dtype = dtype
 
+    def store(self, weight: nn.Parameter | HostWeight) -> None:
+        """Take a table, wherever it lies."""
+        del self.weight
+        self.weight = weight
+
     @property
     def num_embeddings(self) -> int:
         """V, under the name that `torch.nn.Embedding` has for it."""
@@ -41,7 +50,9 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) token ids -> (..., D) in the compute dtype; differentiable by a trained table."""
-        rows = F.embedding(ids, self.weight).to(self.dtype)
+        weight = self.weight
+        rows = gather(weight.weight_NK, ids) if isinstance(weight, HostWeight) else F.embedding(ids, weight)
+        rows = rows.to(self.dtype)
         return rows if self.scale == 1 else rows * self.scale
 
     def extra_repr(self) -> str:

@@ -1,8 +1,9 @@
 """A linear map, stored dense or quantised, with at most one adapter.
 
 Weights are named as in Hugging Face checkpoints (``weight``, ``bias``). They are frozen in the compute dtype, or
-trained: float32 master weights then, cast where they are used. Two ways through the map: `Linear.forward`, which
-autograd differentiates, and `project` with `backward_input` and `backward_trained`, for a hand-written layer.
+trained: float32 master weights then, cast where they are used. A head may also lie in host memory. Two ways through the
+map: `Linear.forward`, which autograd differentiates, and `project` with `backward_input` and `backward_trained`, for a
+hand-written layer.
 
 Shapes: T tokens, K inputs, N outputs, r rank, R rank with an adapter's frozen half.
 """
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 from jebi.kernels import dequantize
 from jebi.kernels.dequantize import PackedWeight
 from jebi.nn import dora
+from jebi.nn.host_weight import HostWeight
 from jebi.nn.lora import Lora
 
 
 class Linear(nn.Module):
     """``x W^T + b``; an adapter, when there is one, is added to it."""
 
-    weight: nn.Parameter | PackedWeight
+    weight: nn.Parameter | PackedWeight | HostWeight
     bias: nn.Parameter | None
 
     def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype):
@@ -35,13 +37,15 @@ class Linear(nn.Module):
         empty = torch.empty(outputs, dtype=dtype, device="meta") if bias else None
         self.bias = nn.Parameter(empty, requires_grad=False) if empty is not None else None
         self.lora: Lora | None = None
-        self._kept: tuple[nn.Parameter | PackedWeight, Tensor] | None = None
+        self._kept: tuple[nn.Parameter | PackedWeight | HostWeight, Tensor] | None = None
 
     def dense(self) -> Tensor:
         """The weight (N, K) in the compute dtype: itself, the kept copy, or dequantised into a new tensor."""
         # A trained weight's copy is not its original's, which may be in its place for a while.
         if self._kept is not None and self._kept[0] is self.weight:
             return self._kept[1]
+        if isinstance(self.weight, HostWeight):
+            return self.weight.dense()
         return self._cast() if isinstance(self.weight, nn.Parameter) else dequantize.dense(self.weight, self.dtype)
 
     def _cast(self) -> Tensor:
@@ -49,11 +53,16 @@ class Linear(nn.Module):
         return self.weight.to(self.dtype)
 
     def device(self) -> torch.device:
-        """Where the weight is."""
+        """Where the weight is, or the card that it serves."""
         weight = self.weight
-        return weight.device if isinstance(weight, nn.Parameter) else next(weight.buffers()).device
+        return weight.device if isinstance(weight, nn.Parameter | HostWeight) else next(weight.buffers()).device
 
-    def store(self, weight: nn.Parameter | PackedWeight) -> None:
+    @property
+    def is_dense(self) -> bool:
+        """Whether `dense` makes no matrix anew."""
+        return isinstance(self.weight, nn.Parameter) or (self._kept is not None and self._kept[0] is self.weight)
+
+    def store(self, weight: nn.Parameter | PackedWeight | HostWeight) -> None:
         """Take the checkpoint's weight, in whichever form it is to be held."""
         del self.weight
         self.weight = weight

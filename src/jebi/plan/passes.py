@@ -38,6 +38,8 @@ class PassPlan:
     """Whether 4-bit and 8-bit weights are kept dequantised for all passes, instead of once a use."""
     chunk: int = CHUNK_TOKENS
     """Tokens that layers take at a time, where they recompute."""
+    fits: bool = True
+    """Whether that holds the longest row; where not, training may run out of memory."""
 
 
 def kept_bytes_per_token(shape: DecoderShape, element: int, checkpointing: Checkpointing) -> int:
@@ -152,4 +154,4 @@ def choose(
                         tokens = min(tokens, int(host_bytes * _SHARE) // on_host)
                     return PassPlan(mode, min(tokens, limit), keep, chunk)
     last = modes[-1]
-    return PassPlan(last, max(1, min(most(last, budget, _CHUNKS[-1]), limit)), chunk=_CHUNKS[-1])
+    return PassPlan(last, max(1, min(most(last, budget, _CHUNKS[-1]), limit)), chunk=_CHUNKS[-1], fits=False)

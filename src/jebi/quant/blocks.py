@@ -15,14 +15,19 @@ def stretch(device: torch.device) -> int:
     return 1 << 18 if device.type == "cpu" else 1 << 24
 
 
+def unit(columns: int, block: int) -> int:
+    """Every so many rows of a matrix with ``columns`` a row begins with a block."""
+    return block // math.gcd(columns, block)
+
+
 def stretches(out_NK: Tensor, block: int) -> Iterator[tuple[Tensor, int]]:
     """Cut a matrix [N, K] into rows of about a stretch that begin with a block: ``(part of it, first block)``.
 
     Whole rows and whole blocks at a time, so that a part fits any strides of ``out_NK``.
     """
     rows, columns = out_NK.shape
-    unit = block // math.gcd(columns, block)
-    step = max(1, stretch(out_NK.device) // max(1, unit * columns)) * unit
+    whole = unit(columns, block)
+    step = max(1, stretch(out_NK.device) // max(1, whole * columns)) * whole
     for top in range(0, rows, step):
         yield out_NK[top : top + step], top * columns // block
 

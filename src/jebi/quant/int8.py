@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from jebi.errors import WeightsError
-from jebi.quant.blocks import move_buffers, stretch, stretches
+from jebi.quant.blocks import move_buffers, stretch, stretches, unit
 
 _STEPS = 127
 
@@ -75,6 +75,19 @@ class Int8Weight(nn.Module):
             scales = self.scales[first : first - (-part.numel() // self.block)]
             part.copy_(_decode(codes_V, scales, self.block).view(part.shape))
         return out
+
+    @property
+    def unit(self) -> int:
+        """Every so many rows a block begins."""
+        return unit(self.shape[1], self.block)
+
+    def rows(self, start: int, stop: int) -> "Int8Weight":
+        """The rows from ``start``, a multiple of `unit`, to before ``stop``; they share the weight's memory."""
+        assert start % self.unit == 0
+        first, columns = start * self.shape[1], self.shape[1]
+        values = (min(stop, self.shape[0]) - start) * columns
+        codes, scales = self.codes[first:][:values], self.scales[first // self.block :][: -(-values // self.block)]
+        return Int8Weight(codes, scales, shape=(values // columns, columns), dtype=self.dtype, block=self.block)
 
     @property
     def nbytes(self) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from jebi.errors import WeightsError
 from jebi.quant import dynamic8
-from jebi.quant.blocks import move_buffers, stretch, stretches
+from jebi.quant.blocks import move_buffers, stretch, stretches, unit
 
 # arXiv:2305.14314, appendix E.
 LEVELS = (
@@ -114,6 +114,25 @@ class NF4Weight(nn.Module):
             scales = scales_B[first : first - (-part.numel() // self.block)]
             part.copy_(_decode(packed, scales, self.block)[: part.numel()].view(part.shape))
         return out
+
+    @property
+    def unit(self) -> int:
+        """Every so many rows a block of block scales begins."""
+        blocks = 1 if self.nested_absmax is None else dynamic8.BLOCK
+        return unit(self.shape[1], self.block * blocks)
+
+    def rows(self, start: int, stop: int) -> "NF4Weight":
+        """The rows from ``start``, a multiple of `unit`, to before ``stop``; they share the weight's memory."""
+        assert start % self.unit == 0
+        first, columns = start * self.shape[1], self.shape[1]
+        values = (min(stop, self.shape[0]) - start) * columns
+        packed = self.packed[first // 2 :][: -(-values // 2)]
+        absmax = self.absmax[first // self.block :][: -(-values // self.block)]
+        nested = self.nested_absmax
+        if nested is not None:
+            nested = nested[first // self.block // dynamic8.BLOCK :][: -(-absmax.numel() // dynamic8.BLOCK)]
+        shape = (values // columns, columns)
+        return NF4Weight(packed, absmax, nested, self.offset, shape=shape, dtype=self.dtype, block=self.block)
 
     def scales(self) -> Tensor:
         """Return the blocks' scales: float32 [B]; not to be written to."""

@@ -4,8 +4,10 @@ Which rows make a step, and what follows it, are the trainer's; what a pass comp
 """
 
 import contextlib
+import dataclasses
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -14,10 +16,14 @@ from transformers import TrainingArguments
 
 from jebi.data.heldout import inputs_of
 from jebi.data.passes import Pass
+from jebi.models.device import free_bytes
 from jebi.models.hf import JebiForCausalLM
+from jebi.models.placement import movable, place, placed, resolve
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, TRAINED_BYTES, PassPlan, choose
+from jebi.plan.places import Relief, reliefs
 from jebi.training.graphs import PassGraphs
-from jebi.training.report import free_bytes
+
+logger = logging.getLogger(__name__)
 
 Loss = Callable[[nn.Module, dict[str, object], Tensor | int], Tensor]
 """The trainer's own way from the model's keywords to the loss of a pass."""
@@ -50,7 +56,10 @@ def settings_of(args: TrainingArguments, longest: int, pass_tokens: int | None, 
 
 
 def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
-    """Choose the pass size, and what layers keep where the model leaves it open; set the model up for it."""
+    """Choose the pass size, and what layers keep where the model leaves it open; set the model up for it.
+
+    Where nothing else fits, embedding and head leave the card, as far as the model leaves that open.
+    """
     backbone, device = model.model, model.device
     asked = None if getattr(model, "auto_checkpointing", False) else backbone.checkpointing
     if settings.recompute and asked in (None, "none"):
@@ -60,13 +69,30 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
     free = free_bytes(device) - TRAINED_BYTES * trained
     weights = model.packed_values() * element if device.type == "cuda" else 0
     host = free_bytes(torch.device("cpu")) if device.type == "cuda" else 0
-    plan = choose(backbone.shape, element, free, settings.longest, asked, limit, weights, host)
+    options = _reliefs(model)
+    now = next((o.frees for o in options if resolve(o.places, backbone.shape.tied, device) == placed(model)), 0)
+    for option in options:
+        freed = free + option.frees - now
+        plan = choose(backbone.shape, element, freed, settings.longest, asked, limit, weights, host)
+        if plan.fits:
+            break
+    place(model, option.places)
+    if option is not options[0]:
+        at = placed(model)
+        logger.warning(f"training needs the room on the card, so: embedding='{at.embedding}', head='{at.head}'.")
     backbone.checkpointing, backbone.chunk_tokens = plan.checkpointing, plan.chunk
     if device.type == "cuda":
         backbone.stack(plan.keep_weights)
     if settings.pass_tokens is None:
         return plan
-    return replace(plan, tokens=settings.pass_tokens)
+    return dataclasses.replace(plan, tokens=settings.pass_tokens)
+
+
+def _reliefs(model: JebiForCausalLM) -> list[Relief]:
+    """Places of embedding and head to try; on a CPU there is nothing to be relieved of."""
+    if model.device.type == "cpu":
+        return [Relief(model.places, 0)]
+    return reliefs(model.model.shape, model.dtype.itemsize, movable(model))
 
 
 class Engine:

@@ -22,6 +22,7 @@ from jebi.data.passes import Pass
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.unpadding import IGNORED, Learnt, learnt_of
 from jebi.nn.attention import varlen_serves
+from jebi.nn.host_weight import HostWeight
 from jebi.nn.rows import Rows
 from jebi.training.flat import lay_flat
 
@@ -64,13 +65,17 @@ class PassGraphs:
 
     @staticmethod
     def serves(model: JebiForCausalLM) -> bool:
-        """Whether its passes can be captured: layers stacked, float32 masters, no layer's input on the host."""
+        """Whether its passes can be captured: layers stacked, float32 masters, no layer's input on the host.
+
+        Embedding and head may be there, in memory that the card reaches by itself.
+        """
         stacked = all(layer.stacked is not None for layer in model.model.decoder_layers())
         masters = all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
         same_everywhere = all(rotary.reach is None for rotary in model.model.rotary.values())
         capped = any(shape.attention.softcap is not None for shape in model.model.shape.layers)
         on_card = varlen_serves(model.device, model.dtype) and model.model.checkpointing != "offload"
-        return stacked and masters and same_everywhere and on_card and not capped
+        reached = all(module.locked for module in model.modules() if isinstance(module, HostWeight))
+        return stacked and masters and same_everywhere and on_card and reached and not capped
 
     def run(self, part: Pass, items: Tensor | int) -> Tensor:
         """Forward and backward of a pass; its loss, which the next pass writes over."""

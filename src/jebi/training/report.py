@@ -54,7 +54,7 @@ class Report:
     tokens: int
     """Tokens of the rows trained on, by all processes; there is no padding to leave out."""
     plan: dict[str, Any]
-    """What was chosen: tokens a pass, what layers keep."""
+    """What was chosen: tokens a pass, what layers keep, where embedding and head are."""
 
     @property
     def minutes(self) -> float:
@@ -123,17 +123,6 @@ def memory_before(device: torch.device) -> MemoryBefore:
         reserved = torch.cuda.memory_reserved(device)
         return MemoryBefore(properties.name, properties.total_memory / _GB, reserved / _GB)
     return MemoryBefore(_processor(), psutil.virtual_memory().total / _GB, psutil.Process().memory_info().rss / _GB)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that this process could still take."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.memory_reserved(device)
-        # What set_per_process_memory_fraction leaves.
-        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
-        return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
-    return int(psutil.virtual_memory().available)
 
 
 def _processor() -> str:

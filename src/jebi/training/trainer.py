@@ -8,6 +8,7 @@ at all. Everything else (schedules, logging, callbacks, saving strategies, resum
 import logging
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from jebi.data.passes import Batch, collate, cut, learnt_weight, longest
 from jebi.data.preparation import FormattingFunc, Preparation
 from jebi.errors import ConfigError
 from jebi.models.hf import JebiForCausalLM
+from jebi.models.placement import placed
 from jebi.plan.passes import PassPlan
 from jebi.training import processes
 from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, learning_of, longest_row
@@ -152,7 +154,7 @@ class SFTTrainer(Trainer):
         with self._interrupt.listening():
             output = super().train(*args, **kwargs)
         self._losses.require_finite(self.args.output_dir)
-        chosen = {"pass_tokens": plan.tokens, "checkpointing": plan.checkpointing}
+        chosen = {"pass_tokens": plan.tokens, "checkpointing": plan.checkpointing} | asdict(placed(self.model))
         (tokens,) = processes.summed(self.accelerator, self._trained_tokens)
         self.report = meter.report(self._trained_steps, int(tokens), chosen)
         if self.args.should_save:

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from jebi.kernels.gpu import adamw8bit, cross_entropy, glu, nf4, rms_norm, rope
+from jebi.kernels.gpu import adamw8bit, cross_entropy, gather, glu, nf4, rms_norm, rope
 
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory that one block may have, by compute capability (CUDA programming guide, technical specifications)."""
@@ -62,11 +62,17 @@ def cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[s
     entropy |= {"vocabulary": "i32", "smoothing": SCALAR, "softcap": SCALAR}
     flags = {"COUNTED": True, "CAPPED": True, "SMOOTHED": True, "GRAD": True, "BLOCK": 4096}
     found.append((cross_entropy._cross_entropy, entropy, flags, 8))
+    fold = {"logits_ptr": value, "labels_ptr": "*i64"}
+    fold |= dict.fromkeys(("top_ptr", "others_ptr", "hit_ptr", "slope_ptr", "rescale_ptr"), FLOAT)
+    fold |= {"rows": "i32", "softcap": SCALAR}
+    found.append((cross_entropy._fold, fold, {"CAPPED": True, "GRAD": True, "BLOCK": 4096}, 8))
     step = {"param_ptr": FLOAT, "grad_ptr": FLOAT, "state1_ptr": "*u8", "state2_ptr": "*u8"}
     step |= {"absmax1_ptr": FLOAT, "absmax2_ptr": FLOAT, "codes1_ptr": FLOAT, "nearest1_ptr": "*u8"}
     step |= {"codes2_ptr": FLOAT, "nearest2_ptr": "*u8", "values": "i32"}
     step |= dict.fromkeys(("beta1", "beta2", "eps", "decay", "rate", "correction2"), SCALAR)
     found.append((adamw8bit._step, step, {"BLOCK": 256}, 2))
+    table = {"table_ptr": value, "ids_ptr": "*i64", "out_ptr": value, "rows": "i32", "width": "i32", "stride": "i32"}
+    found.append((gather._gather, table, {"BLOCK": 1024}, 4))
     return found
 
 

@@ -16,17 +16,20 @@ import torch
 from torch import Tensor
 
 from jebi.kernels.adamw8bit import Moments8, Rates, adamw8bit_
+from jebi.kernels.gather import gather_reference
 from jebi.kernels.glu import glu
 from jebi.kernels.gpu import adamw8bit as gpu_adamw8bit
 from jebi.kernels.gpu import cross_entropy as gpu_cross_entropy
+from jebi.kernels.gpu import gather as gpu_gather
 from jebi.kernels.gpu import glu as gpu_glu
 from jebi.kernels.gpu import nf4 as gpu_nf4
 from jebi.kernels.gpu import rms_norm as gpu_rms_norm
 from jebi.kernels.gpu import rope as gpu_rope
-from jebi.kernels.linear_cross_entropy import softcapped
+from jebi.kernels.linear_cross_entropy import LossForm, softcapped
 from jebi.kernels.low_rank import LowRank, summed
 from jebi.kernels.rms_norm import rms_norm
 from jebi.kernels.rope import rope, rope_tables
+from jebi.kernels.sliced_cross_entropy import Seen, fold_
 from jebi.quant import dynamic8, nf4
 
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
@@ -169,6 +172,40 @@ def check_cross_entropy(dtype: torch.dtype) -> Iterator[Check]:
         yield f"dlogits V={vocabulary} {smoothing} {softcap}", kernel, plain[1], fine[1]
 
 
+def check_fold(dtype: torch.dtype) -> Iterator[Check]:
+    """Two slices after each other; labels in the first, in the second, and at their edges."""
+    for second, softcap in ((13, None), (5000, None), (5000, 3.0)):
+        parts = [drawn(5, rows, seed=rows, dtype=dtype).cpu() * 2 for rows in (37, second)]
+        labels = torch.tensor([0, 36, 37, 45, 36 + second])
+        seen, plainly, first = Seen.nothing(5, torch.device(DEVICE)), Seen.nothing(5, torch.device("cpu")), 0
+        for part in parts:
+            ours, rescale, state = part.to(DEVICE, copy=True), nan(5), (seen.top, seen.others, seen.hit, seen.slope)
+            silent, apart = part.to(DEVICE, copy=True), tuple(value.clone() for value in state)
+            here = (labels - first).to(DEVICE)
+            gpu_cross_entropy.fold_(silent, here, apart, nan(5), softcap, False)
+            gpu_cross_entropy.fold_(ours, here, state, rescale, softcap, True)
+            assert torch.equal(silent.cpu(), part)
+            assert all(torch.equal(one, other) for one, other in zip(state, apart))
+            plain, other, _ = fold_(part.clone(), labels - first, plainly, LossForm(softcap=softcap), True)
+            first += part.shape[1]
+        logits = softcapped(torch.cat(parts, 1).double(), softcap)
+        top = logits.amax(1)
+        shares = (logits - top[:, None]).exp().scatter_(1, labels[:, None], 0)
+        slope = torch.ones_like(logits) if softcap is None else 1 - (logits / softcap).square()
+        name, hit = f"fold S={second} {softcap}", labels[:, None]
+        yield f"{name} others", seen.others.cpu(), plainly.others, shares.sum(1)
+        # The loss before it is added up, in which the cap's roundings are as large as in `check_cross_entropy`.
+        exact = logits.gather(1, hit).squeeze(1) - logits.logsumexp(1)
+        yield (
+            f"{name} loss",
+            *((s.hit - s.top - (s.others + (s.hit - s.top).exp()).log()).cpu() for s in (seen, plainly)),
+            exact,
+        )
+        yield f"{name} slope", seen.slope.cpu(), plainly.slope, slope.gather(1, hit).squeeze(1)
+        yield f"{name} rescale", rescale.cpu(), other, (logits[:, :37].amax(1) - top).exp()
+        yield f"{name} shares", ours.cpu(), plain, (shares * slope)[:, 37:]
+
+
 def check_adamw8bit(dtype: torch.dtype) -> Iterator[Check]:
     """Both keep the same bytes but for values at the edge between two codes, where one rounding decides."""
     values = 256 * 3 + 40
@@ -197,7 +234,24 @@ def check_adamw8bit(dtype: torch.dtype) -> Iterator[Check]:
     yield "adamw8bit absmax", mine.absmax1, other.absmax1, other.absmax1.double()
 
 
-CHECKS = (check_rms_norm, check_rope, check_glu, check_nf4, check_cross_entropy, check_adamw8bit)
+def check_gather(dtype: torch.dtype) -> Iterator[Check]:
+    """From a table in host memory, page-locked on a card; rows that are not there are NaN."""
+    for rows, width in ((5, 7), (300, 1024), (9, 2500)):
+        table = drawn(rows, width, dtype=dtype).cpu()
+        table = table.pin_memory() if DEVICE == "cuda" else table
+        ids = torch.tensor([0, rows - 1, 2, 2, 4]).to(DEVICE)
+        out = nan(5, width, dtype=dtype)
+        gpu_gather.gather(table, ids, out)
+        expected = gather_reference(table, ids)
+        assert torch.equal(out, expected)
+        yield f"gather {rows}x{width}", out, expected, expected.double()
+        gpu_gather.gather(table, torch.tensor([-1, 0, rows]).to(DEVICE), out[:3])
+        assert out[:3].isnan().any(1).tolist() == [True, False, True]
+
+
+CHECKS = (
+    check_rms_norm, check_rope, check_glu, check_nf4, check_cross_entropy, check_fold, check_adamw8bit, check_gather,
+)  # fmt: skip
 
 
 def rms(values: Tensor) -> float:

@@ -1,6 +1,8 @@
 """Cross-entropy of ready logits and its gradient, in place: one program a token, the row read twice.
 
-Shapes: C tokens of a chunk, V vocabulary.
+All logits of a token at once, or those of one slice of the vocabulary after the other.
+
+Shapes: C tokens of a chunk, V vocabulary, S rows of a slice.
 """
 
 import triton
@@ -33,6 +35,32 @@ def loss_and_grad_(
         vocabulary, smoothing, softcap or 0.0,
         COUNTED=counts_C is not None, CAPPED=softcap is not None, SMOOTHED=smoothing > 0, GRAD=wants_grad,
         BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)), num_warps=8,
+    )  # fmt: skip
+
+
+def fold_(
+    logits_CS: Tensor,
+    labels_C: Tensor,
+    seen: tuple[Tensor, Tensor, Tensor, Tensor],
+    rescale_C: Tensor,
+    softcap: float | None,
+    wants_grad: bool,
+) -> None:
+    """Add a slice's logits to what is seen, as `sliced_cross_entropy.fold_` does where labels are not smoothed.
+
+    Args:
+        logits_CS: contiguous, any float dtype; the shares are written over them where a gradient is wanted.
+        labels_C: int64, counted from the slice's first row; the label may be in another slice.
+        seen: float32, changed in place: top, others, hit and slope.
+        rescale_C: float32, written.
+        softcap: the cap of the logits, or None.
+        wants_grad: whether the shares are wanted.
+    """
+    tokens, rows = logits_CS.shape
+    _fold[(tokens,)](
+        logits_CS, labels_C, *seen, rescale_C, rows, softcap or 0.0,
+        CAPPED=softcap is not None, GRAD=wants_grad,
+        BLOCK=min(_BLOCK, triton.next_power_of_2(rows)), num_warps=8,
     )  # fmt: skip
 
 
@@ -95,3 +123,57 @@ def _cross_entropy(
             if CAPPED:
                 grad *= 1.0 - tanh * tanh
             tl.store(logits_ptr + columns, (grad * count).to(logits_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _fold(
+    logits_ptr, labels_ptr, top_ptr, others_ptr, hit_ptr, slope_ptr, rescale_ptr, rows, softcap,
+    CAPPED: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + token)
+    before = tl.load(top_ptr + token)
+    logits_ptr += token * rows
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, rows, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + columns, columns < rows, other=float("-inf")).to(tl.float32)
+        if CAPPED:
+            x = tl.where(columns < rows, _tanh(x / softcap) * softcap, float("-inf"))
+        higher = tl.maximum(top, x)
+        # As above; the label's own share is left out.
+        total = total * tl.where(top == float("-inf"), 0.0, tl.exp(top - higher)) + tl.where(
+            (x == float("-inf")) | (columns == label), 0.0, tl.exp(x - higher)
+        )
+        top = higher
+    highest = tl.maximum(tl.max(top, 0), before)
+    rescale = tl.exp(before - highest)
+    others = tl.load(others_ptr + token) * rescale
+    others += tl.sum(total * tl.where(top == float("-inf"), 0.0, tl.exp(top - highest)), 0)
+    found = (label >= 0) & (label < rows)
+    hit = tl.load(logits_ptr + tl.where(found, label, 0)).to(tl.float32)
+    slope = 1.0
+    if CAPPED:
+        bent = _tanh(hit / softcap)
+        hit = bent * softcap
+        slope = 1.0 - bent * bent
+    # Every thread has read what is seen and the label's logit before any of them is written over.
+    tl.debug_barrier()
+    tl.store(top_ptr + token, highest)
+    tl.store(others_ptr + token, others)
+    tl.store(rescale_ptr + token, rescale)
+    tl.store(hit_ptr + token, hit, found)
+    tl.store(slope_ptr + token, slope, found)
+    if GRAD:
+        for start in range(0, rows, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < rows
+            x = tl.load(logits_ptr + columns, inside, other=0.0).to(tl.float32)
+            if CAPPED:
+                tanh = _tanh(x / softcap)
+                share = tl.exp(tanh * softcap - highest) * (1.0 - tanh * tanh)
+            else:
+                share = tl.exp(x - highest)
+            share = tl.where(columns == label, 0.0, share)
+            tl.store(logits_ptr + columns, share.to(logits_ptr.dtype.element_ty), inside)

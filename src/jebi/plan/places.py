@@ -1,0 +1,46 @@
+"""What a card that is too small for a training may be relieved of: embedding and head, which the layers do not need.
+
+They cost the least by the byte: from host memory, an embedding's rows come over the bus one by one, and a head crosses
+it once a few thousand learnt tokens (1 GiB in 20 ms at 50 GB/s). What a pass may hold beside them is `plan.passes`'.
+"""
+
+from dataclasses import dataclass
+
+from jebi.config import Places
+from jebi.models.families import DecoderShape
+from jebi.nn.slices import SLICE_BYTES
+
+
+@dataclass(frozen=True)
+class Relief:
+    """Places to try, and what they leave free."""
+
+    places: Places
+    """Of embedding and head."""
+    frees: int
+    """Bytes on the card that are free beside those of the first relief."""
+
+
+def reliefs(shape: DecoderShape, element: int, movable: Places) -> list[Relief]:
+    """What may be tried, in this order: everything as it was asked, then the embedding moved, then the head too.
+
+    Args:
+        shape: the decoder.
+        element: bytes of a number of embedding and head.
+        movable: what the user asked for; "auto" may be moved.
+    """
+    table = shape.vocabulary * shape.layer.width * element
+    # Two slices of it are on the card in its stead.
+    head = table - 2 * SLICE_BYTES
+    found = [Relief(movable, 0)]
+    if shape.tied:
+        if movable == Places() and head > 0:
+            found.append(Relief(Places("host", "host"), head))
+        return found
+    embedding, freed = movable.embedding, 0
+    if embedding == "auto":
+        embedding, freed = "host", table
+        found.append(Relief(Places(embedding, movable.head), freed))
+    if movable.head == "auto" and head > 0:
+        found.append(Relief(Places(embedding, "host"), freed + head))
+    return found
