@@ -13,9 +13,10 @@ from jebi.adapters import pissa, reference
 from jebi.adapters.lora import attach, detach
 from jebi.adapters.peft_config import CONFIG_FILE, base_of, other_rope, read_config, takes_from_base
 from jebi.adapters.peft_files import read_weights, stored_vocabulary
-from jebi.config import TARGET_MODULES, LoraConfig, ModelConfig, reject_unknown
+from jebi.config import TARGET_MODULES, Compute, LoraConfig, ModelConfig, reject_unknown
 from jebi.errors import AdapterError, ConfigError
 from jebi.inference.generation import prepare
+from jebi.models.compute import require_card, require_layers
 from jebi.models.decoder import Checkpointing
 from jebi.models.device import default_device, default_dtype
 from jebi.models.files import find
@@ -54,6 +55,7 @@ class FastLanguageModel:
         device: torch.device | str | None = None,
         rope_scaling: dict[str, Any] | None = None,
         full_finetuning: bool = False,
+        compute: Compute = "auto",
     ) -> tuple[JebiForCausalLM, PreTrainedTokenizerBase]:
         """Load a model and its tokenizer.
 
@@ -69,14 +71,23 @@ class FastLanguageModel:
             rope_scaling: how RoPE is scaled, in transformers' keys, such as ``{"rope_type": "yarn", "factor": 4.0}``;
                 None keeps the model's own, carried on where ``max_seq_length`` exceeds its length.
             full_finetuning: train every weight instead of an adapter; they are float32 and cast to ``dtype``.
+            compute: "fp8" multiplies the frozen base in 8-bit floats while training, scaled by rows, on cards of
+                compute capability 9.0 and newer; "auto" multiplies in ``dtype``.
 
         Raises:
+            ConfigError: settings exclude each other, or ``compute`` cannot be had here.
             ModelError: the model is not there, or of a kind that jebi does not have.
             WeightsError: its weights are incomplete or broken.
         """
         model_name = str(model_name)
         storage = ModelConfig(
-            model_name, max_seq_length, load_in_4bit, load_in_8bit, full_finetuning, rope_scaling=rope_scaling
+            model_name,
+            max_seq_length,
+            load_in_4bit,
+            load_in_8bit,
+            full_finetuning,
+            rope_scaling=rope_scaling,
+            compute=compute,
         ).storage
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None, not {dtype!r}.")
@@ -85,10 +96,14 @@ class FastLanguageModel:
         base = base_of(adapter) if adapter else model_name
         files = find(base, token)
         place = torch.device(device) if device is not None else default_device()
+        dtype = dtype or default_dtype(place)
+        if compute == "fp8":
+            require_card(place, dtype)
         config = files.config()
         if notice := scale_context(config, max_seq_length, rope_scaling):
             logger.warning(notice)
-        model = load_model(files, config, dtype or default_dtype(place), place, storage)
+        model = load_model(files, config, dtype, place, storage)
+        model.compute = compute
         if generation := files.generation_config():
             model.generation_config = generation
         # The name the user gave, so that an adapter saved later can be used on another machine.
@@ -174,6 +189,8 @@ class FastLanguageModel:
             **settings,
         )
         attach(model, config)
+        if model.compute == "fp8":
+            require_layers(model.model)
         model.model.checkpointing = _CHECKPOINTING[use_gradient_checkpointing]
         model.auto_checkpointing = use_gradient_checkpointing == "auto"
         return model

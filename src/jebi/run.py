@@ -243,6 +243,7 @@ def _load(config: RunConfig) -> tuple[JebiForCausalLM, PreTrainedTokenizerBase]:
         model.token,
         rope_scaling=model.rope_scaling,
         full_finetuning=model.full_finetuning,
+        compute=model.compute,
     )
 
 

@@ -2,11 +2,21 @@
 
 from jebi.config.checking import check_type, reject_unknown
 from jebi.config.reading import read_run, run_from_dict
-from jebi.config.settings import ALL_LINEAR, TARGET_MODULES, DataConfig, LoraConfig, ModelConfig, RunConfig, Storage
+from jebi.config.settings import (
+    ALL_LINEAR,
+    TARGET_MODULES,
+    Compute,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    RunConfig,
+    Storage,
+)
 
 __all__ = [
     "ALL_LINEAR",
     "TARGET_MODULES",
+    "Compute",
     "DataConfig",
     "LoraConfig",
     "ModelConfig",

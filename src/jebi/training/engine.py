@@ -14,7 +14,9 @@ from transformers import TrainingArguments
 
 from jebi.data.heldout import inputs_of
 from jebi.data.passes import Pass
+from jebi.models.compute import require_card, require_layers
 from jebi.models.hf import JebiForCausalLM
+from jebi.nn.fp8_product import Fp8Product
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, TRAINED_BYTES, PassPlan, choose
 from jebi.training.graphs import PassGraphs
 from jebi.training.report import free_bytes
@@ -50,19 +52,29 @@ def settings_of(args: TrainingArguments, longest: int, pass_tokens: int | None, 
 
 
 def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
-    """Choose the pass size, and what layers keep where the model leaves it open; set the model up for it."""
-    backbone, device = model.model, model.device
+    """Choose the pass size, and what layers keep where the model leaves it open; set the model up for it.
+
+    Raises:
+        ConfigError: the model's ``compute`` cannot be had with this device or adapter.
+    """
+    backbone, device, fp8 = model.model, model.device, model.compute == "fp8"
+    if fp8:
+        require_card(device, model.dtype)
+        require_layers(backbone)
     asked = None if getattr(model, "auto_checkpointing", False) else backbone.checkpointing
     if settings.recompute and asked in (None, "none"):
         asked = "offload" if settings.offload else "recompute"
     element, limit = model.dtype.itemsize, CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS
     trained, _ = model.trainable_parameters()
     free = free_bytes(device) - TRAINED_BYTES * trained
-    weights = model.packed_values() * element if device.type == "cuda" else 0
+    if fp8:
+        free -= Fp8Product.BYTES * sum(layer.dense_values() for layer in backbone.decoder_layers())
+    kept = Fp8Product.BYTES if fp8 else element
+    weights = model.packed_values() * kept if device.type == "cuda" else 0
     plan = choose(backbone.shape, element, free, settings.longest, asked, limit, weights)
     backbone.checkpointing = plan.checkpointing
     if device.type == "cuda":
-        backbone.stack(plan.keep_weights)
+        backbone.stack(plan.keep_weights, fp8)
     if settings.pass_tokens is None:
         return plan
     return PassPlan(plan.checkpointing, settings.pass_tokens, plan.keep_weights)
