@@ -79,17 +79,20 @@ def _from_nf4(
     column = tl.program_id(0) * 64 + tl.arange(0, 64)
     inside = row < rows
     block = row * (COLUMNS // 64) + tl.program_id(0)
-    byte = (block * 32)[:, None] + tl.arange(0, 32)[None, :]
-    pair = tl.load(packed_ptr + byte, inside[:, None], other=0).to(tl.int32)
-    level = tl.load(levels_ptr + tl.interleave(pair >> 4, pair & 15))
     code = tl.load(absmax_ptr + block, inside, other=0).to(tl.int32)
     absmax = tl.load(codes_ptr + code) * tl.load(nested_ptr + block // 256, inside, other=0.0) + tl.load(offset_ptr)
-    dense = level * absmax[:, None]
+    byte = (block * 32)[:, None] + tl.arange(0, 32)[None, :]
+    pair = tl.load(packed_ptr + byte, inside[:, None], other=0)
     if TRANSPOSED:
-        numbers = dense * tl.div_rn(1.0, tl.load(scale_ptr + column))[None, :]
+        # Turned while it is packed, which moves an eighth of the bytes.
+        pair = tl.trans(pair)
+        index = tl.reshape(tl.permute(tl.join(pair >> 4, pair & 15), (0, 2, 1)), (64, TILE)).to(tl.int32)
+        dense = tl.load(levels_ptr + index) * absmax[None, :]
+        numbers = dense * tl.div_rn(1.0, tl.load(scale_ptr + column))[:, None]
         target = out_ptr + column.to(tl.int64)[:, None] * out_stride + row[None, :]
-        tl.store(target, tl.trans(numbers.to(out_ptr.dtype.element_ty)), inside[None, :])
+        tl.store(target, numbers.to(out_ptr.dtype.element_ty), inside[None, :])
     else:
+        dense = tl.load(levels_ptr + tl.interleave(pair >> 4, pair & 15).to(tl.int32)) * absmax[:, None]
         numbers = dense * tl.div_rn(1.0, tl.load(scale_ptr + row, inside, other=1.0))[:, None]
         target = out_ptr + row[:, None] * out_stride + column[None, :]
         tl.store(target, numbers.to(out_ptr.dtype.element_ty), inside[:, None])
