@@ -38,6 +38,7 @@ FIELDS = {
         "dtype",
         "token",
         "rope_scaling",
+        "compute",
     ],
     LoraConfig: [
         "r",

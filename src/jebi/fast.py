@@ -91,14 +91,14 @@ class FastLanguageModel:
         ).storage
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None, not {dtype!r}.")
-        folder = Path(model_name).expanduser()
-        adapter = folder if (folder / CONFIG_FILE).is_file() else None
-        base = base_of(adapter) if adapter else model_name
-        files = find(base, token)
         place = torch.device(device) if device is not None else default_device()
         dtype = dtype or default_dtype(place)
         if compute == "fp8":
             require_card(place, dtype)
+        folder = Path(model_name).expanduser()
+        adapter = folder if (folder / CONFIG_FILE).is_file() else None
+        base = base_of(adapter) if adapter else model_name
+        files = find(base, token)
         config = files.config()
         if notice := scale_context(config, max_seq_length, rope_scaling):
             logger.warning(notice)

@@ -48,7 +48,11 @@ def test_the_report_counts_what_was_trained(make_trainer: Fixture, tmp_path: Pat
     assert [entry["loss"] for entry in written["log"] if "loss" in entry] == [
         entry["loss"] for entry in trainer.state.log_history if "loss" in entry
     ]
-    assert written["plan"] == {"pass_tokens": trainer.report.plan["pass_tokens"], "checkpointing": "none"}
+    assert written["plan"] == {
+        "pass_tokens": trainer.report.plan["pass_tokens"],
+        "checkpointing": "none",
+        "compute": "float32",
+    }
 
 
 def test_a_second_training_goes_on_from_the_first(make_trainer: Fixture, losses: Fixture) -> None:
