@@ -105,7 +105,7 @@ def test_older_cards_and_other_dtypes_are_refused(monkeypatch: pytest.MonkeyPatc
     card = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some card")
-    with pytest.raises(ConfigError, match="this is Some card with 8.9: drop compute"):
+    with pytest.raises(ConfigError, match=r"this is Some card with 8\.9: drop compute"):
         compute.require_card(card, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     compute.require_card(card, torch.bfloat16)

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from jebi.kernels.scaled_product import product
+from jebi.nn.base_product import Scratch
 from jebi.nn.fp8_product import Fp8Product
-from jebi.nn.group import Scratch, Stacked
+from jebi.nn.group import Stacked
 from jebi.nn.linear import Linear
 from jebi.nn.lora import Lora
 from jebi.quant.fp8 import quantize_rows
@@ -51,8 +52,8 @@ def whole(group: list[Linear]) -> Tensor:
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "at every use"])
 @pytest.mark.parametrize("storage", STORAGES)
 def test_products_are_the_reference_s(storage: str, keep: bool) -> None:
-    group, scratch = maps(storage), Scratch()
-    fp8, weight = Fp8Product(group, keep, scratch), whole(group)
+    group = maps(storage)
+    fp8, weight = Fp8Product(group, None if keep else Scratch()), whole(group)
     x, dy, residual = drawn(21, INPUTS, seed=7), drawn(21, sum(SIZES), seed=8), drawn(21, sum(SIZES), seed=9)
     forward = product(quantize_rows(x), quantize_rows(weight), torch.bfloat16)
     backward = product(quantize_rows(dy), quantize_rows(weight.t()), torch.bfloat16)
@@ -64,19 +65,14 @@ def test_products_are_the_reference_s(storage: str, keep: bool) -> None:
 
 
 def test_packed_weights_share_the_buffer() -> None:
-    """One buffer, a byte a number, serves every group and both copies; what is dense or kept needs none."""
+    """One buffer, a byte a number, serves every group and both copies; what is dense needs none."""
     scratch = Scratch()
-    for storage, keep in (("dense", False), ("4 bits", True)):
-        product_ = Fp8Product(maps(storage), keep, scratch)
-        product_.forward(drawn(3, INPUTS))
-        product_.backward(drawn(3, sum(SIZES)))
-        assert scratch._flat is None
-    for _ in range(2):
-        product_ = Fp8Product(maps("4 bits"), False, scratch)
-        product_.forward(drawn(3, INPUTS))
-        product_.backward(drawn(3, sum(SIZES)))
-        assert scratch._flat is not None
-        assert scratch._flat.nbytes == INPUTS * sum(SIZES)
+    for storage in ("dense", "4 bits", "8 bits"):
+        fp8 = Fp8Product(maps(storage), scratch)
+        fp8.forward(drawn(3, INPUTS))
+        fp8.backward(drawn(3, sum(SIZES)))
+        assert (scratch._flat is None) == (storage == "dense")
+        assert scratch._flat is None or scratch._flat.nbytes == INPUTS * sum(SIZES)
 
 
 def test_a_group_adds_its_adapters_and_biases_to_it() -> None:
@@ -87,8 +83,8 @@ def test_a_group_adds_its_adapters_and_biases_to_it() -> None:
         linear.lora.reset(torch.Generator().manual_seed(1))
         nn.init.normal_(linear.lora.B_Nr, std=0.5)
         linear.bias = nn.Parameter(drawn(linear.out_features, seed=3), requires_grad=False)
-    base = Fp8Product(group, True, Scratch())
-    stacked = Stacked(group, None, base)
+    base = Fp8Product(group, None)
+    stacked = Stacked(group, base)
     x, dy = drawn(21, INPUTS, seed=7), drawn(21, sum(SIZES), seed=8)
     down = torch.cat([linear.lora.down(torch.bfloat16) for linear in group])
     up = torch.block_diag(*(linear.lora.up(torch.bfloat16) for linear in group))

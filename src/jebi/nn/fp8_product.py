@@ -45,29 +45,27 @@ class Fp8Product:
         self._scale_K1 = scale_of(torch.cat(columns, dim=1).amax(1, keepdim=True))
         packed = any(not isinstance(linear.weight, nn.Parameter) for linear in maps)
         self._scratch = scratch if packed else None
-        self._kept = (self._rows(Scratch()), self._columns(Scratch())) if self._scratch is None else None
+        self._kept = (self._rows(), self._columns()) if self._scratch is None else None
 
     def forward(self, x_TK: Tensor, residual_TN: Tensor | None = None) -> Tensor:
         """See `BaseProduct`."""
-        numbers_NK = self._kept[0] if self._kept is not None else self._rows(self._scratch)
+        numbers_NK = self._kept[0] if self._kept is not None else self._rows()
         y_TN = product(quantized(x_TK), Fp8Rows(numbers_NK, self._scale_N1), self._dtype)
         return y_TN if residual_TN is None else y_TN.add_(residual_TN)
 
     def backward(self, dy_TN: Tensor) -> Tensor:
         """See `BaseProduct`."""
-        numbers_KN = self._kept[1] if self._kept is not None else self._columns(self._scratch)
+        numbers_KN = self._kept[1] if self._kept is not None else self._columns()
         return product(quantized(dy_TN), Fp8Rows(numbers_KN, self._scale_K1), self._dtype)
 
-    def _rows(self, room: Scratch | None) -> Tensor:
-        assert room is not None
-        numbers_NK = room.matrix(*self._size, torch.float8_e4m3fn, self._scale_N1.device)
+    def _rows(self) -> Tensor:
+        numbers_NK = (self._scratch or Scratch()).matrix(*self._size, torch.float8_e4m3fn, self._scale_N1.device)
         for linear, start, end in self._spans:
             rows_into(linear.weight, self._scale_N1[start:end], numbers_NK[start:end])
         return numbers_NK
 
-    def _columns(self, room: Scratch | None) -> Tensor:
-        assert room is not None
-        numbers_KN = room.matrix(*self._size[::-1], torch.float8_e4m3fn, self._scale_N1.device)
+    def _columns(self) -> Tensor:
+        numbers_KN = (self._scratch or Scratch()).matrix(*self._size[::-1], torch.float8_e4m3fn, self._scale_N1.device)
         for linear, start, end in self._spans:
             columns_into(linear.weight, self._scale_K1, numbers_KN[:, start:end])
         return numbers_KN

@@ -74,9 +74,7 @@ def fp8_cases(value: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int
     """Those that write e4m3, as `cases` has the others."""
     rows = {"x_ptr": value, "out_ptr": "*fp8e4nv", "scale_ptr": FLOAT, "x_stride": "i32", "width": "i32"}
     limits = {"LARGEST": fp8.LARGEST, "SMALLEST": fp8.SMALLEST}
-    found = [
-        (fp8._quantize_rows, rows, limits | {"BLOCK": block}, warps) for block, warps in ((4096, 4), (16384, 16))
-    ]
+    found = [(fp8._quantize_rows, rows, limits | {"BLOCK": block}, warps) for block, warps in ((4096, 4), (16384, 16))]
     stored = {"packed_ptr": "*u8", "absmax_ptr": "*u8", "nested_ptr": FLOAT, "offset_ptr": FLOAT, "levels_ptr": FLOAT}
     stored |= {"codes_ptr": FLOAT, "scale_ptr": FLOAT, "out_ptr": "*fp8e4nv", "rows": "i32", "out_stride": "i32"}
     tile, warps = fp8._TILE

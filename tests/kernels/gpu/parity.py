@@ -175,7 +175,7 @@ def check_fp8_from_nf4(dtype: torch.dtype) -> Iterator[Check]:
 
 
 def e4m3_place(rows: int, columns: int) -> Tensor:
-    """Room for the numbers: on a card e4m3; the interpreter carries wrongly when it rounds to that, so float32 there."""
+    """Room for numbers, e4m3 on a card. The interpreter carries wrongly when it rounds to that: float32 there."""
     return nan(rows, columns, dtype=torch.float32 if DEVICE == "cpu" else torch.float8_e4m3fn)
 
 
