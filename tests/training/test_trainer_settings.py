@@ -60,7 +60,7 @@ def test_fp8_is_refused_before_a_step(make_trainer: Fixture, monkeypatch: pytest
     """Also of a model that was moved, or given another adapter, since it was loaded."""
     trainer = make_trainer(max_steps=1)
     trainer.model.compute = "fp8"
-    with pytest.raises(ConfigError, match="needs a CUDA card of compute capability 9.0 or newer, and this is the CPU"):
+    with pytest.raises(ConfigError, match="and this is the CPU: drop compute"):
         trainer.train()
     monkeypatch.setattr(engine, "require_card", lambda *_: None)
     next(m for _, m in trainer.model.linears() if m.lora is not None).lora.dropout = 0.1
