@@ -67,7 +67,7 @@ def cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[s
     step |= {"codes2_ptr": FLOAT, "nearest2_ptr": "*u8", "values": "i32"}
     step |= dict.fromkeys(("beta1", "beta2", "eps", "decay", "rate", "correction2"), SCALAR)
     found.append((adamw8bit._step, step, {"BLOCK": 256}, 2))
-    return found
+    return found + (fp8_cases(value) if capability >= 89 else [])
 
 
 def fp8_cases(value: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
@@ -88,11 +88,8 @@ def main() -> None:
     for capability, limit in SHARED_KIB.items():
         target = GPUTarget("cuda", capability, 32)
         worst = 0
-        count = 0
         for value in ("*fp16",) if capability < 80 else ("*fp16", "*bf16"):
-            kernels = cases(value, capability) + (fp8_cases(value) if capability >= 89 else [])
-            count = len(kernels)
-            for kernel, types, constants, warps in kernels:
+            for kernel, types, constants, warps in cases(value, capability):
                 names = kernel.arg_names
                 missing = set(names) - set(types) - set(constants)
                 assert not missing, f"{kernel.__name__} takes {missing} too"
@@ -105,6 +102,7 @@ def main() -> None:
                     sys.exit(
                         f"{kernel.__name__} takes {compiled.metadata.shared} bytes of shared memory on {capability}"
                     )
+        count = len(cases("*fp16", capability))
         print(f"compute capability {capability / 10}: {count} kernels, at most {worst} bytes shared")
 
 
