@@ -87,3 +87,26 @@ def test_no_graph_of_the_inputs_is_made() -> None:
     attended = attention_forward(*(x.requires_grad_() for x in qkv), ROWS, PLAIN)
     assert attended.way == "cpu"
     assert not attended.mixed(ROWS, torch.float32).requires_grad
+
+
+@pytest.mark.parametrize("way", ["cudnn", "flash"])
+@pytest.mark.parametrize("at_once", [1, 2**19])
+def test_what_a_card_is_asked_fits_the_operators(monkeypatch: pytest.MonkeyPatch, way: str, at_once: int) -> None:
+    """By their shapes alone; the numbers are `tests/nn/attention_on_card.py`'s."""
+    monkeypatch.setattr(attention_pair, "_way", lambda *_: way)
+    monkeypatch.setattr(attention_pair, "TOKEN_HEADS", at_once)
+    rows = rows_from_lengths([32, 32], torch.device("meta"))
+    whole = torch.empty(64, 12 * 16, dtype=torch.bfloat16, device="meta")
+    q, k, v = (x.unflatten(1, (-1, 16)) for x in whole.split([128, 32, 32], dim=1))
+    attended = attention_forward(q, k, v, rows, PLAIN)
+    assert attended.out_THd.shape == q.shape
+    assert [x.dtype for x in attended.storable()] == [torch.bfloat16, torch.float32]
+    taken = []
+
+    def take(heads: slice, groups: slice, *gradients: Tensor) -> None:
+        taken.append(heads)
+        assert [x.shape for x in gradients] == [q[:, heads].shape, k[:, groups].shape, v[:, groups].shape]
+        assert all(x.is_contiguous() for x in gradients)
+
+    attention_backward(torch.empty(q.shape, dtype=q.dtype, device="meta"), (q, k, v), attended, rows, PLAIN, take)
+    assert taken == ([slice(0, 8)] if at_once > 1 else [slice(0, 4), slice(4, 8)])

@@ -132,7 +132,7 @@ def _scaled(grad_TD: Tensor, factor: Tensor) -> Tensor:
     """
     scaled_TD = torch.empty_like(grad_TD)
     for part_TD, out_TD in zip(grad_TD.split(_SCALED_TOKENS), scaled_TD.split(_SCALED_TOKENS)):
-        out_TD.copy_(part_TD.float().mul_(factor))
+        out_TD.copy_(part_TD.float() * factor)
     return scaled_TD
 
 

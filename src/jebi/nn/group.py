@@ -237,7 +237,8 @@ class Stacked:
                 # Of a frozen half the columns lie behind the trained ones.
                 rank = linear.adapter.A_rK.shape[0]
                 grads[linear.adapter.A_rK] = ddown_RK[columns][:rank]
-                grads[linear.adapter.B_Nr] = dup_Nr[:, :rank] * linear.adapter.scale
+                dB_Nr, scale = dup_Nr[:, :rank], linear.adapter.scale
+                grads[linear.adapter.B_Nr] = dB_Nr if scale == 1 else dB_Nr * scale
 
     def _up_grads(self, dy_TN: Tensor, x_TK: Tensor | None, kept: Kept | None, sums: Sums) -> list[Tensor]:
         """Gradients of each map's ``scale * B`` (N, r)."""
