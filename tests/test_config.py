@@ -39,6 +39,7 @@ FIELDS = {
         "token",
         "rope_scaling",
         *("embedding", "head"),
+        "compute",
     ],
     LoraConfig: [
         "r",

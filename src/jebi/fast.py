@@ -14,9 +14,10 @@ from jebi.adapters import pissa, reference
 from jebi.adapters.lora import attach, detach
 from jebi.adapters.peft_config import CONFIG_FILE, base_of, other_rope, read_config, takes_from_base
 from jebi.adapters.peft_files import read_weights, stored_vocabulary
-from jebi.config import TARGET_MODULES, EmbeddingPlace, HeadPlace, LoraConfig, ModelConfig, reject_unknown
+from jebi.config import TARGET_MODULES, Compute, EmbeddingPlace, HeadPlace, LoraConfig, ModelConfig, reject_unknown
 from jebi.errors import AdapterError, ConfigError
 from jebi.inference.generation import prepare
+from jebi.models.compute import require_card, require_layers
 from jebi.models.decoder import Checkpointing
 from jebi.models.device import default_device, default_dtype
 from jebi.models.files import find
@@ -57,6 +58,7 @@ class FastLanguageModel:
         full_finetuning: bool = False,
         embedding: EmbeddingPlace = "auto",
         head: HeadPlace = "auto",
+        compute: Compute = "auto",
     ) -> tuple[JebiForCausalLM, PreTrainedTokenizerBase]:
         """Load a model and its tokenizer.
 
@@ -76,8 +78,11 @@ class FastLanguageModel:
                 until a training's plan finds no room there otherwise.
             head: "card", "host" (copied over in slices) or "auto", likewise; or quantised on the card, "int8" or
                 "nf4", which changes what is computed.
+            compute: "fp8" multiplies the frozen base in 8-bit floats while training, scaled by rows, on cards of
+                compute capability 9.0 and newer; "auto" multiplies in ``dtype``.
 
         Raises:
+            ConfigError: settings exclude each other, or ``compute`` cannot be had here.
             ModelError: the model is not there, or of a kind that jebi does not have; or embedding and head are one
                 table, which is to be in two places.
             WeightsError: its weights are incomplete or broken.
@@ -85,15 +90,17 @@ class FastLanguageModel:
         model_name = str(model_name)
         asked = ModelConfig(
             model_name, max_seq_length, load_in_4bit, load_in_8bit, full_finetuning, embedding=embedding, head=head,
-            rope_scaling=rope_scaling,
+            rope_scaling=rope_scaling, compute=compute,
         )  # fmt: skip
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None, not {dtype!r}.")
+        place = torch.device(device) if device is not None else default_device()
+        if compute == "fp8":
+            require_card(place, dtype or default_dtype(place))
         folder = Path(model_name).expanduser()
         adapter = folder if (folder / CONFIG_FILE).is_file() else None
         base = base_of(adapter) if adapter else model_name
         files = find(base, token)
-        place = torch.device(device) if device is not None else default_device()
         with ThreadPoolExecutor(1) as aside:
             if place.type == "cuda":
                 # Its context takes up to a second to make, and this thread has the tokenizer to read meanwhile.
@@ -103,6 +110,7 @@ class FastLanguageModel:
                 logger.warning(notice)
             tokenizer = files.tokenizer()
         model = load_model(files, config, dtype or default_dtype(place), place, asked.storage, asked.places)
+        model.compute = compute
         if generation := files.generation_config():
             model.generation_config = generation
         # The name the user gave, so that an adapter saved later can be used on another machine.
@@ -188,6 +196,8 @@ class FastLanguageModel:
             **settings,
         )
         attach(model, config)
+        if model.compute == "fp8":
+            require_layers(model.model)
         model.model.checkpointing = _CHECKPOINTING[use_gradient_checkpointing]
         model.auto_checkpointing = use_gradient_checkpointing == "auto"
         return model

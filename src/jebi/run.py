@@ -232,20 +232,10 @@ def template_of(adapter: Path | None, spec: str | None) -> str:
 
 
 def _load(config: RunConfig) -> tuple[JebiForCausalLM, PreTrainedTokenizerBase]:
-    model = config.model
-    dtype = getattr(torch, model.dtype) if model.dtype else None
-    return FastLanguageModel.from_pretrained(
-        model.name,
-        model.max_seq_length,
-        dtype,
-        model.load_in_4bit,
-        model.load_in_8bit,
-        model.token,
-        rope_scaling=model.rope_scaling,
-        full_finetuning=model.full_finetuning,
-        embedding=model.embedding,
-        head=model.head,
-    )
+    settings = asdict(config.model)
+    if settings["dtype"]:
+        settings["dtype"] = getattr(torch, settings["dtype"])
+    return FastLanguageModel.from_pretrained(settings.pop("name"), **settings)
 
 
 def _adapt(model: JebiForCausalLM, config: RunConfig) -> None:

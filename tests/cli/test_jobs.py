@@ -76,6 +76,13 @@ def test_the_base_is_held_afterwards_as_it_was_in_training(jebi: Run, config: Pa
     assert (settings["load_in_4bit"], settings["load_in_8bit"]) == (True, False)
 
 
+def test_fp8_is_refused_where_there_is_no_card(jebi: Run, config: Path, tmp_path: Path) -> None:
+    done = jebi("train", str(config), "--set", "model.compute=fp8", "--set", "model.dtype=bfloat16")
+    assert done.code == 2
+    assert "model.compute in a config file) needs a CUDA card of compute capability 9.0" in done.err
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
 def test_a_share_of_the_rows_may_be_held_out(jebi: Run, config: Path, tmp_path: Path) -> None:
     done = jebi("train", str(config), "--set", "data.heldout_share=0.4")
     assert done.code == 0, done.err

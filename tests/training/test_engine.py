@@ -11,7 +11,8 @@ from jebi.kernels.linear_cross_entropy import CHUNK_BYTES
 from jebi.models import placement
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import place, placed, resolve
-from jebi.plan.passes import TRAINED_BYTES, kept_bytes_per_token, work_bytes_per_token
+from jebi.nn.layer_node import CHUNK_TOKENS
+from jebi.plan.passes import TRAINED_BYTES, kept_bytes_per_token, work_bytes
 from jebi.plan.places import Relief
 from jebi.training import engine
 from jebi.training.engine import Settings, make_plan
@@ -35,8 +36,10 @@ def planned(monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., JebiForCa
 
     def plan(lacking: int) -> Any:
         shape = found.model.shape
-        each = kept_bytes_per_token(shape, 4, "recompute") + work_bytes_per_token(shape, 4)
-        needed = (128 * each + 2 * CHUNK_BYTES) / 0.8 + TRAINED_BYTES * found.trainable_parameters()[0]
+        least = SETTINGS.longest
+        activations = least * kept_bytes_per_token(shape, 4, "recompute")
+        activations += work_bytes(shape, 4, "recompute", least, CHUNK_TOKENS)
+        needed = (activations + 2 * CHUNK_BYTES) / 0.8 + TRAINED_BYTES * found.trainable_parameters()[0]
         # What was moved already is free already.
         moved = TABLE if placed(found) == Places("host", "host") else 0
         monkeypatch.setattr(engine, "free_bytes", lambda device: int(needed) + 8 - lacking + moved)

@@ -14,6 +14,7 @@ from jebi import SFTConfig, SFTTrainer, is_bfloat16_supported
 from jebi.errors import ConfigError
 from jebi.fast import FastLanguageModel
 from jebi.models.hf import JebiForCausalLM
+from jebi.training import engine
 
 Fixture = Callable[..., Any]
 
@@ -48,8 +49,21 @@ def test_the_report_counts_what_was_trained(make_trainer: Fixture, tmp_path: Pat
     assert [entry["loss"] for entry in written["log"] if "loss" in entry] == [
         entry["loss"] for entry in trainer.state.log_history if "loss" in entry
     ]
-    chosen = {"checkpointing": "none", "embedding": "card", "head": "card"}
+    chosen = {"checkpointing": "none", "compute": "float32", "embedding": "card", "head": "card"}
     assert written["plan"] == {"pass_tokens": trainer.report.plan["pass_tokens"]} | chosen
+
+
+def test_fp8_is_refused_before_a_step(make_trainer: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a model that was moved, or given another adapter, since it was loaded."""
+    trainer = make_trainer(max_steps=1)
+    trainer.model.compute = "fp8"
+    with pytest.raises(ConfigError, match="and this is the CPU: drop compute"):
+        trainer.train()
+    monkeypatch.setattr(engine, "require_card", lambda *_: None)
+    next(m for _, m in trainer.model.linears() if m.lora is not None).lora.dropout = 0.1
+    with pytest.raises(ConfigError, match="layer 0 has DoRA, adapter dropout or trained weights"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_a_second_training_goes_on_from_the_first(make_trainer: Fixture, losses: Fixture) -> None:

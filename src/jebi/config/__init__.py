@@ -5,6 +5,7 @@ from jebi.config.reading import read_run, run_from_dict
 from jebi.config.settings import (
     ALL_LINEAR,
     TARGET_MODULES,
+    Compute,
     DataConfig,
     EmbeddingPlace,
     HeadPlace,
@@ -18,6 +19,7 @@ from jebi.config.settings import (
 __all__ = [
     "ALL_LINEAR",
     "TARGET_MODULES",
+    "Compute",
     "DataConfig",
     "EmbeddingPlace",
     "HeadPlace",

@@ -16,6 +16,9 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 ALL_LINEAR = "all-linear"
 """PEFT's word for every projection but the head."""
 
+Compute = Literal["auto", "fp8"]
+"""What multiplies by the frozen base in training: the compute dtype, or 8-bit floats."""
+
 Storage = Literal["dense", "nf4", "int8", "masters"]
 """How the layers' projections are held: in the compute dtype, in 4 bits, in 8, or trained, as float32."""
 
@@ -60,6 +63,9 @@ class ModelConfig:
     """Where a frozen embedding is while a card computes: auto, card, or host (the card reads single rows)."""
     head: HeadPlace = "auto"
     """Where a frozen output head is: auto, card, host (copied over in slices), or quantised on the card: int8, nf4."""
+    compute: Compute = "auto"
+    """``fp8`` multiplies the frozen base in 8-bit floats while training, faster and less exact, on compute capability
+    9.0 and newer; ``auto`` multiplies in `dtype`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -74,6 +80,8 @@ class ModelConfig:
             raise ConfigError(
                 f"full_finetuning trains the weights themselves, which have no bits to spare: drop {name}."
             )
+        if self.full_finetuning and self.compute == "fp8":
+            raise ConfigError("compute 'fp8' multiplies a frozen base, and full_finetuning leaves none: drop one.")
 
         if self.full_finetuning and (self.embedding not in ("auto", "card") or self.head not in ("auto", "card")):
             raise ConfigError("full_finetuning trains embedding and head, on the card: leave both 'auto'.")

@@ -30,12 +30,13 @@ def dense_into(weight: PackedWeight, out_NK: Tensor) -> None:
         if nested_absmax is not None and offset is not None:
             from jebi.kernels.gpu import nf4 as gpu
 
-            gpu.dequantize(weight.packed, weight.absmax, nested_absmax, offset, _tables(out_NK.device), out_NK)
+            gpu.dequantize(weight.packed, weight.absmax, nested_absmax, offset, tables_on(out_NK.device), out_NK)
             return
     weight.dense(out_NK.dtype, out_NK)
 
 
 @lru_cache(maxsize=8)
-def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+def tables_on(device: torch.device) -> tuple[Tensor, Tensor]:
+    """NF4's levels and the codes of its scales, as the kernels take them."""
     levels = torch.tensor(LEVELS, dtype=torch.float32, device=device)
     return levels, dynamic8.code_on(True, device)

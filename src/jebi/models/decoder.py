@@ -19,6 +19,7 @@ from jebi.models.families import DecoderShape
 from jebi.nn.attention import AttentionForm, attend_cached, attend_rows, seen
 from jebi.nn.base_product import DenseProduct, Scratch
 from jebi.nn.embedding import Embedding
+from jebi.nn.fp8_product import Fp8Product
 from jebi.nn.group import Stacked
 from jebi.nn.host_memory import HostMemory
 from jebi.nn.layer import DecoderLayer, Norm
@@ -68,12 +69,15 @@ class Decoder(nn.Module):
         """Embedded rows laid end to end -> final hidden states (T, D)."""
         tables = self._tables(lambda rotary: rotary.of_rows(rows, hidden_TD.dtype))
         training = torch.is_grad_enabled() and self.training
-        host = HostMemory(hidden_TD.device) if self.checkpointing == "offload" else None
+        keep = _KEEP[self.checkpointing] if torch.is_grad_enabled() else "input"
+        host = HostMemory(hidden_TD.device) if keep == "input_on_host" else None
         # Gradients between layers are read by the next layer alone.
-        keeping = Keeping(_KEEP[self.checkpointing], self.chunk_tokens, host, spend_gradient=True)
+        keeping = Keeping(keep, self.chunk_tokens, host, spend_gradient=True)
         for layer in self.decoder_layers():
             turned = tables[layer.shape.kind]
-            if torch.is_grad_enabled() and not self.plain and serves(layer):
+            # Laid together a layer evaluates as it trains, 8-bit floats included.
+            by_hand = torch.is_grad_enabled() or (layer.stacked is not None and not torch.is_inference_mode_enabled())
+            if by_hand and not self.plain and serves(layer):
                 hidden_TD = run_layer(layer, hidden_TD, turned, rows, keeping)
             elif training and self.checkpointing != "none":
                 hidden_TD = checkpoint(_plain_rows, layer, hidden_TD, turned, rows, use_reentrant=False)
@@ -106,11 +110,16 @@ class Decoder(nn.Module):
         out_BSD: Tensor = self.norm(hidden_BSD)
         return out_BSD
 
-    def stack(self, keep: bool) -> None:
-        """Lay every layer's maps together for a card; ``keep`` says whether packed weights are kept dequantised."""
+    def stack(self, keep: bool, fp8: bool = False) -> None:
+        """Lay every layer's maps together for a card.
+
+        Args:
+            keep: whether packed weights are kept as they are multiplied, instead of made so at every use.
+            fp8: multiply by the frozen weights in 8-bit floats; who may ask for it is `models.compute`'s.
+        """
         scratch = None if keep else Scratch()
         for layer in self.decoder_layers():
-            layer.stack(lambda maps: DenseProduct(maps, scratch))
+            layer.stack(lambda maps: Fp8Product(maps, scratch) if fp8 else DenseProduct(maps, scratch))
 
     def unstack(self) -> None:
         """Forget what `stack` laid together; dense weights stay parts of one matrix."""

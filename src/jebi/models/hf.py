@@ -15,6 +15,7 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from jebi.config import Compute
 from jebi.errors import ModelError
 from jebi.kernels.linear_cross_entropy import LossForm, linear_cross_entropy, softcapped
 from jebi.kernels.sliced_cross_entropy import sliced_cross_entropy
@@ -96,6 +97,8 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
     """Longest row it was loaded for; set by `FastLanguageModel`."""
     auto_checkpointing: bool
     """Whether a training may choose what layers keep."""
+    compute: Compute
+    """What multiplies by the frozen base in training."""
 
     accepts_loss_kwargs = True
 
@@ -105,6 +108,7 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
         self.model = Backbone(shape, dtype, rotary)
         self.lm_head = Linear(shape.layer.width, shape.vocabulary, False, dtype)
         self.auto_checkpointing = False
+        self.compute = "auto"
         self.loss_type = "ForCausalLM"
         self.post_init()
 

@@ -156,9 +156,20 @@ class DecoderLayer(nn.Module):
 
     def stack(self, base_of: Callable[[list[Linear]], BaseProduct]) -> None:
         """Lay its maps together, where `nn.group.stacks` allows; ``base_of`` says how their weights are held."""
-        maps = [self.qkv(), [self.self_attn.o_proj], self.gate_up(), [self.mlp.down_proj]]
-        if all(stacks(group) for group in maps):
-            self.stacked = LayerGroups(*(Stacked(group, base_of(group)) for group in maps))
+        if self.stackable():
+            self.stacked = LayerGroups(*(Stacked(maps, base_of(maps)) for maps in self._maps()))
+
+    def stackable(self) -> bool:
+        """Whether its maps can be laid together."""
+        return all(stacks(maps) for maps in self._maps())
+
+    def dense_values(self) -> int:
+        """How many numbers its maps' weights hold that are not packed."""
+        weights = (linear.weight for _, linear in self.projections())
+        return sum(weight.numel() for weight in weights if isinstance(weight, nn.Parameter))
+
+    def _maps(self) -> list[list[Linear]]:
+        return [self.qkv(), [self.self_attn.o_proj], self.gate_up(), [self.mlp.down_proj]]
 
     def forward(self, hidden: Tensor, tables: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """The layer in differentiable torch; every option works here.

@@ -16,9 +16,11 @@ from transformers import TrainingArguments
 
 from jebi.data.heldout import inputs_of
 from jebi.data.passes import Pass
+from jebi.models.compute import require_card, require_layers
 from jebi.models.device import free_bytes
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import movable, place, placed, resolve
+from jebi.nn.fp8_product import Fp8Product
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, TRAINED_BYTES, PassPlan, choose
 from jebi.plan.places import Relief, reliefs
 from jebi.training.graphs import PassGraphs
@@ -59,15 +61,24 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
     """Choose the pass size, and what layers keep where the model leaves it open; set the model up for it.
 
     Where nothing else fits, embedding and head leave the card, as far as the model leaves that open.
+
+    Raises:
+        ConfigError: the model's ``compute`` cannot be had with this device or adapter.
     """
-    backbone, device = model.model, model.device
+    backbone, device, fp8 = model.model, model.device, model.compute == "fp8"
+    if fp8:
+        require_card(device, model.dtype)
+        require_layers(backbone)
     asked = None if getattr(model, "auto_checkpointing", False) else backbone.checkpointing
     if settings.recompute and asked in (None, "none"):
         asked = "offload" if settings.offload else "recompute"
     element, limit = model.dtype.itemsize, CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS
     trained, _ = model.trainable_parameters()
     free = free_bytes(device) - TRAINED_BYTES * trained
-    weights = model.packed_values() * element if device.type == "cuda" else 0
+    if fp8:
+        free -= Fp8Product.BYTES * sum(layer.dense_values() for layer in backbone.decoder_layers())
+    kept = Fp8Product.BYTES if fp8 else element
+    weights = model.packed_values() * kept if device.type == "cuda" else 0
     host = free_bytes(torch.device("cpu")) if device.type == "cuda" else 0
     options = _reliefs(model)
     now = next((o.frees for o in options if resolve(o.places, backbone.shape.tied, device) == placed(model)), 0)
@@ -82,7 +93,7 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
         logger.warning(f"training needs the room on the card, so: embedding='{at.embedding}', head='{at.head}'.")
     backbone.checkpointing, backbone.chunk_tokens = plan.checkpointing, plan.chunk
     if device.type == "cuda":
-        backbone.stack(plan.keep_weights)
+        backbone.stack(plan.keep_weights, fp8)
     if settings.pass_tokens is None:
         return plan
     return dataclasses.replace(plan, tokens=settings.pass_tokens)

@@ -154,7 +154,9 @@ class SFTTrainer(Trainer):
         with self._interrupt.listening():
             output = super().train(*args, **kwargs)
         self._losses.require_finite(self.args.output_dir)
-        chosen = {"pass_tokens": plan.tokens, "checkpointing": plan.checkpointing} | asdict(placed(self.model))
+        compute = str(self.model.dtype)[6:] if self.model.compute == "auto" else self.model.compute
+        chosen = {"pass_tokens": plan.tokens, "checkpointing": plan.checkpointing, "compute": compute}
+        chosen |= asdict(placed(self.model))
         (tokens,) = processes.summed(self.accelerator, self._trained_tokens)
         self.report = meter.report(self._trained_steps, int(tokens), chosen)
         if self.args.should_save:

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from jebi.kernels.gpu import adamw8bit, cross_entropy, gather, glu, nf4, rms_norm, rope
+from jebi.kernels.gpu import adamw8bit, cross_entropy, fp8, gather, glu, nf4, rms_norm, rope
 
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory that one block may have, by compute capability (CUDA programming guide, technical specifications)."""
@@ -73,6 +73,19 @@ def cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[s
     found.append((adamw8bit._step, step, {"BLOCK": 256}, 2))
     table = {"table_ptr": value, "ids_ptr": "*i64", "out_ptr": value, "rows": "i32", "width": "i32", "stride": "i32"}
     found.append((gather._gather, table, {"BLOCK": 1024}, 4))
+    return found + (fp8_cases(value) if capability >= 89 else [])
+
+
+def fp8_cases(value: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """Those that write e4m3, as `cases` has the others."""
+    rows = {"x_ptr": value, "out_ptr": "*fp8e4nv", "scale_ptr": FLOAT, "x_stride": "i32", "width": "i32"}
+    limits = {"LARGEST": fp8.LARGEST, "SMALLEST": fp8.SMALLEST}
+    found = [(fp8._quantize_rows, rows, limits | {"BLOCK": block}, warps) for block, warps in ((4096, 4), (16384, 16))]
+    stored = {"packed_ptr": "*u8", "absmax_ptr": "*u8", "nested_ptr": FLOAT, "offset_ptr": FLOAT, "levels_ptr": FLOAT}
+    stored |= {"codes_ptr": FLOAT, "scale_ptr": FLOAT, "out_ptr": "*fp8e4nv", "rows": "i32", "out_stride": "i32"}
+    tile, warps = fp8._TILE
+    for transposed in (False, True):
+        found.append((fp8._from_nf4, stored, {"COLUMNS": 14336, "TRANSPOSED": transposed, "TILE": tile}, warps))
     return found
 
 

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from jebi.kernels.adamw8bit import Moments8, Rates, adamw8bit_
+from jebi.kernels.dequantize import tables_on
 from jebi.kernels.gather import gather_reference
 from jebi.kernels.glu import glu
 from jebi.kernels.gpu import adamw8bit as gpu_adamw8bit
 from jebi.kernels.gpu import cross_entropy as gpu_cross_entropy
+from jebi.kernels.gpu import fp8 as gpu_fp8
 from jebi.kernels.gpu import gather as gpu_gather
 from jebi.kernels.gpu import glu as gpu_glu
 from jebi.kernels.gpu import nf4 as gpu_nf4
@@ -30,7 +32,7 @@ from jebi.kernels.low_rank import LowRank, summed
 from jebi.kernels.rms_norm import rms_norm
 from jebi.kernels.rope import rope, rope_tables
 from jebi.kernels.sliced_cross_entropy import Seen, fold_
-from jebi.quant import dynamic8, nf4
+from jebi.quant import dynamic8, fp8, nf4
 
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -150,6 +152,44 @@ def check_nf4(dtype: torch.dtype) -> Iterator[Check]:
         yield f"nf4 {rows}x{columns}", out.contiguous(), weight.dense(dtype), weight.dense(torch.float32).double()
 
 
+def check_fp8_rows(dtype: torch.dtype) -> Iterator[Check]:
+    for rows, width in ((5, 64), (3, 7), (2, 131)):
+        x = torch.cat((drawn(rows, width + 2, dtype=dtype), torch.zeros(1, width + 2, dtype=dtype).to(DEVICE)))[:, 1:-1]
+        out = e4m3_place(rows + 1, width)
+        scale = gpu_fp8.quantize_rows(x, out)
+        yield from same_rows(f"fp8 rows {rows}x{width}", out, scale, fp8.quantize_rows(x), x.double())
+
+
+def check_fp8_from_nf4(dtype: torch.dtype) -> Iterator[Check]:
+    """Two maps, one after the other, in one matrix and its transpose."""
+    for height, columns in ((5, 64), (130, 192)):
+        weights = [nf4.NF4Weight.quantize(drawn(height, columns, seed=seed, dtype=dtype)) for seed in (0, 1)]
+        dense = torch.cat([weight.dense(torch.float32) for weight in weights])
+        for transposed in (False, True):
+            expected = fp8.quantize_rows(dense.t() if transposed else dense)
+            out = e4m3_place(*expected.numbers_TK.shape)
+            for number, weight in enumerate(weights):
+                part = slice(number * height, (number + 1) * height)
+                place, scale = (out[:, part], expected.scale_T1) if transposed else (out[part], expected.scale_T1[part])
+                stored = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset)
+                gpu_fp8.from_nf4((*stored, *tables_on(out.device)), weight.shape, scale, place, transposed)
+            name = f"fp8 of nf4 {height}x{columns}{' transposed' * transposed}"
+            yield from same_rows(name, out, expected.scale_T1, expected, (dense.t() if transposed else dense).double())
+
+
+def e4m3_place(rows: int, columns: int) -> Tensor:
+    """Room for numbers, e4m3 on a card. The interpreter carries wrongly when it rounds to that: float32 there."""
+    return nan(rows, columns, dtype=torch.float32 if DEVICE == "cpu" else torch.float8_e4m3fn)
+
+
+def same_rows(name: str, out: Tensor, scale: Tensor, expected: fp8.Fp8Rows, exact: Tensor) -> Iterator[Check]:
+    """The numbers and scales are the reference's, to the bit."""
+    numbers = out.clamp(-fp8.LARGEST, fp8.LARGEST).to(torch.float8_e4m3fn) if out.dtype == torch.float32 else out
+    assert torch.equal(numbers.view(torch.uint8), expected.numbers_TK.contiguous().view(torch.uint8)), name
+    assert torch.equal(scale, expected.scale_T1), name
+    yield name, fp8.Fp8Rows(numbers, scale).dense(), expected.dense(), exact
+
+
 def check_cross_entropy(dtype: torch.dtype) -> Iterator[Check]:
     labels, counts = torch.tensor([3, 0, -100, 40]).to(DEVICE), torch.tensor([1.0, 3.0, 2.0, 1.0]).to(DEVICE)
     for vocabulary, smoothing, softcap in ((41, 0.0, None), (41, 0.1, None), (5000, 0.0, 3.0), (5000, 0.1, 3.0)):
@@ -249,9 +289,10 @@ def check_gather(dtype: torch.dtype) -> Iterator[Check]:
         assert out[:3].isnan().any(1).tolist() == [True, False, True]
 
 
-CHECKS = (
-    check_rms_norm, check_rope, check_glu, check_nf4, check_cross_entropy, check_fold, check_adamw8bit, check_gather,
-)  # fmt: skip
+CHECKS = [check_rms_norm, check_rope, check_glu, check_nf4, check_cross_entropy, check_fold, check_adamw8bit]
+CHECKS += [check_gather]
+if DEVICE == "cpu" or torch.cuda.get_device_capability() >= (8, 9):
+    CHECKS += [check_fp8_rows, check_fp8_from_nf4]
 
 
 def rms(values: Tensor) -> float:
