@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from jebi.kernels.dequantize import dense_into
 from jebi.kernels.low_rank import LowRank
+from jebi.kernels.product32 import product32
 from jebi.nn.linear import Grads, Linear, Share, backward_input, backward_trained, project
 
 
@@ -218,7 +219,7 @@ class Stacked:
         xa_TR = kept.xa[0] if kept is not None else self._compress(x_TK)
         if xa_TR is None or dxa_TR is None:
             return
-        ddown_RK, dup_NR = _product32(dxa_TR.t(), x_TK), _product32(dy_TN.t(), xa_TR)
+        ddown_RK, dup_NR = product32(dxa_TR.t(), x_TK), product32(dy_TN.t(), xa_TR)
         for linear, start, column in self._ranks:
             lora = linear.adapter
             assert lora is not None
@@ -306,10 +307,3 @@ def joined(dparts: list[Tensor]) -> Tensor:
     if adjacent and all(part.stride() == first.stride() for part in dparts) and first.stride(0) >= sum(widths):
         return first.as_strided((first.shape[0], sum(widths)), first.stride())
     return torch.cat(dparts, dim=1) if len(dparts) > 1 else first
-
-
-def _product32(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` in float32, from whichever dtype."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()

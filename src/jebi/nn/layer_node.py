@@ -114,6 +114,8 @@ def _forward(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tenso
     outputs, kept["qkv"] = groups.qkv.forward(x_TD)
     del x_TD
     q, k, v = (layer.heads(y) for y in parts(outputs, shape.qkv_sizes))
+    if layer.scale != 1:
+        v.mul_(layer.scale)
     qk = None
     if attn.q_norm is not None and attn.k_norm is not None:
         raw = q, k
@@ -133,9 +135,9 @@ def _forward(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tenso
         (middle_TD,), kept["o"] = groups.o.forward(mixed_TD, hidden_TD)
     else:
         (raw_TD,), kept["o"] = groups.o.forward(mixed_TD)
-        middle_TD, rstd = _norm(layer.attention_out_norm, raw_TD)
+        normed_TD, rstd = _norm(layer.attention_out_norm, raw_TD)
         attention_out = _Normed(raw_TD, rstd)
-        middle_TD.add_(hidden_TD)
+        middle_TD = torch.add(hidden_TD, normed_TD, alpha=layer.scale)
     x_TD, rstd_mid_T1 = _norm(layer.middle_norm, middle_TD)
     outputs, kept["gate_up"] = groups.gate_up.forward(x_TD, whole=False)
     gate_TF, up_TF = parts(outputs, [shape.ffn, shape.ffn])
@@ -144,15 +146,15 @@ def _forward(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tenso
 
 def _feed_forward(layer: DecoderLayer, kept: _Kept) -> Tensor:
     """The layer's output (T, D); what a norm at its end needs is kept."""
-    act_TF = glu_forward(kept.gate_TF, kept.up_TF, layer.shape.activation, _thin(layer, kept))
+    act_TF = glu_forward(kept.gate_TF, kept.up_TF, layer.shape.activation, _thin(layer, kept), layer.scale)
     down = layer.groups().down
     if layer.out_norm is None:
         (out_TD,), kept.groups["down"] = down.forward(act_TF, kept.middle_TD)
         return out_TD
     (raw_TD,), kept.groups["down"] = down.forward(act_TF)
-    out_TD, rstd_T1 = _norm(layer.out_norm, raw_TD)
+    normed_TD, rstd_T1 = _norm(layer.out_norm, raw_TD)
     kept.out = _Normed(raw_TD, rstd_T1)
-    return out_TD.add_(kept.middle_TD)
+    return torch.add(kept.middle_TD, normed_TD, alpha=layer.scale)
 
 
 def _thin(layer: DecoderLayer, kept: _Kept) -> Thin:
@@ -168,11 +170,11 @@ def _feed_forward_backward(layer: DecoderLayer, kept: _Kept, dout_TD: Tensor, gr
         if kept.out is None:
             _feed_forward(layer, kept)
         assert kept.out is not None
-        dblock_TD = _norm_backward(layer.out_norm, dout_TD, kept.out, grads)
+        dblock_TD = _norm_backward(layer.out_norm, layer.scaled(dout_TD), kept.out, grads)
     dact_TF, shares = groups.down.backward_input([dblock_TD], whole=False)
     assert dact_TF is not None
     act_TF, *dgate_up = glu_backward_(
-        dact_TF, kept.gate_TF, kept.up_TF, layer.shape.activation, _thin(layer, kept), shares.thin
+        dact_TF, kept.gate_TF, kept.up_TF, layer.shape.activation, _thin(layer, kept), shares.thin, layer.scale
     )
     groups.down.backward_trained(shares, act_TF, kept.groups.get("down"), grads)
     del act_TF, dact_TF, shares
@@ -197,7 +199,7 @@ def _attention_backward(
     groups, dblock_TD = layer.groups(), dmiddle_TD
     if layer.attention_out_norm is not None:
         assert kept.attention_out is not None
-        dblock_TD = _norm_backward(layer.attention_out_norm, dmiddle_TD, kept.attention_out, grads)
+        dblock_TD = _norm_backward(layer.attention_out_norm, layer.scaled(dmiddle_TD), kept.attention_out, grads)
     dmixed_TD, shares = groups.o.backward_input([dblock_TD])
     assert dmixed_TD is not None
     groups.o.backward_trained(shares, kept.mixed_THd.detach().flatten(-2), kept.groups["o"], grads)
@@ -218,6 +220,8 @@ def _before_rope(
 ) -> list[Tensor]:
     """Gradients of the maps' outputs (T, N each) from those of turned queries and keys and of the values."""
     attn, (dq, dk, dv) = layer.self_attn, dqkv
+    if layer.scale != 1:
+        dv.mul_(layer.scale)
     places = layer.groups().qkv.places(layer.shape.qkv_sizes, dq.dtype, dq.shape[0])
     if attn.q_norm is not None and attn.k_norm is not None:
         assert kept.qk is not None

@@ -30,6 +30,7 @@ from jebi.training import processes
 from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, learning_of, longest_row
 from jebi.training.checkpoints import complete_checkpoint, note_best, read_checkpoint, require_writable
 from jebi.training.engine import Engine, Settings, make_plan, settings_of
+from jebi.training.half import exact_sums
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.loraplus import own_rates, split_rates
 from jebi.training.losses import Losses
@@ -149,7 +150,7 @@ class SFTTrainer(Trainer):
         self._losses.clear()
         meter = Meter(self.model.device)
         self._engine = Engine(self.model, self._settings(), self.accelerator)
-        with self._interrupt.listening():
+        with self._interrupt.listening(), exact_sums(self.model.dtype):
             output = super().train(*args, **kwargs)
         self._losses.require_finite(self.args.output_dir)
         chosen = {"pass_tokens": plan.tokens, "checkpointing": plan.checkpointing}

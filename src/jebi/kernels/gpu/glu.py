@@ -21,14 +21,14 @@ Thin = tuple[LowRank | None, LowRank | None]
 """The adapter's shares of gate and up."""
 
 
-def forward(gate_TF: Tensor, up_TF: Tensor, activation: str, out_TF: Tensor, thin: Thin) -> None:
-    """Write ``act(gate) * up`` into ``out_TF``."""
+def forward(gate_TF: Tensor, up_TF: Tensor, activation: str, out_TF: Tensor, thin: Thin, scale: float = 1.0) -> None:
+    """Write ``scale * act(gate) * up`` into ``out_TF``."""
     tokens, width = gate_TF.shape
     gate_thin, gate_rank = _thin(thin[0], gate_TF)
     up_thin, up_rank = _thin(thin[1], gate_TF)
     grid = triton.cdiv(tokens, _TOKENS), triton.cdiv(width, _COLUMNS)
     _forward[grid](
-        gate_TF, up_TF, out_TF, gate_TF.stride(0), up_TF.stride(0), out_TF.stride(0), tokens, width,
+        gate_TF, up_TF, out_TF, gate_TF.stride(0), up_TF.stride(0), out_TF.stride(0), tokens, width, scale,
         *gate_thin, *up_thin,
         KIND=_KINDS[activation], GATE_RANK=gate_rank, UP_RANK=up_rank,
         TOKENS=_TOKENS, COLUMNS=_COLUMNS, num_warps=_WARPS,
@@ -36,15 +36,21 @@ def forward(gate_TF: Tensor, up_TF: Tensor, activation: str, out_TF: Tensor, thi
 
 
 def backward_(
-    da_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, activation: str, thin: Thin, da_thin: LowRank | None
+    da_TF: Tensor,
+    gate_TF: Tensor,
+    up_TF: Tensor,
+    activation: str,
+    thin: Thin,
+    da_thin: LowRank | None,
+    scale: float = 1.0,
 ) -> None:
-    """Put ``act(gate) * up`` into ``da_TF``, the gate's gradient into ``gate_TF`` and up's into ``up_TF``."""
+    """Put ``scale * act(gate) * up`` into ``da_TF``, the gate's gradient into ``gate_TF`` and up's into ``up_TF``."""
     tokens, width = gate_TF.shape
     gate_thin, gate_rank = _thin(thin[0], gate_TF)
     up_thin, up_rank = _thin(thin[1], gate_TF)
     added, rank = _thin(da_thin, gate_TF)
     _backward[(triton.cdiv(tokens, _TOKENS), triton.cdiv(width, _COLUMNS))](
-        da_TF, gate_TF, up_TF, da_TF.stride(0), gate_TF.stride(0), up_TF.stride(0), tokens, width,
+        da_TF, gate_TF, up_TF, da_TF.stride(0), gate_TF.stride(0), up_TF.stride(0), tokens, width, scale,
         *gate_thin, *up_thin, *added,
         KIND=_KINDS[activation], GATE_RANK=gate_rank, UP_RANK=up_rank, DA_RANK=rank,
         TOKENS=_TOKENS, COLUMNS=_COLUMNS, num_warps=_WARPS,
@@ -95,7 +101,7 @@ def _activated(gate, KIND: tl.constexpr):
 
 @triton.jit
 def _forward(
-    gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, out_stride, tokens, width,
+    gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, out_stride, tokens, width, scale,
     gate_left, gate_right, gate_left_stride, gate_right_row, gate_right_column, gate_rank,
     up_left, up_right, up_left_stride, up_right_row, up_right_column, up_rank,
     KIND: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -119,13 +125,13 @@ def _forward(
         )
     act, _ = _activated(gate, KIND)
     # Rounded after the activation, as transformers rounds.
-    act = act.to(out_ptr.dtype.element_ty).to(tl.float32)
+    act = act.to(out_ptr.dtype.element_ty).to(tl.float32) * scale
     tl.store(out_ptr + row[:, None] * out_stride + column, (act * up).to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
 def _backward(
-    da_ptr, gate_ptr, up_ptr, da_stride, gate_stride, up_stride, tokens, width,
+    da_ptr, gate_ptr, up_ptr, da_stride, gate_stride, up_stride, tokens, width, scale,
     gate_left, gate_right, gate_left_stride, gate_right_row, gate_right_column, gate_rank,
     up_left, up_right, up_left_stride, up_right_row, up_right_column, up_rank,
     da_left, da_right, da_left_stride, da_right_row, da_right_column, da_rank,
@@ -157,7 +163,7 @@ def _backward(
             da_left, da_right, da_left_stride, da_right_row, da_right_column, da_rank, safe, column, within, DA_RANK
         )
     act, slope = _activated(gate, KIND)
-    rounded = act.to(da_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(gate_ptr, (da * up * slope).to(gate_ptr.dtype.element_ty), inside)
+    rounded = act.to(da_ptr.dtype.element_ty).to(tl.float32) * scale
+    tl.store(gate_ptr, (da * scale * up * slope).to(gate_ptr.dtype.element_ty), inside)
     tl.store(up_ptr, (da * rounded).to(up_ptr.dtype.element_ty), inside)
     tl.store(da_ptr, (rounded * up).to(da_ptr.dtype.element_ty), inside)
