@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jebi.kernels.rope import rope_tables
 from jebi.nn.attention import AttentionForm, attend_rows
-from jebi.nn.group import Scratch
+from jebi.nn.base_product import DenseProduct, Scratch
 from jebi.nn.layer import DecoderLayer, LayerShape, Norm
 from jebi.nn.layer_node import Keep, run_layer, serves
 from jebi.nn.lora import Lora
@@ -219,7 +219,8 @@ def test_output_and_gradients(at_most_twice, dtype: torch.dtype, setup: Setup, t
                 continue
             layer = build(setup, dtype) if keep != "plain" else unscaled(build(setup, dtype))
             if keep.startswith("stacked"):
-                layer.stack(Scratch() if "dequantised" in keep else None)
+                scratch = Scratch() if "dequantised" in keep else None
+                layer.stack(lambda maps, scratch=scratch: DenseProduct(maps, scratch))
                 assert layer.stacked is not None
             form = {"plain": None}.get(keep, "all" if keep.startswith("stacked") else keep)
             draws.append(run(layer, values[0], trained_input, values[1], form))
@@ -237,8 +238,8 @@ def test_output_and_gradients(at_most_twice, dtype: torch.dtype, setup: Setup, t
 
 
 # The second number is what a loss scale would have found, since gradients grow with the massive product; the third is a
-# dozen roundings (2**-11 each) on the way, grown by 4. The gradient through a norm of massive outputs is what is left of
-# two large numbers, which takes another digit.
+# dozen roundings (2**-11 each) on the way, grown by 4. The gradient through a norm of massive outputs is what is left
+# of two large numbers, which takes another digit.
 @pytest.mark.parametrize(
     ("setup", "unscale", "bar"), [("all", 4096, 0.02), ("fused", 4096, 0.02), ("normed blocks", 16, 0.1)]
 )

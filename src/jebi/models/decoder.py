@@ -17,8 +17,9 @@ from transformers.cache_utils import Cache
 
 from jebi.models.families import DecoderShape
 from jebi.nn.attention import AttentionForm, attend_cached, attend_rows, seen
+from jebi.nn.base_product import DenseProduct, Scratch
 from jebi.nn.embedding import Embedding
-from jebi.nn.group import Scratch, Stacked
+from jebi.nn.group import Stacked
 from jebi.nn.layer import DecoderLayer, Norm, stream_scale
 from jebi.nn.layer_node import Keep, run_layer, serves
 from jebi.nn.rotary import Rotary, Tables
@@ -109,7 +110,7 @@ class Decoder(nn.Module):
         """Lay every layer's maps together for a card; ``keep`` says whether packed weights are kept dequantised."""
         scratch = None if keep else Scratch()
         for layer in self.decoder_layers():
-            layer.stack(scratch)
+            layer.stack(lambda maps: DenseProduct(maps, scratch))
 
     def unstack(self) -> None:
         """Forget what `stack` laid together; dense weights stay parts of one matrix."""

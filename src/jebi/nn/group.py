@@ -2,7 +2,7 @@
 
 Two forms. `Separate` is one map after the other and serves everything a `Linear` can be. `Stacked` is for a card: the
 weights lie below each other in one matrix and the adapters' too, so that a group costs one large product and a few thin
-ones, and what is 4-bit is dequantised into that matrix, kept or again at every use.
+ones; how the weights are held and multiplied is `base_product`'s.
 
 Shapes: T tokens, K inputs, N outputs of all maps, R ranks of all adapters.
 """
@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from jebi.kernels.dequantize import dense_into
 from jebi.kernels.low_rank import LowRank
 from jebi.kernels.product32 import product32
+from jebi.nn.base_product import BaseProduct
 from jebi.nn.linear import Grads, Linear, Share, backward_input, backward_trained, project
 
 
@@ -119,20 +119,6 @@ class Separate:
             backward_trained(linear, dy_TN, share, x_TK, xa_TR, grads)
 
 
-class Scratch:
-    """One buffer for weights that are dequantised at every use, as large as the largest of them."""
-
-    def __init__(self) -> None:
-        self._flat: Tensor | None = None
-
-    def matrix(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A (rows, columns) matrix in the buffer; what was in it before is lost."""
-        size = rows * columns
-        if self._flat is None or self._flat.numel() < size:
-            self._flat = torch.empty(size, dtype=dtype, device=device)
-        return self._flat[:size].view(rows, columns)
-
-
 def stacks(maps: list[Linear]) -> bool:
     """Whether `Stacked` serves these maps: frozen weights, and adapters that are low-rank products and no more."""
     for linear in maps:
@@ -147,24 +133,21 @@ def stacks(maps: list[Linear]) -> bool:
 class Stacked:
     """All maps of one input as one matrix."""
 
-    def __init__(self, maps: list[Linear], scratch: Scratch | None):
-        """Lay the maps below each other.
+    def __init__(self, maps: list[Linear], base: BaseProduct):
+        """Lay the adapters below each other.
 
         Args:
             maps: of one input; `stacks` says whether they can be.
-            scratch: where 4-bit and 8-bit weights are dequantised at every use; None keeps them dequantised. Weights
-                that are dense already move into the one matrix, of which the maps' own become parts.
+            base: their weights as one.
         """
         self.maps = maps
         ends = list(accumulate(linear.out_features for linear in maps))
         self._spans = list(zip(maps, [0, *ends], ends))
         """Each map with its first row and the one behind its last."""
+        self._base = base
         self._outputs = ends[-1]
         self.columns = maps[0].in_features
         self.dtype = maps[0].dtype
-        packed = any(not isinstance(linear.weight, nn.Parameter) for linear in maps)
-        self._scratch = scratch if packed else None
-        self._weight_NK = None if self._scratch is not None else self._lay(maps[0].device())
         self._state: list[object] = []
         self._down_RK: Tensor | None = None
         self._up_NR: Tensor | None = None
@@ -173,8 +156,7 @@ class Stacked:
     def forward(self, x_TK: Tensor, residual_TN: Tensor | None = None, whole: bool = True) -> tuple[list[Tensor], Kept]:
         """See `Group`."""
         self.refresh()
-        weight_KN = self._weight().t()
-        y_TN = x_TK @ weight_KN if residual_TN is None else torch.addmm(residual_TN, x_TK, weight_KN)
+        y_TN = self._base.forward(x_TK, residual_TN)
         for linear, start, end in self._spans:
             if linear.bias is not None:
                 y_TN[:, start:end] += linear.bias.to(y_TN.dtype)
@@ -201,7 +183,7 @@ class Stacked:
         """See `Group`."""
         dy_TN = joined(dparts)
         dxa_TR = dy_TN @ self._up_NR if self._up_NR is not None else None
-        dx_TK = dy_TN @ self._weight() if wanted else None
+        dx_TK = self._base.backward(dy_TN) if wanted else None
         thin = None
         if dx_TK is not None and dxa_TR is not None and self._down_RK is not None:
             if whole:
@@ -271,32 +253,6 @@ class Stacked:
 
     def _compress(self, x_TK: Tensor) -> Tensor | None:
         return x_TK @ self._down_RK.t() if self._down_RK is not None else None
-
-    def _weight(self) -> Tensor:
-        if self._weight_NK is not None:
-            return self._weight_NK
-        assert self._scratch is not None
-        weight_NK = self._scratch.matrix(self._outputs, self.columns, self.dtype, self.maps[0].device())
-        self._fill(weight_NK)
-        return weight_NK
-
-    def _lay(self, device: torch.device) -> Tensor:
-        """All weights in one matrix; dense ones become parts of it, so that they are not held twice."""
-        if len(self.maps) == 1 and isinstance(self.maps[0].weight, nn.Parameter):
-            return self.maps[0].weight.detach()
-        weight_NK = torch.empty(self._outputs, self.columns, dtype=self.dtype, device=device)
-        self._fill(weight_NK)
-        for linear, start, end in self._spans:
-            if isinstance(linear.weight, nn.Parameter):
-                linear.store(nn.Parameter(weight_NK[start:end], requires_grad=False))
-        return weight_NK
-
-    def _fill(self, weight_NK: Tensor) -> None:
-        for linear, start, end in self._spans:
-            if isinstance(linear.weight, nn.Parameter):
-                weight_NK[start:end] = linear.weight
-            else:
-                dense_into(linear.weight, weight_NK[start:end])
 
 
 def joined(dparts: list[Tensor]) -> Tensor:

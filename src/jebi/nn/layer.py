@@ -17,7 +17,8 @@ from jebi.kernels.glu import Activation, glu
 from jebi.kernels.rms_norm import rms_norm
 from jebi.kernels.rope import rope
 from jebi.nn.attention import AttentionForm
-from jebi.nn.group import Group, Scratch, Separate, Stacked, stacks
+from jebi.nn.base_product import BaseProduct
+from jebi.nn.group import Group, Separate, Stacked, stacks
 from jebi.nn.linear import Linear
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -163,11 +164,11 @@ class DecoderLayer(nn.Module):
         o, down = [self.self_attn.o_proj], [self.mlp.down_proj]
         return LayerGroups(Separate(self.qkv()), Separate(o), Separate(self.gate_up()), Separate(down))
 
-    def stack(self, scratch: Scratch | None) -> None:
-        """Lay its maps together, where `nn.group.stacks` allows; ``scratch`` as in `Stacked`."""
+    def stack(self, base_of: Callable[[list[Linear]], BaseProduct]) -> None:
+        """Lay its maps together, where `nn.group.stacks` allows; ``base_of`` says how their weights are held."""
         maps = [self.qkv(), [self.self_attn.o_proj], self.gate_up(), [self.mlp.down_proj]]
         if all(stacks(group) for group in maps):
-            self.stacked = LayerGroups(*(Stacked(group, scratch) for group in maps))
+            self.stacked = LayerGroups(*(Stacked(group, base_of(group)) for group in maps))
 
     def forward(self, hidden: Tensor, tables: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """The layer in differentiable torch; every option works here.

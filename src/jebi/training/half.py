@@ -10,8 +10,8 @@ import torch
 def exact_sums(dtype: torch.dtype) -> Iterator[None]:
     """Within it products in float16 add up in float32 to the end.
 
-    Left to itself cuBLAS may split a sum and add the parts in float16, where scaled gradients overflow although their sum
-    does not. Passes that are captured within it keep that. Nothing else is changed, and nothing stays so.
+    Left to itself cuBLAS may split a sum and add the parts in float16, where scaled gradients overflow although their
+    sum does not. Passes that are captured within it keep that. Nothing else is changed, and nothing stays so.
     """
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_fp16_reduced_precision_reduction
