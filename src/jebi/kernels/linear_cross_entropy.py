@@ -20,9 +20,9 @@ CHUNK_BYTES = 64 * 2**20
 
 LIFT = 2.0**8
 """What gradients are multiplied by within, in float16, where a token counts most; undone in float32 before the loss's
-own factor. A token that is learnt well has slopes below float16's smallest number, 6e-8, and they are rounded here before
-the loss scale reaches them. With it logits' slopes stay below 256, and the hidden states' below 512 times the head's
-largest weight."""
+own factor. A token that is learnt well has slopes below float16's smallest number, 6e-8, and they are rounded here
+before the loss scale reaches them. With it logits' slopes stay below 256, and the hidden states' below 512 times the
+head's largest weight."""
 
 
 @dataclass(frozen=True)
