@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from jebi import FastLanguageModel, SFTConfig, SFTTrainer
 from jebi.models.device import default_device
 
-STEPS, RATE, VOCABULARY = 30, 2e-3, 2048
+STEPS, RATE, VOCABULARY = 30, 5e-4, 2048
 OWN_SCALE, QUIET, EXCESSIVE = 2.0**16, 2.0**10, 2.0**40
 """Where torch's scaler begins; where no step should be skipped; where the first ones must be."""
 

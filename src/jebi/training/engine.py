@@ -16,7 +16,7 @@ from jebi.data.heldout import inputs_of
 from jebi.data.passes import Pass
 from jebi.models.hf import JebiForCausalLM
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, TRAINED_BYTES, PassPlan, choose
-from jebi.training.graphs import PassGraphs
+from jebi.training.graphs import Padded, PassGraphs, padded
 from jebi.training.report import free_bytes
 
 Loss = Callable[[nn.Module, dict[str, object], Tensor | int], Tensor]
@@ -78,19 +78,24 @@ class Engine:
             keywords = {"label_smoothing": settings.label_smoothing}
             self._graphs = PassGraphs(model, accelerator.backward, keywords)
 
-    def run(self, model: nn.Module, passes: list[Pass], items: Tensor | int, loss_of: Loss) -> Tensor:
+    def prepare(self, passes: list[Pass]) -> list[Pass | Padded]:
+        """What the host can do for them beforehand: where graphs run, padding and pinning."""
+        return [padded(part, pinned=True) for part in passes] if self._graphs is not None else [*passes]
+
+    def run(self, model: nn.Module, passes: list[Pass | Padded], items: Tensor | int, loss_of: Loss) -> Tensor:
         """Forward and backward of a step's passes; the sum of their losses, on the device.
 
         Args:
             model: as the accelerator wrapped it.
-            passes: of one step.
+            passes: of one step, as `prepare` made them.
             items: learnt tokens of the step, over all processes, by which the losses are divided.
             loss_of: the trainer's own way to a pass's loss.
         """
         device = self._accelerator.device
         total = torch.zeros((), device=device)
         for index, part in enumerate(passes):
-            if self._graphs is not None:
+            if isinstance(part, Padded):
+                assert self._graphs is not None, "padded for it"
                 total += self._graphs.run(part, items)
                 continue
             last = index == len(passes) - 1
