@@ -60,7 +60,7 @@ format: $(STAMP)
 	@$(BIN)/ruff format src tests benchmarks examples
 
 bench: $(STAMP)
-	@$(BIN)/python benchmarks/train_cpu.py --out docs/benchmarks
+	@$(BIN)/python benchmarks/vs_trl.py --out docs/benchmarks
 
 compatibility: $(STAMP)
 	@echo "compatibility: every family against transformers, PEFT and bitsandbytes"

@@ -12,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "jebi"
 
 ORDER = (
-    "errors", "config", "quant", "kernels", "nn", "models", "adapters", "plan", "data",
+    "errors", "imports", "config", "quant", "kernels", "nn", "models", "adapters", "plan", "data",
     "training", "inference", "export", "fast", "run", "inspection", "cli", "__init__", "__main__",
 )  # fmt: skip
 """Each may import those before it. (`export` is planned.)"""

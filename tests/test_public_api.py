@@ -1,6 +1,7 @@
 """What jebi promises from outside: its names, an import without effects, types, and sources of a readable size."""
 
 import ast
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,52 @@ jebi.__version__, jebi.__all__
 print(sorted({name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))
 """
     assert run(code) == "['jebi']\n"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_as_it_was_after_an_import(enabled: bool) -> None:
+    """It rests meanwhile: what it still does is of the few modules before and of one round after."""
+    code = f"""
+import gc
+{"" if enabled else "gc.disable()"}
+runs = []
+gc.callbacks.append(lambda phase, info: runs.append(phase))
+from jebi import SFTConfig
+print(gc.isenabled(), len(runs))
+"""
+    found, runs = run(code).split()
+    assert found == str(enabled)
+    assert int(runs) < 100  # without the rest over a thousand
+
+
+def test_nor_does_an_import_that_fails_leave_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(jebi._HOMES, "Broken", "jebi.nowhere")
+    with pytest.raises(ModuleNotFoundError):
+        _ = jebi.Broken
+    assert gc.isenabled()
+
+
+IMPORTS = """
+import sys
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, GenerationMixin, PreTrainedModel{trainer}
+from transformers import PreTrainedTokenizerBase
+before = set(sys.modules)
+from jebi import {name}
+print(sorted({{name.partition(".")[0] for name in set(sys.modules) - before}} - sys.stdlib_module_names))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "trainer"),
+    [("FastLanguageModel", ""), ("SFTConfig", ", TrainingArguments, Trainer"), ("SFTTrainer", ", Trainer")],
+)
+def test_its_classes_bring_along_what_their_bases_do_and_no_more(name: str, trainer: str) -> None:
+    """Imports are most of the start of a short job, and transformers' are not ours to spare.
+
+    A name of `jebi` loads no package that PreTrainedModel and Trainer have not loaded, and a model needs no Trainer.
+    """
+    assert run(IMPORTS.format(name=name, trainer=trainer)) == "['jebi']\n"
 
 
 def test_using_jebi_patches_nothing() -> None:

@@ -29,4 +29,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'jebi' has no attribute '{name}'")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    from jebi.imports import uncollected
+
+    with uncollected():
+        return getattr(import_module(_HOMES[name]), name)

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -85,16 +86,21 @@ class FastLanguageModel:
         base = base_of(adapter) if adapter else model_name
         files = find(base, token)
         place = torch.device(device) if device is not None else default_device()
-        config = files.config()
-        if notice := scale_context(config, max_seq_length, rope_scaling):
-            logger.warning(notice)
+        with ThreadPoolExecutor(1) as aside:
+            if place.type == "cuda":
+                # Its context takes up to a second to make, and this thread has the tokenizer to read meanwhile.
+                aside.submit(lambda: torch.empty(1, device=place))
+            config = files.config()
+            if notice := scale_context(config, max_seq_length, rope_scaling):
+                logger.warning(notice)
+            tokenizer = files.tokenizer()
         model = load_model(files, config, dtype or default_dtype(place), place, storage)
         if generation := files.generation_config():
             model.generation_config = generation
         # The name the user gave, so that an adapter saved later can be used on another machine.
         local = Path(base).expanduser()
         model.name_or_path = model.config.name_or_path = str(local.resolve()) if local.exists() else base
-        tokenizer = beside(adapter, ready(files.tokenizer(), model), model)
+        tokenizer = beside(adapter, ready(tokenizer, model), model)
         model.max_seq_length = max_seq_length
         if adapter:
             FastLanguageModel.put_adapter(model, adapter)

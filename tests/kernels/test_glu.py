@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from jebi.kernels.glu import Activation, glu, glu_backward_, glu_forward
+from jebi.kernels.low_rank import LowRank
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -58,10 +59,27 @@ def test_backward_against_the_reference(
     fine = [x.double().requires_grad_() for x in (gate, up)]
     glu(*plain, activation).backward(da)
     exact(*fine, activation).backward(da.double())
-    act, dgate, dup = glu_backward_(da.clone(), gate, up, activation)
-    assert torch.equal(act, glu_forward(gate, up, activation))
-    at_most_twice("dgate", dgate, plain[0].grad, fine[0].grad)
-    at_most_twice("dup", dup, plain[1].grad, fine[1].grad)
+    made = glu_backward_(da.clone(), gate, up, activation)
+    assert torch.equal(made.act_TF, glu_forward(gate, up, activation))
+    at_most_twice("dgate", made.gate_TF, plain[0].grad, fine[0].grad)
+    at_most_twice("dup", made.up_TF, plain[1].grad, fine[1].grad)
+    assert made.sums == (None, None, None)
+
+
+def test_sums_are_the_gradients_of_the_thin_products() -> None:
+    """Against autograd through the sums; float64, so only its own rounding is between them."""
+    gate, up, da = (x.double() for x in inputs((5, 176), torch.float32))
+    lefts = [torch.randn(5, rank, dtype=torch.float64) for rank in (2, 3, 4)]
+    rights = [torch.randn(rank, 176, dtype=torch.float64, requires_grad=True) for rank in (2, 3, 4)]
+    act = glu(gate + lefts[0] @ rights[0], up + lefts[1] @ rights[1], "silu")
+    dact = da + lefts[2] @ rights[2].detach()
+    expected = torch.autograd.grad(act, rights[:2], dact)
+    thin = [LowRank(left, right.detach()) for left, right in zip(lefts, rights)]
+    made = glu_backward_(da, gate, up, "silu", (thin[0], thin[1]), thin[2], wants_act=False)
+    assert made.act_TF is None
+    for ours, theirs in zip(made.sums, (*expected, lefts[2].t() @ act)):
+        # Sums are handed out in float32.
+        torch.testing.assert_close(ours, theirs.detach().float(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -75,9 +93,9 @@ def test_a_scale_is_taken_before_anything_overflows(at_most_twice, activation: A
     out = glu(gate, up, activation, scale)
     assert out.abs().max() > 65_504 * scale
     assert torch.equal(glu_forward(gate, up, activation, scale=scale), out)
-    act, *grads = glu_backward_(da.clone(), gate, up, activation, scale=scale)
-    assert torch.equal(act, out)
-    for name, ours, near, far in zip(("dgate", "dup"), grads, plain, fine):
+    made = glu_backward_(da.clone(), gate, up, activation, scale=scale)
+    assert torch.equal(made.act_TF, out)
+    for name, ours, near, far in zip(("dgate", "dup"), (made.gate_TF, made.up_TF), plain, fine):
         at_most_twice(name, ours, near.grad.half(), far.grad)
 
 
@@ -94,4 +112,5 @@ def test_saturated_gates_stay_finite(activation: Activation) -> None:
     gate = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]])
     out = glu_forward(gate, torch.ones(1, 5), activation)
     assert out.tolist() == [[0.0, pytest.approx(0.0, abs=1e-40), 0.0, 100.0, 1e4]]
-    assert all(x.isfinite().all() for x in glu_backward_(torch.ones(1, 5), gate, torch.ones(1, 5), activation))
+    made = glu_backward_(torch.ones(1, 5), gate, torch.ones(1, 5), activation)
+    assert all(x.isfinite().all() for x in (made.act_TF, made.gate_TF, made.up_TF))

@@ -175,6 +175,27 @@ def test_inputs_are_left_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_labels_of_some_of_the_tokens(monkeypatch: pytest.MonkeyPatch, chunked: bool) -> None:
+    """As if these had been gathered before; one that comes twice adds up, one that does not has no gradient."""
+    if chunked:
+        small_chunks(monkeypatch)
+    hidden, weight, labels = inputs(0, torch.float32)
+    index = torch.arange(0, TOKENS, 2).repeat_interleave(2)[: len(labels)]
+    inside, before = ([x.clone().requires_grad_() for x in (hidden, weight)] for _ in range(2))
+    results = (
+        linear_cross_entropy(*inside, labels, index_N=index) / TOKENS,
+        linear_cross_entropy(before[0].index_select(0, index), before[1], labels) / TOKENS,
+    )
+    for result in results:
+        result.backward()
+    assert torch.equal(*results)
+    # The same numbers; sums of two tokens are rounded before or after they are scaled.
+    torch.testing.assert_close(inside[0].grad, before[0].grad, rtol=1e-6, atol=1e-8)
+    assert torch.equal(inside[1].grad, before[1].grad)
+    assert inside[0].grad[1::2].eq(0).all()
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_counted_token_is_one_that_stands_there_as_often(monkeypatch: pytest.MonkeyPatch, smoothing: float) -> None:
     small_chunks(monkeypatch)

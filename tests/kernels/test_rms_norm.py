@@ -10,6 +10,7 @@ from jebi.kernels.rms_norm import (
     rms_norm_apply,
     rms_norm_backward,
     rms_norm_forward,
+    rms_norm_lean,
     rms_norm_weight_grad,
 )
 
@@ -60,6 +61,16 @@ def test_apply_rebuilds_the_forward_to_the_bit(dtype: torch.dtype) -> None:
     assert torch.equal(rms_norm_apply(x, rstd, weight), y)
 
 
+def test_a_gradient_in_place_of_its_residual() -> None:
+    x, weight, dy = inputs((5, 64), torch.float32)
+    residual, _, _ = inputs((5, 64), torch.float32)
+    _, rstd = rms_norm_forward(x, weight, EPS)
+    expected = rms_norm_backward(dy, x, rstd, weight, residual_TD=residual)
+    out = rms_norm_backward(dy, x, rstd, weight, residual_TD=residual, out_TD=residual)
+    assert out is residual
+    assert torch.equal(out, expected)
+
+
 def test_inputs_are_left_alone() -> None:
     before = inputs((5, 64), torch.float32)
     x, weight, dy = inputs((5, 64), torch.float32)
@@ -99,6 +110,10 @@ def test_weights_stored_less_one_and_trained_weights(
     out.backward(dy)
     ours = [y, rms_norm_backward(dy, x, rstd, stored, unit_offset), rms_norm_weight_grad(dy, x, rstd).to(dtype)]
     reference = [out.detach(), leaf.grad, trained.grad]
+    leaf, trained = x.clone().requires_grad_(), stored.clone().requires_grad_()
+    out = rms_norm_lean(leaf, trained, EPS, unit_offset)
+    out.backward(dy)
+    assert all(torch.equal(*pair) for pair in zip(ours, (out, leaf.grad, trained.grad), strict=True))
     for name, one, other, plain, fine in zip(("y", "dx", "dw"), ours, reference, run(dtype), run(torch.float64)):
         at_most_twice(name, one, plain, fine)
         at_most_twice(f"{name} of the reference", other, plain, fine)

@@ -110,6 +110,39 @@ def test_whatever_layers_keep(tiny_llama, load, plain: bool, checkpointing: str)
     assert_same(ours, theirs, padded("right"))
 
 
+@pytest.mark.parametrize("checkpointing", ["recompute", "offload"])
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_layers_in_chunks_of_tokens(tiny_llama, load, chunk: int, checkpointing: str) -> None:
+    ours, theirs = twins(load, tiny_llama())
+    ours.model.checkpointing, ours.model.chunk_tokens = checkpointing, chunk
+    assert_same(ours, theirs, padded("right"))
+    # And again: the first backward has left nothing behind, nor written over anything but its own.
+    for model in (ours, theirs):
+        model.zero_grad()
+    assert_same(ours, theirs, packed())
+
+
+def test_what_is_in_host_memory_serves_one_backward(tiny_llama, load) -> None:
+    ours, _ = twins(load, tiny_llama())
+    ours.model.checkpointing = "offload"
+    loss = ours(**packed()).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(ModelError, match="use_gradient_checkpointing=True"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "recompute"])
+def test_the_graph_may_be_gone_through_again(tiny_llama, load, checkpointing: str) -> None:
+    ours, _ = twins(load, tiny_llama())
+    ours.model.checkpointing = checkpointing
+    loss = ours(**packed()).loss
+    loss.backward(retain_graph=True)
+    once = {name: tensor.grad.clone() for name, tensor in adapter_tensors(ours).items()}
+    loss.backward()
+    for name, tensor in adapter_tensors(ours).items():
+        assert torch.equal(tensor.grad, 2 * once[name]), name
+
+
 def test_plain_layers(tiny_llama, load) -> None:
     ours, theirs = twins(load, tiny_llama())
     ours.model.plain = True

@@ -21,15 +21,24 @@ from jebi.nn.attention import AttentionForm
 from jebi.nn.layer import DecoderLayer, LayerShape
 from jebi.nn.layer_node import Keep, run_layer
 from jebi.nn.rows import rows_from_lengths
-from jebi.plan.passes import CPU_PASS_TOKENS, PassPlan, choose, kept_bytes_per_token, work_bytes_per_token
+from jebi.plan.passes import (
+    CPU_PASS_TOKENS,
+    PassPlan,
+    choose,
+    host_bytes_per_token,
+    kept_bytes_per_token,
+    work_bytes,
+)
 
 LLAMA_8B = DecoderShape((LayerShape(4096, 32, 8, 128, 14336, 1e-5, AttentionForm(128**-0.5)),) * 32, 128256, tied=False)
 MODES: tuple[Checkpointing, ...] = ("none", "recompute", "offload")
 GB = 2**30
 
 
-def plan(free: float, asked: Checkpointing | None = None, longest: int = 2048, limit: int = 32768) -> PassPlan:
-    return choose(LLAMA_8B, 2, int(free * GB), longest, asked, limit)
+def plan(
+    free: float, asked: Checkpointing | None = None, longest: int = 2048, limit: int = 32768, host: float = 0.0
+) -> PassPlan:
+    return choose(LLAMA_8B, 2, int(free * GB), longest, asked, limit, host_bytes=int(host * GB))
 
 
 @pytest.mark.parametrize("free", [0.1, 2.0, 8.0, 40.0, 1000.0])
@@ -39,8 +48,8 @@ def test_what_is_asked_is_obeyed_whatever_the_memory(asked: Checkpointing, free:
 
 
 def test_left_open_it_keeps_everything_while_a_pass_then_still_holds_the_longest_row() -> None:
-    per_token = kept_bytes_per_token(LLAMA_8B, 2, "none") + work_bytes_per_token(LLAMA_8B, 2)
-    needed = (2048 * per_token + 2 * CHUNK_BYTES) / 0.8 / GB
+    needed = 2048 * kept_bytes_per_token(LLAMA_8B, 2, "none") + work_bytes(LLAMA_8B, 2, "none", 2048, 8192)
+    needed = (needed + 2 * CHUNK_BYTES) / 0.8 / GB
     assert plan(1.01 * needed, limit=2048).checkpointing == "none"
     assert plan(0.99 * needed, limit=2048).checkpointing == "recompute"
     assert plan(1000.0) == PassPlan("none", 32768)
@@ -59,6 +68,33 @@ def test_more_memory_never_makes_shorter_passes_in_the_same_mode(asked: Checkpoi
             assert smaller.tokens <= larger.tokens <= 32768
     modes = [made.checkpointing for made in plans]
     assert modes == sorted(modes, key=["recompute", "none", "offload"].index), "one change of mode at most"
+
+
+def test_host_memory_is_used_last_and_only_as_much_as_there_is() -> None:
+    long = 131072
+    assert plan(18.0, longest=long, host=100.0).checkpointing == "offload"
+    assert plan(60.0, longest=long, host=100.0).checkpointing == "recompute", "the card holds it"
+    assert plan(18.0, longest=long).checkpointing == "recompute", "no room on the host"
+    assert plan(18.0, longest=long, host=70.0).checkpointing == "recompute", "not enough room on the host"
+    needed = 4096 * host_bytes_per_token(LLAMA_8B, 2) / 0.8 / GB
+    scarce = plan(0.9, host=1.01 * needed)
+    assert scarce.checkpointing == "offload"
+    assert scarce.tokens <= 1.01 * 4096
+
+
+def test_long_rows_need_little_more_than_their_own_tensors() -> None:
+    """One row of 131,072 tokens of the 8B shape beside 6.3 GiB of weights in 24 GiB."""
+    needed = work_bytes(LLAMA_8B, 2, "offload", 131072, 8192)
+    assert needed < 12 * GB
+    # Nothing of the feed-forward width is counted for all tokens.
+    assert work_bytes(LLAMA_8B, 2, "offload", 131072, 4096) > needed - 1.2 * GB
+    assert work_bytes(LLAMA_8B, 2, "none", 131072, 8192) > needed + 10 * GB
+
+
+def test_a_short_memory_makes_small_chunks_before_it_leaves_the_card() -> None:
+    chunks = [plan(free / 20, "recompute", limit=8192, longest=4096).chunk for free in range(10, 80)]
+    assert chunks == sorted(chunks)
+    assert {1024, 8192} < set(chunks) <= {1024, 2048, 4096, 8192}
 
 
 def test_a_pass_is_never_longer_than_is_worth_it() -> None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jebi.imports import uncollected
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -28,11 +30,12 @@ def command(
     ] = None,
 ) -> None:
     """Ask a model questions; without an adapter a chat model is asked in its own chat form."""
-    from jebi.adapters.peft_config import read_config
-    from jebi.data.templates import CHAT, named
-    from jebi.fast import FastLanguageModel
-    from jebi.models.tokenizer import beside
-    from jebi.run import base_for, model_settings, template_of
+    with uncollected():
+        from jebi.adapters.peft_config import read_config
+        from jebi.data.templates import CHAT, named
+        from jebi.fast import FastLanguageModel
+        from jebi.models.tokenizer import beside
+        from jebi.run import base_for, model_settings, template_of
 
     # What is wrong with the call is said before a model is loaded.
     if adapter is not None:

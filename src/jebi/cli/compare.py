@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from jebi.imports import uncollected
+
 SHOWN = 6
 """Answers shown in the terminal, from all over the list; all of them are on the page."""
 
@@ -35,8 +37,9 @@ def compare_and_show(
     """Compare and print the tables; the page and the JSON are in ``out``."""
     from rich.console import Console
 
-    from jebi.inference.comparison import answers_table, table
-    from jebi.run import compare
+    with uncollected():
+        from jebi.inference.comparison import answers_table, table
+        from jebi.run import compare
 
     comparison = compare(base, adapter, prompts, heldout, out, max_new_tokens, template)
     console = Console()

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from jebi.config import RunConfig, read_run
+from jebi.imports import uncollected
+from jebi.models import readahead
 
 
 def command(
@@ -27,8 +29,10 @@ def command(
 
 def train_and_report(run_config: RunConfig, resume: bool = False, allow: Sequence[str] = ()) -> Path:
     """Train with a bar on stderr and print the memory and time report; returns the output folder."""
-    from jebi.cli.progress import TrainingBar
-    from jebi.run import train
+    readahead.begin(run_config.model.name)
+    with uncollected():
+        from jebi.cli.progress import TrainingBar
+        from jebi.run import train
 
     run_config.data.allow += allow
     try:

@@ -67,6 +67,12 @@ def adamw8bit_(param_T: Tensor, grad_T: Tensor, moments: Moments8, rates: Rates)
         tables = (dynamic8.tables_on(True, param_T.device), dynamic8.tables_on(False, param_T.device))
         gpu.step_(param_T, grad_T, states, rates, tables)
         return
+    adamw8bit_reference_(param_T, grad_T, moments, rates)
+
+
+@torch.no_grad()
+def adamw8bit_reference_(param_T: Tensor, grad_T: Tensor, moments: Moments8, rates: Rates) -> None:
+    """Reference, the same in plain torch."""
     first = dynamic8.dequantize(moments.state1, moments.absmax1, signed=True)
     second = dynamic8.dequantize(moments.state2, moments.absmax2, signed=False)
     _fold(first, second, grad_T.float(), rates)

@@ -6,13 +6,14 @@ before anything is rounded or can overflow; why there is one, `nn.layer.stream_s
 Shapes: T tokens, F feed-forward width.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jebi.kernels.low_rank import LowRank, added
+from jebi.kernels.low_rank import LowRank, added, summed
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 """``x sigmoid(x)``; the tanh approximation of gelu (arXiv:1606.08415, section 2); gelu by the error function."""
@@ -43,6 +44,19 @@ def glu_forward(
     return _scaled_(_activated(added(gate_TF, thin[0]), activation), scale).mul_(added(up_TF, thin[1]))
 
 
+@dataclass(frozen=True)
+class GluGrads:
+    """What `glu_backward_` makes."""
+
+    act_TF: Tensor | None
+    """The gated product once more, where it was wanted."""
+    gate_TF: Tensor
+    """Gradient of the gate; likewise of up."""
+    up_TF: Tensor
+    sums: tuple[Tensor | None, Tensor | None, Tensor | None]
+    """For gate's gradient, up's and the product: ``left^T`` times it (R, F), float32, where it had a thin share."""
+
+
 def glu_backward_(
     da_TF: Tensor,
     gate_TF: Tensor,
@@ -50,25 +64,29 @@ def glu_backward_(
     activation: Activation,
     thin: Thin = (None, None),
     da_thin: LowRank | None = None,
+    wants_act: bool = True,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gated product once more, and the gradients of gate and up.
+) -> GluGrads:
+    """Gradients of gate and up, and what of the adapters' gradients is a sum over tokens of what is at hand here.
 
     May write over the first three, which must not be used afterwards. ``da_thin`` is still to be added to ``da_TF``.
     """
     if da_TF.is_cuda:
         from jebi.kernels.gpu import glu as gpu
 
-        gpu.backward_(da_TF, gate_TF, up_TF, activation, thin, da_thin, scale)
-        return da_TF, gate_TF, up_TF
+        sums = gpu.backward_(da_TF, gate_TF, up_TF, activation, thin, da_thin, wants_act, scale)
+        return GluGrads(da_TF if wants_act else None, gate_TF, up_TF, sums)
     da_TF, gate_TF, up_TF = added(da_TF, da_thin), added(gate_TF, thin[0]), added(up_TF, thin[1])
     act_TF = _scaled_(_activated(gate_TF, activation), scale)
     dup_TF = act_TF * da_TF
     act_TF.mul_(up_TF)
     _scaled_(da_TF, scale).mul_(up_TF)
     if activation == "silu":
-        return act_TF, torch.ops.aten.silu_backward(da_TF, gate_TF), dup_TF
-    return act_TF, torch.ops.aten.gelu_backward(da_TF, gate_TF, approximate=_APPROXIMATE[activation]), dup_TF
+        dgate_TF = torch.ops.aten.silu_backward(da_TF, gate_TF)
+    else:
+        dgate_TF = torch.ops.aten.gelu_backward(da_TF, gate_TF, approximate=_APPROXIMATE[activation])
+    sums = summed(thin[0], dgate_TF), summed(thin[1], dup_TF), summed(da_thin, act_TF)
+    return GluGrads(act_TF if wants_act else None, dgate_TF, dup_TF, sums)
 
 
 def _scaled_(x: Tensor, scale: float) -> Tensor:

@@ -1,9 +1,9 @@
 """Cross-entropy of a linear head, in chunks of tokens: all the logits never exist at once.
 
-The caller passes only tokens that have a label. Gradients are computed in the forward, chunk by chunk, while the
-chunk's logits are at hand: the hidden states' where they need one, the head's weight's where that is trained.
+Only tokens that have a label are multiplied. Gradients are computed in the forward, chunk by chunk, while the chunk's
+logits are at hand: the hidden states' where they need one, the head's weight's where that is trained.
 
-Shapes: N labelled tokens, C tokens of a chunk, D width, V vocabulary.
+Shapes: T tokens, N of them labelled, C tokens of a chunk, D width, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jebi.kernels.product32 import product32
+from jebi.kernels.low_rank import product32
 
 CHUNK_BYTES = 64 * 2**20
 """Size of one chunk's logits. A constant, so that equal seeds give equal sums whatever else runs on the machine."""
@@ -23,6 +23,10 @@ LIFT = 2.0**8
 own factor. A token that is learnt well has slopes below float16's smallest number, 6e-8, and they are rounded here
 before the loss scale reaches them. With it logits' slopes stay below 256, and the hidden states' below 512 times the
 head's largest weight."""
+
+
+_SCALED_TOKENS = 8192
+"""Tokens whose gradients are scaled at once."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +51,25 @@ def linear_cross_entropy_reference(
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor,
+    hidden_TD: Tensor,
     weight_VD: Tensor,
     labels_N: Tensor,
     form: LossForm = PLAIN,
     counts_N: Tensor | None = None,
+    index_N: Tensor | None = None,
 ) -> Tensor:
     """Sum over the tokens of the cross-entropy of ``hidden @ weight.T``; float32 scalar.
 
     Args:
-        hidden_ND: (N, D), float32, bfloat16 or float16.
+        hidden_TD: (T, D), float32, bfloat16 or float16.
         weight_VD: (V, D), cast to the hidden states' dtype; differentiable where it requires a gradient.
         labels_N: (N,) int64 in [0, V).
         form: label smoothing and softcapping.
         counts_N: (N,) float32, how often each token counts; once when None.
+        index_N: (N,) int64, which tokens the labels are of; all, in order, when None. They are gathered chunk by chunk,
+            since all of them together may be as large as the hidden states. A token that comes twice adds up.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, form, counts_N)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_N, form, counts_N, index_N)
     return loss
 
 
@@ -84,47 +91,64 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_ND: Tensor,
+        hidden_TD: Tensor,
         weight_VD: Tensor,
         labels_N: Tensor,
         form: LossForm,
         counts_N: Tensor | None,
+        index_N: Tensor | None,
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         lift = None
-        if hidden_ND.dtype == torch.float16 and hidden_ND.shape[0] and (needs_hidden or needs_weight):
+        if hidden_TD.dtype == torch.float16 and labels_N.shape[0] and (needs_hidden or needs_weight):
             # A token that counts LIFT times has a loss and slopes LIFT times as large.
             counts_N = torch.ones_like(labels_N, dtype=torch.float32) if counts_N is None else counts_N
             lift = LIFT / counts_N.max().clamp(min=1 / LIFT)
             counts_N = counts_N * lift
-        w_VD = weight_VD.to(hidden_ND.dtype)
-        grad_ND = torch.empty_like(hidden_ND) if needs_hidden else None
+        w_VD = weight_VD.to(hidden_TD.dtype)
+        grad_TD = None
+        if needs_hidden:
+            grad_TD = torch.empty_like(hidden_TD) if index_N is None else torch.zeros_like(hidden_TD)
         # In float32, since it is a sum over chunks.
         grad_VD = torch.zeros_like(w_VD, dtype=torch.float32) if needs_weight else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        step = chunk_tokens(w_VD.shape[0], hidden_ND.is_cuda)
-        for start in range(0, hidden_ND.shape[0], step):
+        total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+        step = chunk_tokens(w_VD.shape[0], hidden_TD.is_cuda)
+        for start in range(0, labels_N.shape[0], step):
             part = slice(start, start + step)
             counts_C = counts_N[part] if counts_N is not None else None
-            logits_CV = hidden_ND[part] @ w_VD.t()
+            hidden_CD = hidden_TD[part] if index_N is None else hidden_TD.index_select(0, index_N[part])
+            logits_CV = hidden_CD @ w_VD.t()
             loss, dlogits_CV = _chunk_(logits_CV, labels_N[part], counts_C, form, needs_hidden or needs_weight)
             total += loss
-            if grad_ND is not None:
-                torch.mm(dlogits_CV, w_VD, out=grad_ND[part])
+            if grad_TD is not None and index_N is None:
+                torch.mm(dlogits_CV, w_VD, out=grad_TD[part])
+            elif grad_TD is not None and index_N is not None:
+                grad_TD.index_add_(0, index_N[part], dlogits_CV @ w_VD)
             if grad_VD is not None:
-                grad_VD += product32(dlogits_CV.t(), hidden_ND[part])
+                grad_VD += product32(dlogits_CV.t(), hidden_CD)
         ctx.weight_dtype = weight_VD.dtype
-        ctx.save_for_backward(grad_ND, grad_VD, lift)
+        ctx.save_for_backward(grad_TD, grad_VD, lift)
         return total if lift is None else total / lift
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        grad_ND, grad_VD, lift = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        grad_TD, grad_VD, lift = ctx.saved_tensors
         factor = grads[0] if lift is None else grads[0] / lift
-        # In float32 first: under loss scaling the incoming factor alone may exceed what float16 holds.
-        scaled_ND = None if grad_ND is None else grad_ND.float().mul_(factor).to(grad_ND.dtype)
+        scaled_TD = None if grad_TD is None else _scaled(grad_TD, factor)
         scaled_VD = None if grad_VD is None else (grad_VD * factor).to(ctx.weight_dtype)
-        return scaled_ND, scaled_VD, None, None, None
+        return scaled_TD, scaled_VD, None, None, None, None
+
+
+def _scaled(grad_TD: Tensor, factor: Tensor) -> Tensor:
+    """The gradient times a factor, in its dtype.
+
+    In float32 first: under loss scaling the factor alone may exceed what float16 holds. Some tokens at a time, since
+    float32 for all takes twice the memory of the gradient.
+    """
+    scaled_TD = torch.empty_like(grad_TD)
+    for part_TD, out_TD in zip(grad_TD.split(_SCALED_TOKENS), scaled_TD.split(_SCALED_TOKENS)):
+        out_TD.copy_(part_TD.float() * factor)
+    return scaled_TD
 
 
 def _chunk_(

@@ -7,6 +7,7 @@ Shapes: T tokens, R ranks, F columns.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -23,3 +24,21 @@ class LowRank:
 def added(x_TF: Tensor, thin: LowRank | None) -> Tensor:
     """``x + left @ right`` in a new tensor; ``x`` itself where nothing is to be added."""
     return x_TF if thin is None else x_TF.addmm(thin.left_TR, thin.right_RF)
+
+
+def summed(thin: LowRank | None, x_TF: Tensor) -> Tensor | None:
+    """``left^T x`` (R, F), float32: the gradient of ``right`` where ``x`` is that of the sum."""
+    return None if thin is None else product32(thin.left_TR.t(), x_TF)
+
+
+def product32(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` in float32, from whichever dtype.
+
+    On a card no sum is rounded to the factors' dtype. On a CPU, whose products know no other result, those of bfloat16
+    are; those of float16 are not, since a sum over many tokens may be beyond 65,504.
+    """
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    if a.dtype == torch.float16:
+        a, b = a.float(), b.float()
+    return (a @ b).float()

@@ -6,6 +6,8 @@ Shapes: T tokens, D width. Statistics are float32 whatever the input is. With ``
 less one, and the product with it is taken in float32 before rounding (Gemma); without it, after (Llama).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -73,8 +75,11 @@ def rms_norm_backward(
     weight_D: Tensor,
     unit_offset: bool = False,
     residual_TD: Tensor | None = None,
+    out_TD: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the input (..., T, D), in the input's dtype; ``residual_TD``, another part of it, is added.
+
+    It is written into ``out_TD`` (T, D), contiguous, where that is given; it may be the residual itself.
 
     With ``n = x * rstd`` and ``g = dy * weight``: ``dx = rstd * (g - n * mean(g * n))``.
     """
@@ -82,14 +87,38 @@ def rms_norm_backward(
         from jebi.kernels.gpu import rms_norm as gpu
 
         dy_TD, flat_TD = (tensor.reshape(-1, x_TD.shape[-1]) for tensor in (dy_TD, x_TD))
-        return gpu.backward(dy_TD, flat_TD, rstd_T1, weight_D, unit_offset, residual_TD).view(x_TD.shape)
+        return gpu.backward(dy_TD, flat_TD, rstd_T1, weight_D, unit_offset, residual_TD, out_TD).view(x_TD.shape)
     normed_TD = x_TD.float() * rstd_T1
     g_TD = dy_TD.float() * (weight_D.float() + 1 if unit_offset else weight_D.float())
     mean_T1 = (g_TD * normed_TD).mean(-1, keepdim=True)
     dx_TD = g_TD.sub_(normed_TD.mul_(mean_T1)).mul_(rstd_T1).to(x_TD.dtype)
-    return dx_TD if residual_TD is None else dx_TD.add_(residual_TD)
+    dx_TD = dx_TD if residual_TD is None else dx_TD.add_(residual_TD)
+    return dx_TD if out_TD is None else out_TD.copy_(dx_TD)
 
 
 def rms_norm_weight_grad(dy_TD: Tensor, x_TD: Tensor, rstd_T1: Tensor) -> Tensor:
     """Gradient of a trained weight (D,) in float32: the sum of ``dy * n`` over all tokens."""
     return (x_TD.float() * rstd_T1).mul_(dy_TD).flatten(0, -2).sum(0)
+
+
+def rms_norm_lean(x: Tensor, weight_D: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    """`rms_norm` with a backward that keeps only its input and statistics, where autograd keeps float32 copies."""
+    out: Tensor = _RMSNorm.apply(x, weight_D, eps, unit_offset)
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, unit_offset: bool) -> Tensor:
+        y, rstd = rms_norm_forward(x, weight_D, eps, unit_offset)
+        ctx.unit_offset = unit_offset
+        ctx.save_for_backward(x, rstd, weight_D)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, rstd, weight_D = ctx.saved_tensors
+        dy = grads[0].contiguous()
+        dx = rms_norm_backward(dy, x, rstd, weight_D, ctx.unit_offset) if ctx.needs_input_grad[0] else None
+        dweight_D = rms_norm_weight_grad(dy, x, rstd).to(weight_D.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dweight_D, None, None

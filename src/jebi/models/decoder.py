@@ -20,13 +20,15 @@ from jebi.nn.attention import AttentionForm, attend_cached, attend_rows, seen
 from jebi.nn.base_product import DenseProduct, Scratch
 from jebi.nn.embedding import Embedding
 from jebi.nn.group import Stacked
+from jebi.nn.host_memory import HostMemory
 from jebi.nn.layer import DecoderLayer, Norm, stream_scale
-from jebi.nn.layer_node import Keep, run_layer, serves
+from jebi.nn.layer_node import CHUNK_TOKENS, Keep, Keeping, run_layer, serves
 from jebi.nn.rotary import Rotary, Tables
 from jebi.nn.rows import Rows
 
 Checkpointing = Literal["none", "recompute", "offload"]
-"""Keep every layer's activations; recompute them from the layer's input; that, with the input in host memory."""
+"""Keep every layer's activations; recompute them from the layer's input; that, but for attention, with the input and
+attention's output in host memory."""
 
 _KEEP: dict[Checkpointing, Keep] = {"none": "all", "recompute": "input", "offload": "input_on_host"}
 
@@ -54,6 +56,8 @@ class Decoder(nn.Module):
         self.norm = Norm(shape.layer.width, shape.layer, dtype, self._scale)
         self.rotary = rotary
         self.checkpointing: Checkpointing = "none"
+        self.chunk_tokens = CHUNK_TOKENS
+        """Tokens that layers which recompute take at a time, where they may."""
         self.plain = False
         """Run the plain form of every layer, for tests and comparisons."""
 
@@ -66,15 +70,18 @@ class Decoder(nn.Module):
         tables = self._tables(lambda rotary: rotary.of_rows(rows, hidden_TD.dtype))
         hidden_TD = self._carried(hidden_TD)
         training = torch.is_grad_enabled() and self.training
+        host = HostMemory(hidden_TD.device) if self.checkpointing == "offload" else None
+        # Gradients between layers are read by the next layer alone.
+        keeping = Keeping(_KEEP[self.checkpointing], self.chunk_tokens, host, spend_gradient=True)
         for layer in self.decoder_layers():
             turned = tables[layer.shape.kind]
             if torch.is_grad_enabled() and not self.plain and serves(layer):
-                hidden_TD = run_layer(layer, hidden_TD, turned, rows, _KEEP[self.checkpointing])
+                hidden_TD = run_layer(layer, hidden_TD, turned, rows, keeping)
             elif training and self.checkpointing != "none":
                 hidden_TD = checkpoint(_plain_rows, layer, hidden_TD, turned, rows, use_reentrant=False)
             else:
                 hidden_TD = _plain_rows(layer, hidden_TD, turned, rows)
-        out_TD: Tensor = self.norm(hidden_TD)
+        out_TD: Tensor = self.norm(hidden_TD) if self.plain else self.norm.lean(hidden_TD)
         return out_TD
 
     def forward_cached(self, hidden_BSD: Tensor, positions_BS: Tensor, mask_BL: Tensor | None, cache: Cache) -> Tensor:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -38,6 +39,23 @@ _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.ti
 _HUB_IGNORED = ["consolidated*", "original/*"]
 """The same weights once more, as their makers' own programs want them (Mistral's and Meta's repositories)."""
 
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""By their names in a safetensors header."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a tensor's bytes lie in its file: from ``start`` up to ``stop``."""
+
+    start: int
+    stop: int
+    dtype: torch.dtype
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -51,6 +69,8 @@ class StoredTensor:
     """The file that holds it, for error messages."""
     read: Callable[[], Tensor | NF4Weight]
     """Read it into host memory; a weight whose stored form jebi holds as it is comes in that form."""
+    span: Span | None = None
+    """Its bytes, where they are the tensor as it is: row after row, in the order of this machine's numbers."""
 
 
 class ModelFiles(Protocol):
@@ -159,9 +179,10 @@ class Folder:
             held = sorted(weights.keys())
             if missing := sorted(promised.difference(held)):
                 raise WeightsError(f"'{file}' lacks tensor '{missing[0]}', which its index promises.")
+            spans = _spans(file)
             for name in held:
                 shape = tuple(weights.get_slice(name).get_shape())
-                found.append(StoredTensor(name, shape, file, partial(files.read, file, name)))
+                found.append(StoredTensor(name, shape, file, partial(files.read, file, name), spans.get(name)))
         yield from found
 
 
@@ -196,6 +217,23 @@ class _Mapped:
     def read(self, file: Path, name: str) -> Tensor:
         value: Tensor = self.open(file).get_tensor(name)
         return value
+
+
+def _spans(file: Path) -> dict[str, Span]:
+    """Where the tensors of a safetensors file lie, but for dtypes that torch does not have.
+
+    The file is known to be sound. Eight bytes give the size of a JSON header, whose offsets count from its end
+    (https://huggingface.co/docs/safetensors, "Format").
+    """
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    spans = {}
+    for name, facts in header.items():
+        if (dtype := _DTYPES.get(facts.get("dtype"))) is not None:
+            start, stop = facts["data_offsets"]
+            spans[name] = Span(8 + size + start, 8 + size + stop, dtype)
+    return spans
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str]]:

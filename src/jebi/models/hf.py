@@ -50,17 +50,25 @@ class Backbone(Decoder):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ModelError("give input_ids or inputs_embeds, one of the two.")
-        hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache or past_key_values is not None:
             cache = past_key_values if past_key_values is not None else growing_cache()
             if any(cache.is_sliding):
                 raise ModelError("a cache with sliding layers is not available: pass DynamicCache() without a config.")
-            return self._with_cache(hidden_BSD, attention_mask, position_ids, cache)
-        layout = Layout(None, rows) if rows is not None else lay_out(hidden_BSD, attention_mask, position_ids)
+            return self._with_cache(self._embedded(input_ids, inputs_embeds), attention_mask, position_ids, cache)
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        layout = Layout(None, rows) if rows is not None else lay_out(given, attention_mask, position_ids)
         # Called past the whole model too (by TRL), so autocast is kept out here as well.
-        with torch.autocast(hidden_BSD.device.type, enabled=False):
-            out_TD = self.forward_rows(layout.flatten(hidden_BSD), layout.rows)
-        return BaseModelOutputWithPast(last_hidden_state=layout.restore(out_TD, hidden_BSD.shape[:2]))
+        with torch.autocast(given.device.type, enabled=False):
+            # No name for the embedded tokens: they are as large as any activation, and gone with the first layer.
+            out_TD = self.forward_rows(layout.flatten(self._embedded(input_ids, inputs_embeds)), layout.rows)
+        return BaseModelOutputWithPast(last_hidden_state=layout.restore(out_TD, given.shape[:2]))
+
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if inputs_embeds is not None:
+            return inputs_embeds
+        embedded_BSD: Tensor = self.embed_tokens(input_ids)
+        return embedded_BSD
 
     def _with_cache(
         self, hidden_BSD: Tensor, mask_BL: Tensor | None, positions_BS: Tensor | None, cache: Cache
@@ -211,11 +219,12 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
     def _loss(self, hidden_BSD: Tensor, learnt: Learnt, kwargs: dict[str, Any]) -> Tensor:
         head = self.lm_head.weight
         total = linear_cross_entropy(
-            hidden_BSD.flatten(0, 1).index_select(0, learnt.index_N),
+            hidden_BSD.flatten(0, 1),
             head if isinstance(head, nn.Parameter) else self.lm_head.dense(),
             learnt.labels_N,
             LossForm(kwargs.get("label_smoothing", 0.0), self.model.shape.logit_softcap),
             learnt.counts_N,
+            learnt.index_N,
         )
         items = kwargs.get("num_items_in_batch")
         if items is None:

@@ -1,7 +1,8 @@
 """Put a checkpoint's tensors into a model one at a time, quantising as they arrive.
 
-Beside the model no more than the weight under way is in memory. Every mismatch is an error that names the tensor and
-the file. Where tensors come from is `models.files`'; what the model is, `models.decoder`'s and `models.hf`'s.
+Beside the model no more than the weight under way is in memory, and on the way to a card `models.staging`'s buffers.
+Every mismatch is an error that names the tensor and the file. Where tensors come from is `models.files`'; what the
+model is, `models.decoder`'s and `models.hf`'s.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from jebi.models.files import Folder, ModelFiles, StoredTensor
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.prequantised import joined, read_scheme
 from jebi.models.rope import read_rotary
+from jebi.models.staging import staged
 from jebi.nn.linear import Linear
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
@@ -71,10 +73,12 @@ def load_model(
     total = len(awaited) - shape.tied
     # Where a checkpoint in the form asked for has a dense projection, its makers had their reasons.
     form: _Form = "as stored" if scheme and scheme.as_stored and storage == "nf4" else storage
-    tensors = files.tensors() if scheme is None else joined(files.tensors(), scheme)
+    tensors: Iterable[StoredTensor] = (stored for stored in files.tensors() if not stored.name.endswith(_HARMLESS))
+    if scheme is not None:
+        tensors = joined(tensors, scheme)
+    elif device.type == "cuda":
+        tensors = staged(tensors, device)
     for stored in _progress(tensors, total):
-        if stored.name.endswith(_HARMLESS):
-            continue
         _check(stored, awaited.pop(stored.name, None), config)
         owner_name, _, leaf = stored.name.rpartition(".")
         owner = model.get_submodule(owner_name)

@@ -65,14 +65,14 @@ class Layout:
         return out_BSD
 
 
-def lay_out(hidden_BSD: Tensor, mask_BS: Tensor | None, positions_BS: Tensor | None) -> Layout:
-    """Find the real tokens and the row boundaries of a batch.
+def lay_out(given: Tensor, mask_BS: Tensor | None, positions_BS: Tensor | None) -> Layout:
+    """Find the real tokens and the row boundaries of a batch, of which ``given`` has the shape (B, S, ...).
 
     Raises:
         ModelError: the mask has another shape, nothing but padding, or padding inside a row.
     """
-    batch, length = hidden_BSD.shape[:2]
-    device = hidden_BSD.device
+    batch, length = given.shape[:2]
+    device = given.device
     if mask_BS is not None:
         mask_BS = padding_mask(mask_BS)
     if positions_BS is not None:

@@ -14,8 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from jebi.kernels.low_rank import LowRank
-from jebi.kernels.product32 import product32
+from jebi.kernels.low_rank import LowRank, product32
 from jebi.nn.base_product import BaseProduct
 from jebi.nn.linear import Grads, Linear, Share, backward_input, backward_trained, project
 
@@ -49,8 +48,13 @@ class Group(Protocol):
         """
         ...
 
-    def backward_trained(self, shares: "Shares", x_TK: Tensor, kept: "Kept | None", grads: Grads) -> None:
-        """Gradients of everything trained into ``grads``; ``kept`` is made again where it is None."""
+    def backward_trained(
+        self, shares: "Shares", x_TK: Tensor | None, kept: "Kept | None", grads: Grads, sums: "Sums | None" = None
+    ) -> None:
+        """Gradients of everything trained into ``grads``.
+
+        ``kept`` is made again where it is None; ``x_TK`` may be None where neither that nor ``sums`` asks for it.
+        """
         ...
 
 
@@ -72,6 +76,16 @@ class Shares:
     """Each map's share, or one for all."""
     thin: LowRank | None = None
     """What is still to be added to the gradient of the input."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Gradients of adapters that another kernel has made in passing."""
+
+    down_RK: Tensor | None = None
+    """Of all maps' A."""
+    up: tuple[Tensor | None, ...] = ()
+    """Of each part's ``scale * B``, transposed (r, N), the frozen half included."""
 
 
 class Separate:
@@ -109,8 +123,11 @@ class Separate:
             shares.append(share)
         return dx_TK, Shares(dy, shares)
 
-    def backward_trained(self, shares: Shares, x_TK: Tensor, kept: Kept | None, grads: Grads) -> None:
+    def backward_trained(
+        self, shares: Shares, x_TK: Tensor | None, kept: Kept | None, grads: Grads, sums: Sums | None = None
+    ) -> None:
         """See `Group`."""
+        assert x_TK is not None, "no thin share of these maps went anywhere else"
         for number, (linear, dy_TN, share) in enumerate(zip(self.maps, shares.dy, shares.maps)):
             if kept is not None:
                 xa_TR = kept.xa[number]
@@ -151,7 +168,8 @@ class Stacked:
         self._state: list[object] = []
         self._down_RK: Tensor | None = None
         self._up_NR: Tensor | None = None
-        self._ranks: list[tuple[Linear, int, int]] = []
+        self._columns: list[slice | None] = []
+        """Of each map's adapter, where it has one, the rows in A and columns in B of all adapters."""
 
     def forward(self, x_TK: Tensor, residual_TN: Tensor | None = None, whole: bool = True) -> tuple[list[Tensor], Kept]:
         """See `Group`."""
@@ -170,7 +188,13 @@ class Stacked:
         xa_TR, up_NR = kept.xa[0], self._up_NR
         if xa_TR is None or up_NR is None:
             return [None] * len(sizes)
-        return [LowRank(xa_TR, up_nR.t()) for up_nR in up_NR.split(sizes)]
+        if len(sizes) != len(self.maps):
+            return [LowRank(xa_TR, up_nR.t()) for up_nR in up_NR.split(sizes)]
+        shares: list[LowRank | None] = [None] * len(sizes)
+        for number, ((_, start, end), columns) in enumerate(zip(self._spans, self._columns)):
+            if columns is not None:
+                shares[number] = LowRank(xa_TR[:, columns], up_NR[start:end, columns].t())
+        return shares
 
     def places(self, sizes: list[int], dtype: torch.dtype, tokens: int) -> list[Tensor]:
         """See `Group`."""
@@ -192,23 +216,44 @@ class Stacked:
                 thin = LowRank(dxa_TR, self._down_RK)
         return dx_TK, Shares([dy_TN], [Share(dy_TN, dxa_TR, None)], thin)
 
-    def backward_trained(self, shares: Shares, x_TK: Tensor, kept: Kept | None, grads: Grads) -> None:
+    def backward_trained(
+        self, shares: Shares, x_TK: Tensor | None, kept: Kept | None, grads: Grads, sums: Sums | None = None
+    ) -> None:
         """See `Group`."""
         dy_TN, dxa_TR = shares.dy[0], shares.maps[0].dxa_TR
         for linear, start, end in self._spans:
             if linear.bias is not None and linear.bias.requires_grad:
                 grads[linear.bias] = dy_TN[:, start:end].sum(0, dtype=torch.float32)
-        xa_TR = kept.xa[0] if kept is not None else self._compress(x_TK)
-        if xa_TR is None or dxa_TR is None:
+        if dxa_TR is None:
             return
-        ddown_RK, dup_NR = product32(dxa_TR.t(), x_TK), product32(dy_TN.t(), xa_TR)
-        for linear, start, column in self._ranks:
-            lora = linear.adapter
-            assert lora is not None
-            # Of a frozen half the columns lie behind the trained ones.
-            part = slice(column, column + lora.A_rK.shape[0])
-            grads[lora.A_rK] = ddown_RK[part]
-            grads[lora.B_Nr] = dup_NR[start : start + linear.out_features, part] * lora.scale
+        sums = sums or Sums()
+        ddown_RK = sums.down_RK
+        if ddown_RK is None:
+            assert x_TK is not None
+            ddown_RK = product32(dxa_TR.t(), x_TK)
+        ups = self._up_grads(dy_TN, x_TK, kept, sums)
+        for linear, columns, dup_Nr in zip(self.maps, self._columns, ups):
+            if linear.adapter is not None and columns is not None:
+                # Of a frozen half the columns lie behind the trained ones.
+                rank = linear.adapter.A_rK.shape[0]
+                grads[linear.adapter.A_rK] = ddown_RK[columns][:rank]
+                dB_Nr, scale = dup_Nr[:, :rank], linear.adapter.scale
+                grads[linear.adapter.B_Nr] = dB_Nr if scale == 1 else dB_Nr * scale
+
+    def _up_grads(self, dy_TN: Tensor, x_TK: Tensor | None, kept: Kept | None, sums: Sums) -> list[Tensor]:
+        """Gradients of each map's ``scale * B`` (N, r)."""
+        if any(made is not None for made in sums.up):
+            ups = [made.t() if made is not None else dy_TN[:0] for made in sums.up]
+            return ups if len(ups) == len(self.maps) else [torch.cat(ups)]
+        if kept is not None:
+            xa_TR = kept.xa[0]
+        else:
+            assert x_TK is not None
+            xa_TR = self._compress(x_TK)
+        assert xa_TR is not None
+        dup_NR = product32(dy_TN.t(), xa_TR)
+        spans = zip(self._spans, self._columns)
+        return [dup_NR[start:end, slice(0) if columns is None else columns] for (_, start, end), columns in spans]
 
     def refresh(self) -> None:
         """Cast the adapters' matrices anew where they have changed since."""
@@ -227,29 +272,28 @@ class Stacked:
 
     def _arrange(self) -> None:
         """Find which maps have adapters, and make room for these."""
-        self._ranks, rank = [], 0
-        for linear, start, _ in self._spans:
-            if linear.adapter is not None:
-                self._ranks.append((linear, start, rank))
-                rank += linear.adapter.rank
+        self._columns, rank = [], 0
+        for linear in self.maps:
+            lora = linear.adapter
+            self._columns.append(slice(rank, rank + lora.rank) if lora is not None else None)
+            rank += lora.rank if lora is not None else 0
         if not rank:
             self._down_RK = self._up_NR = None
         elif self._down_RK is None or self._down_RK.shape[0] != rank:
             device = self.maps[0].device()
             self._down_RK = torch.zeros(rank, self.columns, dtype=self.dtype, device=device)
             self._up_NR = torch.zeros(self._outputs, rank, dtype=self.dtype, device=device)
+        elif self._up_NR is not None:
+            self._up_NR.zero_()  # of what other maps' adapters left beside the new ones
 
     @torch.no_grad()
     def cast(self) -> None:
         """Cast the adapters' matrices, whether or not they have changed."""
-        for linear, start, column in self._ranks:
-            lora = linear.adapter
-            assert lora is not None
-            assert self._down_RK is not None
-            assert self._up_NR is not None
-            down_RK = self._down_RK[column : column + lora.rank]
-            up_NR = self._up_NR[start : start + linear.out_features, column : column + lora.rank]
-            lora.cast_into(down_RK, up_NR)
+        for (linear, start, end), columns in zip(self._spans, self._columns):
+            if linear.adapter is not None and columns is not None:
+                assert self._down_RK is not None
+                assert self._up_NR is not None
+                linear.adapter.cast_into(self._down_RK[columns], self._up_NR[start:end, columns])
 
     def _compress(self, x_TK: Tensor) -> Tensor | None:
         return x_TK @ self._down_RK.t() if self._down_RK is not None else None

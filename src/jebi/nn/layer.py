@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jebi.kernels.glu import Activation, glu
-from jebi.kernels.rms_norm import rms_norm
+from jebi.kernels.rms_norm import rms_norm, rms_norm_lean
 from jebi.kernels.rope import rope
 from jebi.nn.attention import AttentionForm
 from jebi.nn.base_product import BaseProduct
@@ -96,6 +96,10 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Norm over the last dimension; differentiable."""
         return rms_norm(x, self.weight, self.eps, self.unit_offset)
+
+    def lean(self, x: Tensor) -> Tensor:
+        """The same, keeping less for the backward."""
+        return rms_norm_lean(x, self.weight, self.eps, self.unit_offset)
 
 
 class Attention(nn.Module):
@@ -197,6 +201,10 @@ class DecoderLayer(nn.Module):
     def scaled(self, x: Tensor) -> Tensor:
         """``x`` at the scale of the residual stream (`stream_scale`)."""
         return x if self.scale == 1 else x * self.scale
+
+    def scale_(self, x: Tensor) -> Tensor:
+        """The same in place."""
+        return x if self.scale == 1 else x.mul_(self.scale)
 
     def heads(self, x: Tensor) -> Tensor:
         """(..., heads * d) -> (..., heads, d)."""

@@ -2,12 +2,23 @@
 
 What the plain `DecoderLayer.forward` computes, with two differences: only what the backward cannot rebuild cheaply is
 kept (never a pre-norm's output, never ``act(gate) * up``), and a layer that keeps only its input is recomputed without
-its last product, ``down_proj``, whose result no gradient needs (unless it is normed). Attention alone is differentiated
-by autograd, as a small graph inside the node, so every backend of `nn.attention` serves.
+its last product, ``down_proj``, whose result no gradient needs (unless it is normed).
+
+A layer that keeps only its input does what concerns single tokens (norms, products, RoPE, GLU) chunk by chunk, forward
+and backward, so that nothing of width F, nor the stream between the blocks, ever exists for all tokens. Attention alone
+sees the whole rows (`nn.attention_pair`), and its gradients are written over its inputs, a few heads at a time. So of
+tensors as large as the input (T, D), where q, k and v together are Q of them (1.5 in Llama 3.1 8B), there are at most
+
+- forward: 2 + Q (input, attention's output, q, k and v), then 3 (input, attention's output, output);
+- backward: 4 + Q (input, attention's output and its gradient, the stream's gradient, q, k and v), one more where the
+  incoming gradient must be left alone, and two more that are on their way from host memory for the next layer;
+
+and beside them one chunk's, and a few heads' workspace.
 
 Adapter dropout is not done here; such layers take the plain form (`serves`).
 
-Shapes: T tokens of all rows, D width, F feed-forward width, H/G query and key/value heads, d head size, r rank.
+Shapes: T tokens of all rows, or of a chunk, D width, F feed-forward width, H/G query and key/value heads, d head size,
+r rank.
 """
 
 from dataclasses import dataclass
@@ -16,17 +27,31 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from jebi.kernels.glu import Thin, glu_backward_, glu_forward
-from jebi.kernels.rms_norm import rms_norm_apply, rms_norm_backward, rms_norm_forward, rms_norm_weight_grad
-from jebi.kernels.rope import rope_, rope_into
-from jebi.nn import group
-from jebi.nn.attention import attend_rows
-from jebi.nn.layer import DecoderLayer, Norm, parts
+from jebi.nn.attention_pair import Attended, attention_backward, attention_forward
+from jebi.nn.host_memory import HostMemory
+from jebi.nn.layer import DecoderLayer
+from jebi.nn.layer_steps import (
+    Block,
+    Normed,
+    Turned,
+    add,
+    before_attention_backward,
+    behind_attention,
+    feed_forward,
+    feed_forward_backward,
+    o_backward,
+    turn,
+    turn_back,
+)
 from jebi.nn.linear import Grads
 from jebi.nn.rows import Rows
 
 Keep = Literal["all", "input", "input_on_host"]
-"""What a layer keeps from its forward: what its backward reads, only its input, or its input in host memory."""
+"""What a layer keeps from its forward: what its backward reads; only its input; or its input and, where
+`attention_pair` can, attention's output, both in host memory."""
+
+CHUNK_TOKENS = 8192
+"""Tokens of a chunk: enough for products at full rate and for one dequantisation of 4-bit weights to cost little."""
 
 
 def serves(layer: DecoderLayer) -> bool:
@@ -34,44 +59,48 @@ def serves(layer: DecoderLayer) -> bool:
     return all(p.adapter is None or p.adapter.dropout == 0 for _, p in layer.projections())
 
 
-def run_layer(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tensor], rows: Rows, keep: Keep) -> Tensor:
+@dataclass(frozen=True)
+class Keeping:
+    """What a layer keeps, and how it saves memory."""
+
+    keep: Keep = "all"
+    """What it keeps."""
+    chunk: int = CHUNK_TOKENS
+    """Most tokens of a chunk, where not all is kept."""
+    host: HostMemory | None = None
+    """Where layers of one forward pass keep what goes to host memory."""
+    spend_gradient: bool = False
+    """Whether the gradient that comes in may be written over: nothing else reads it."""
+
+
+def run_layer(
+    layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tensor], rows: Rows, keep: Keep | Keeping
+) -> Tensor:
     """The layer's output (T, D), differentiable by the hidden states and every trained parameter of the layer."""
+    keeping = keep if isinstance(keep, Keeping) else Keeping(keep)
     trained = [p for p in layer.parameters() if p.requires_grad]
-    out_TD: Tensor = _LayerNode.apply(hidden_TD, layer, tables, rows, keep, *trained)
+    out_TD: Tensor = _LayerNode.apply(hidden_TD, layer, tables, rows, keeping, *trained)
     return out_TD
 
 
 @dataclass
-class _Normed:
-    """A norm's input, kept for its backward, and its statistics."""
+class _Given:
+    """What a layer is given, and the chunks it goes through."""
 
-    x: Tensor
-    rstd: Tensor
+    hidden_TD: Tensor
+    tables: tuple[Tensor, Tensor]
+    rows: Rows
+    chunks: list[slice]
 
 
 @dataclass
 class _Kept:
-    """What a layer's backward reads beside its input."""
+    """What a layer's backward has of what its forward made."""
 
-    rstd_in_T1: Tensor
-    qkv: tuple[Tensor, Tensor, Tensor]
-    """Inputs of the attention graph: q (T, H, d), k and v (T, G, d), rotated."""
-    mixed_THd: Tensor
-    """The attention graph's output."""
-    middle_TD: Tensor
-    """The residual stream between the two blocks."""
-    rstd_mid_T1: Tensor
-    gate_TF: Tensor
-    """Without what `_thin` says is still to be added; likewise up."""
-    up_TF: Tensor
-    groups: dict[str, group.Kept]
-    """What each group of maps keeps."""
-    qk: tuple[_Normed, _Normed] | None
-    """Queries and keys before their norms, where they have any."""
-    attention_out: _Normed | None
-    """The attention block's output before its norm, where it has one."""
-    out: _Normed | None = None
-    """The feed-forward block's, likewise."""
+    turned: Turned | None = None
+    attended: Attended | None = None
+    block: Block | None = None
+    """Of all tokens."""
 
 
 class _LayerNode(torch.autograd.Function):
@@ -82,178 +111,137 @@ class _LayerNode(torch.autograd.Function):
         layer: DecoderLayer,
         tables: tuple[Tensor, Tensor],
         rows: Rows,
-        keep: Keep,
+        keeping: Keeping,
         *trained: nn.Parameter,
     ) -> Tensor:
-        kept = _forward(layer, hidden_TD, tables, rows)
-        out_TD = _feed_forward(layer, kept)
-        ctx.layer, ctx.tables, ctx.rows, ctx.trained = layer, tables, rows, trained
-        ctx.kept = kept if keep == "all" else None
-        ctx.device = hidden_TD.device
-        ctx.save_for_backward(_to_host(hidden_TD) if keep == "input_on_host" else hidden_TD)
+        ctx.layer, ctx.tables, ctx.rows, ctx.keeping, ctx.trained = layer, tables, rows, keeping, trained
+        ctx.kept = ctx.host = None
+        if keeping.keep == "input_on_host" and any(ctx.needs_input_grad):
+            ctx.host = keeping.host or HostMemory(hidden_TD.device)
+            ctx.slot = ctx.host.begin()
+            ctx.host.put(ctx.slot, hidden_TD)
+        else:
+            ctx.save_for_backward(hidden_TD)
+        given = _Given(hidden_TD, tables, rows, _chunks(hidden_TD, keeping))
+        turned = _turned(layer, given)
+        attended = attention_forward(*turned.qkv, rows, layer.shape.attention)
+        if ctx.host is not None:
+            ctx.way, ctx.seeds = attended.way, attended.seeds
+            ctx.host.put(ctx.slot, *attended.storable())
+        kept = _Kept(turned, attended) if keeping.keep == "all" else None
+        mixed_TD = attended.mixed(rows, hidden_TD.dtype).flatten(-2)
+        del turned, attended
+        out_TD = None
+        for chunk in given.chunks:
+            block = behind_attention(layer, hidden_TD[chunk], mixed_TD[chunk])
+            out_TD = _written(out_TD, feed_forward(layer, block), chunk, hidden_TD.shape[0])
+            if kept is not None:
+                kept.block = block
+            del block  # before the next one is made
+        ctx.kept = kept
+        assert out_TD is not None
         return out_TD
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD = ctx.saved_tensors[0].to(ctx.device, non_blocking=True)
-        kept = ctx.kept or _forward(ctx.layer, hidden_TD, ctx.tables, ctx.rows)
-        ctx.kept = None
+        kept, ctx.kept = ctx.kept or _Kept(), None
+        layer, rows, keeping = ctx.layer, ctx.rows, ctx.keeping
+        if ctx.host is None:
+            (hidden_TD,) = ctx.saved_tensors
+        else:
+            hidden_TD, *mixed = ctx.host.take(ctx.slot)
+            kept.attended = Attended(ctx.way, mixed[0], mixed[1], ctx.seeds) if mixed else None
+            del mixed
+        given = _Given(hidden_TD, ctx.tables, rows, _chunks(hidden_TD, keeping))
+        dout_TD = grad_outputs[0].contiguous()
+        # First the gradient of the stream between the blocks, then that of the layer's input.
+        dstream_TD = dout_TD if keeping.spend_gradient else torch.empty_like(dout_TD)
         grads: Grads = {}
-        dmiddle_TD = _feed_forward_backward(ctx.layer, kept, grad_outputs[0], grads)
-        dhidden_TD = _attention_backward(
-            ctx.layer, kept, hidden_TD, ctx.tables, dmiddle_TD, grads, ctx.needs_input_grad[0]
-        )
-        return dhidden_TD, None, None, None, None, *(grads.get(p) for p in ctx.trained)
+        if kept.attended is None:
+            kept.turned = _turned(layer, given)
+            kept.attended = attention_forward(*kept.turned.qkv, rows, layer.shape.attention)
+        dmixed_TD = _behind_attention_backward(layer, given, kept, dout_TD, dstream_TD, grads)
+        turned = kept.turned or _turned(layer, given)
+        _attention_backward(layer, given, turned, kept.attended, dmixed_TD, grads)
+        del kept, dmixed_TD
+        wanted = ctx.needs_input_grad[0] or layer.input_layernorm.weight.requires_grad
+        for chunk, of_chunk in zip(given.chunks, turned.kept, strict=True):
+            dturned = [dy[chunk].flatten(-2) for dy in turned.qkv]
+            add(
+                grads,
+                before_attention_backward(layer, hidden_TD[chunk], dturned, of_chunk, dstream_TD[chunk], wanted),
+            )
+        return dstream_TD if wanted else None, None, None, None, None, *(grads.get(p) for p in ctx.trained)
 
 
-def _forward(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tensor], rows: Rows) -> _Kept:
-    """The layer up to and without the gated product: what a backward needs, kept or recomputed."""
-    shape, attn, groups = layer.shape, layer.self_attn, layer.groups()
-    kept: dict[str, group.Kept] = {}
-    x_TD, rstd_in_T1 = _norm(layer.input_layernorm, hidden_TD)
-    outputs, kept["qkv"] = groups.qkv.forward(x_TD)
-    del x_TD
-    q, k, v = (layer.heads(y) for y in parts(outputs, shape.qkv_sizes))
-    if layer.scale != 1:
-        v.mul_(layer.scale)
-    qk = None
-    if attn.q_norm is not None and attn.k_norm is not None:
-        raw = q, k
-        (q, rstd_q), (k, rstd_k) = _norm(attn.q_norm, q), _norm(attn.k_norm, k)
-        qk = _Normed(raw[0], rstd_q), _Normed(raw[1], rstd_k)
-    qkv = (rope_(q, *tables), rope_(k, *tables), v)
-    with torch.enable_grad():
-        qkv = (
-            qkv[0].detach().requires_grad_(),
-            qkv[1].detach().requires_grad_(),
-            qkv[2].detach().requires_grad_(),
-        )
-        mixed_THd = attend_rows(*qkv, rows, shape.attention)
-    mixed_TD = mixed_THd.detach().flatten(-2)
-    attention_out = None
-    if layer.attention_out_norm is None:
-        (middle_TD,), kept["o"] = groups.o.forward(mixed_TD, hidden_TD)
-    else:
-        (raw_TD,), kept["o"] = groups.o.forward(mixed_TD)
-        normed_TD, rstd = _norm(layer.attention_out_norm, raw_TD)
-        attention_out = _Normed(raw_TD, rstd)
-        middle_TD = torch.add(hidden_TD, normed_TD, alpha=layer.scale)
-    x_TD, rstd_mid_T1 = _norm(layer.middle_norm, middle_TD)
-    outputs, kept["gate_up"] = groups.gate_up.forward(x_TD, whole=False)
-    gate_TF, up_TF = parts(outputs, [shape.ffn, shape.ffn])
-    return _Kept(rstd_in_T1, qkv, mixed_THd, middle_TD, rstd_mid_T1, gate_TF, up_TF, kept, qk, attention_out)
+def _turned(layer: DecoderLayer, given: _Given) -> Turned:
+    """Queries, keys and values of all tokens, ready for attention."""
+    if len(given.chunks) == 1:
+        return turn(layer, given.hidden_TD, given.tables)
+    tokens, hidden_TD = given.hidden_TD.shape[0], given.hidden_TD
+    # Columns of one matrix, so that their gradients, which take their place, go through one product.
+    whole_TN = torch.empty(tokens, sum(layer.shape.qkv_sizes), dtype=hidden_TD.dtype, device=hidden_TD.device)
+    q, k, v = (layer.heads(y) for y in whole_TN.split(layer.shape.qkv_sizes, dim=1))
+    raw: list[Tensor | None] = [None] * 4
+    kept = []
+    for chunk in given.chunks:
+        part = turn(layer, hidden_TD[chunk], (given.tables[0][chunk], given.tables[1][chunk]))
+        for whole, piece in zip((q, k, v), part.qkv):
+            whole[chunk] = piece
+        kept += part.kept
+        if part.qk is not None:
+            pieces = [piece for normed in part.qk for piece in (normed.x, normed.rstd)]
+            raw = [_written(whole, piece, chunk, tokens) for whole, piece in zip(raw, pieces)]
+    xq, rstd_q, xk, rstd_k = raw
+    if xq is None or rstd_q is None or xk is None or rstd_k is None:
+        return Turned((q, k, v), None, kept)
+    return Turned((q, k, v), (Normed(xq, rstd_q), Normed(xk, rstd_k)), kept)
 
 
-def _feed_forward(layer: DecoderLayer, kept: _Kept) -> Tensor:
-    """The layer's output (T, D); what a norm at its end needs is kept."""
-    act_TF = glu_forward(kept.gate_TF, kept.up_TF, layer.shape.activation, _thin(layer, kept), layer.scale)
-    down = layer.groups().down
-    if layer.out_norm is None:
-        (out_TD,), kept.groups["down"] = down.forward(act_TF, kept.middle_TD)
-        return out_TD
-    (raw_TD,), kept.groups["down"] = down.forward(act_TF)
-    normed_TD, rstd_T1 = _norm(layer.out_norm, raw_TD)
-    kept.out = _Normed(raw_TD, rstd_T1)
-    return torch.add(kept.middle_TD, normed_TD, alpha=layer.scale)
-
-
-def _thin(layer: DecoderLayer, kept: _Kept) -> Thin:
-    """What is still to be added to gate and up."""
-    gate, up = layer.groups().gate_up.thin(kept.groups["gate_up"], [layer.shape.ffn] * 2)
-    return gate, up
-
-
-def _feed_forward_backward(layer: DecoderLayer, kept: _Kept, dout_TD: Tensor, grads: Grads) -> Tensor:
-    """Gradient of the residual stream between the blocks."""
-    groups, dblock_TD = layer.groups(), dout_TD
-    if layer.out_norm is not None:
-        if kept.out is None:
-            _feed_forward(layer, kept)
-        assert kept.out is not None
-        dblock_TD = _norm_backward(layer.out_norm, layer.scaled(dout_TD), kept.out, grads)
-    dact_TF, shares = groups.down.backward_input([dblock_TD], whole=False)
-    assert dact_TF is not None
-    act_TF, *dgate_up = glu_backward_(
-        dact_TF, kept.gate_TF, kept.up_TF, layer.shape.activation, _thin(layer, kept), shares.thin, layer.scale
-    )
-    groups.down.backward_trained(shares, act_TF, kept.groups.get("down"), grads)
-    del act_TF, dact_TF, shares
-    dx_TD, shares = groups.gate_up.backward_input(dgate_up)
-    assert dx_TD is not None
-    middle = _Normed(kept.middle_TD, kept.rstd_mid_T1)
-    x_TD = _norm_apply(layer.middle_norm, middle)
-    groups.gate_up.backward_trained(shares, x_TD, kept.groups["gate_up"], grads)
-    return _norm_backward(layer.middle_norm, dx_TD, middle, grads, dout_TD)
+def _behind_attention_backward(
+    layer: DecoderLayer, given: _Given, kept: _Kept, dout_TD: Tensor, dstream_TD: Tensor, grads: Grads
+) -> Tensor:
+    """Gradient of attention's output (T, H * d); that of the stream between the blocks goes into ``dstream_TD``."""
+    assert kept.attended is not None
+    mixed_TD = kept.attended.mixed(given.rows, dout_TD.dtype).flatten(-2)
+    dmixed_TD = None
+    for chunk in given.chunks:
+        block, kept.block = kept.block or behind_attention(layer, given.hidden_TD[chunk], mixed_TD[chunk]), None
+        some: Grads = {}
+        feed_forward_backward(layer, block, dout_TD[chunk], dstream_TD[chunk], some)
+        dmixed = o_backward(layer, block, mixed_TD[chunk], dstream_TD[chunk], some)
+        dmixed_TD = _written(dmixed_TD, dmixed, chunk, dout_TD.shape[0])
+        add(grads, some)
+        del block, dmixed  # before the next ones are made
+    assert dmixed_TD is not None
+    return dmixed_TD
 
 
 def _attention_backward(
-    layer: DecoderLayer,
-    kept: _Kept,
-    hidden_TD: Tensor,
-    tables: tuple[Tensor, Tensor],
-    dmiddle_TD: Tensor,
-    grads: Grads,
-    needs_input: bool,
-) -> Tensor | None:
-    """Gradient of the layer's input; None where nothing below the layer is trained."""
-    groups, dblock_TD = layer.groups(), dmiddle_TD
-    if layer.attention_out_norm is not None:
-        assert kept.attention_out is not None
-        dblock_TD = _norm_backward(layer.attention_out_norm, layer.scaled(dmiddle_TD), kept.attention_out, grads)
-    dmixed_TD, shares = groups.o.backward_input([dblock_TD])
-    assert dmixed_TD is not None
-    groups.o.backward_trained(shares, kept.mixed_THd.detach().flatten(-2), kept.groups["o"], grads)
-    dqkv = torch.autograd.grad(kept.mixed_THd, kept.qkv, layer.heads(dmixed_TD))
-    turned_back = _before_rope(layer, kept, dqkv, tables, grads)
-    inputs = _Normed(hidden_TD, kept.rstd_in_T1)
-    needs_input = needs_input or layer.input_layernorm.weight.requires_grad
-    dx_TD, shares = groups.qkv.backward_input(turned_back, needs_input)
-    x_TD = _norm_apply(layer.input_layernorm, inputs)
-    groups.qkv.backward_trained(shares, x_TD, kept.groups["qkv"], grads)
-    if dx_TD is None:
-        return None
-    return _norm_backward(layer.input_layernorm, dx_TD, inputs, grads, dmiddle_TD)
+    layer: DecoderLayer, given: _Given, turned: Turned, attended: Attended, dmixed_TD: Tensor, grads: Grads
+) -> None:
+    """Gradients of what the maps gave, written over ``turned``."""
+
+    def take(heads: slice, groups: slice, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        for number, (part, dy) in enumerate(((heads, dq), (groups, dk), (groups, dv))):
+            add(grads, turn_back(layer, turned, number, part, dy, given.tables))
+
+    form = layer.shape.attention
+    attention_backward(layer.heads(dmixed_TD), turned.qkv, attended, given.rows, form, take)
 
 
-def _before_rope(
-    layer: DecoderLayer, kept: _Kept, dqkv: tuple[Tensor, ...], tables: tuple[Tensor, Tensor], grads: Grads
-) -> list[Tensor]:
-    """Gradients of the maps' outputs (T, N each) from those of turned queries and keys and of the values."""
-    attn, (dq, dk, dv) = layer.self_attn, dqkv
-    if layer.scale != 1:
-        dv.mul_(layer.scale)
-    places = layer.groups().qkv.places(layer.shape.qkv_sizes, dq.dtype, dq.shape[0])
-    if attn.q_norm is not None and attn.k_norm is not None:
-        assert kept.qk is not None
-        dq = _norm_backward(attn.q_norm, rope_(dq, *tables, backwards=True), kept.qk[0], grads)
-        dk = _norm_backward(attn.k_norm, rope_(dk, *tables, backwards=True), kept.qk[1], grads)
-        return [dy.flatten(-2) for dy in (dq, dk, dv)]
-    if places is None:
-        dq, dk = (rope_(dy, *tables, backwards=True) for dy in (dq, dk))
-        return [dy.flatten(-2) for dy in (dq, dk, dv)]
-    for dy, place in zip((dq, dk), places):
-        rope_into(dy, *tables, layer.heads(place), backwards=True)
-    layer.heads(places[2]).copy_(dv)
-    return places
+def _chunks(hidden_TD: Tensor, keeping: Keeping) -> list[slice]:
+    """One chunk where all is kept: its parts would have to be laid together."""
+    tokens = hidden_TD.shape[0]
+    step = tokens if keeping.keep == "all" else keeping.chunk
+    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
-def _norm(norm: Norm, x: Tensor) -> tuple[Tensor, Tensor]:
-    return rms_norm_forward(x, norm.weight, norm.eps, norm.unit_offset)
-
-
-def _norm_apply(norm: Norm, kept: _Normed) -> Tensor:
-    return rms_norm_apply(kept.x, kept.rstd, norm.weight, norm.unit_offset)
-
-
-def _norm_backward(norm: Norm, dy: Tensor, kept: _Normed, grads: Grads, residual: Tensor | None = None) -> Tensor:
-    """Gradient of a norm's input, ``residual`` added; a trained weight's goes into ``grads``."""
-    if norm.weight.requires_grad:
-        grads[norm.weight] = rms_norm_weight_grad(dy, kept.x, kept.rstd)
-    return rms_norm_backward(dy, kept.x, kept.rstd, norm.weight, norm.unit_offset, residual)
-
-
-def _to_host(x: Tensor) -> Tensor:
-    """A copy in pinned host memory when ``x`` is on a card; ``x`` itself when it is there already."""
-    if x.device.type == "cpu":
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+def _written(whole: Tensor | None, part: Tensor, chunk: slice, tokens: int) -> Tensor:
+    """The tensor of all tokens with a chunk's part in it; the part itself where it is all."""
+    if part.shape[0] == tokens:
+        return part
+    if whole is None:
+        whole = torch.empty(tokens, *part.shape[1:], dtype=part.dtype, device=part.device)
+    whole[chunk] = part
+    return whole

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jebi.kernels import dequantize
 from jebi.kernels.dequantize import PackedWeight
-from jebi.kernels.product32 import product32
+from jebi.kernels.low_rank import product32
 from jebi.nn import dora
 from jebi.nn.lora import Lora
 

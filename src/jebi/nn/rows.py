@@ -7,6 +7,7 @@ Shapes: U tokens held, T tokens of all rows laid out whole; U = T where nothing 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -58,8 +59,21 @@ class Rows:
         """Whole rows to held tokens, (T, ...) -> (U, ...): each from where it first stands."""
         return x_THd if self.first_U is None else x_THd.index_select(0, self.first_U)
 
+    def spread_backward(self, dx_THd: Tensor, held: int) -> Tensor:
+        """Gradient of `spread`'s input, of that many held tokens."""
+        return dx_THd if self.whole_T is None else _summed(dx_THd, self.whole_T, held)
+
+    def gather_backward(self, dx_UHd: Tensor, whole: int) -> Tensor:
+        """Gradient of `gather`'s input, of that many tokens."""
+        return dx_UHd if self.first_U is None else _summed(dx_UHd, self.first_U, whole)
+
     def cu_seqlens(self) -> Tensor:
         """The starts as the int32 tensor that variable-length attention takes."""
+        return self._given_or_made_cu
+
+    @cached_property
+    def _given_or_made_cu(self) -> Tensor:
+        # Made once for all layers: the host waits for its copy to a card.
         if self.cu is not None:
             return self.cu
         return torch.tensor(self.starts, dtype=torch.int32, device=self.positions_U.device)
@@ -81,3 +95,8 @@ def rows_from_positions(positions_T: Tensor) -> Rows:
     if not begins or begins[0] != 0:
         begins.insert(0, 0)
     return Rows((*begins, positions_T.shape[0]), positions_T)
+
+
+def _summed(dx: Tensor, index: Tensor, size: int) -> Tensor:
+    """Gradient of an ``index_select`` of ``size`` entries along the first dimension."""
+    return dx.new_zeros(size, *dx.shape[1:]).index_add_(0, index, dx)

@@ -5,7 +5,7 @@ Which rows make a step, and what follows it, are the trainer's; what a pass comp
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -59,13 +59,14 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
     trained, _ = model.trainable_parameters()
     free = free_bytes(device) - TRAINED_BYTES * trained
     weights = model.packed_values() * element if device.type == "cuda" else 0
-    plan = choose(backbone.shape, element, free, settings.longest, asked, limit, weights)
-    backbone.checkpointing = plan.checkpointing
+    host = free_bytes(torch.device("cpu")) if device.type == "cuda" else 0
+    plan = choose(backbone.shape, element, free, settings.longest, asked, limit, weights, host)
+    backbone.checkpointing, backbone.chunk_tokens = plan.checkpointing, plan.chunk
     if device.type == "cuda":
         backbone.stack(plan.keep_weights)
     if settings.pass_tokens is None:
         return plan
-    return PassPlan(plan.checkpointing, settings.pass_tokens, plan.keep_weights)
+    return replace(plan, tokens=settings.pass_tokens)
 
 
 class Engine:

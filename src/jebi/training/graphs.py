@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from jebi.data.passes import Pass
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.unpadding import Learnt, learnt_of
 from jebi.nn.attention import varlen_serves
 from jebi.nn.rows import Rows
+from jebi.training.flat import lay_flat
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ class PassGraphs:
         """
         self._model, self._backward, self._settings = model, backward, settings
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._flat = torch.zeros(sum(_padded(p) for p in self._trained), dtype=torch.float32, device=model.device)
-        self._grads = _views(self._flat, self._trained)
+        self._flat, self._grads = lay_flat(self._trained)
         self._captured: dict[Shape, PassGraph] = {}
         self._casts: torch.cuda.CUDAGraph | None = None
         self._pool = torch.cuda.graph_pool_handle()
@@ -250,15 +250,3 @@ def _round(tokens: int) -> int:
     """Up to a multiple of 256, or of an eighth where that is more: few shapes, little padding."""
     step = min(_STEP_MOST, max(_STEP, 1 << max(0, tokens.bit_length() - 4)))
     return max(step, -(-tokens // step) * step)
-
-
-def _padded(parameter: nn.Parameter) -> int:
-    return -(-parameter.numel() // 4) * 4
-
-
-def _views(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-    views, start = [], 0
-    for parameter in parameters:
-        views.append(flat[start : start + parameter.numel()].view(parameter.shape))
-        start += _padded(parameter)
-    return views

@@ -19,6 +19,7 @@ from torch.optim.optimizer import ParamsT
 from jebi.errors import ConfigError
 from jebi.kernels import adamw8bit
 from jebi.kernels.adamw8bit import BLOCK, Moments8, Moments32, Rates
+from jebi.training.flat import starts_of, stretch_of
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -118,10 +119,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _pack(self, params: list[Tensor], eight_bit: bool) -> "_Bucket":
         """Lay ``params`` out in a new bucket and move their state, if they have any, into it."""
-        starts, size = [], 0
-        for param in params:
-            starts.append(size)
-            size += _padded(param)
+        starts, size = starts_of(params)
         moments = _empty_moments(size, params[0].device, eight_bit)
         for param, start in zip(params, starts):
             state = self.state[param]
@@ -156,6 +154,12 @@ def _update(bucket: _Bucket, rates: Rates) -> None:
         # Padding has to stay out of its block's scale, and 0 does not round to itself in 8 bits.
         bucket.moments.state1.index_fill_(0, bucket.padding, adamw8bit.ZERO_CODE_1)
         bucket.moments.state2.index_fill_(0, bucket.padding, adamw8bit.ZERO_CODE_2)
+    there = _laid_flat(bucket)
+    if there is not None:
+        _step_stretch(*there, bucket.moments, 0, rates)
+        # What was written through another tensor has changed too, for those who cast it once a step.
+        torch.autograd.graph.increment_version(bucket.params)
+        return
     flats = [param.contiguous().view(-1) for param in bucket.params]
     grads = [param.grad.reshape(-1) for param in bucket.params if param.grad is not None]
     device = bucket.params[0].device
@@ -179,6 +183,14 @@ def _update(bucket: _Bucket, rates: Rates) -> None:
     for param, flat in zip(bucket.params, flats):
         if not param.is_contiguous():
             param.copy_(flat.view(param.shape))
+
+
+def _laid_flat(bucket: _Bucket) -> tuple[Tensor, Tensor] | None:
+    """Parameters and gradients as they lie in memory, where both are laid out as the bucket is (`training.flat`)."""
+    param_T = stretch_of(bucket.params, bucket.starts, bucket.size)
+    grads = [param.grad for param in bucket.params if param.grad is not None]
+    grad_T = stretch_of(grads, bucket.starts, bucket.size) if param_T is not None else None
+    return (param_T, grad_T) if param_T is not None and grad_T is not None else None
 
 
 def _step_stretch(param_T: Tensor, grad_T: Tensor, moments: Moments8 | Moments32, begin: int, rates: Rates) -> None:

@@ -18,7 +18,7 @@ SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 LONG, FLOAT, SCALAR = "i64", "*fp32", "fp32"
 
 
-def cases(value: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
+def cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Each kernel with the types and constants of a Llama 3.1 8B layer, and its warps; ``value`` is a pointer."""
     norm = {"x_ptr": value, "weight_ptr": value, "y_ptr": value, "rstd_ptr": FLOAT}
     rows = {"x_stride": "i32", "y_stride": "i32", "width": "i32", "eps": SCALAR}
@@ -46,11 +46,15 @@ def cases(value: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
         thin |= {f"{name}_left": value, f"{name}_right": value, f"{name}_rank": "i32"}
         thin |= dict.fromkeys((f"{name}_left_stride", f"{name}_right_row", f"{name}_right_column"), "i32")
     for kind in range(3):
-        constants = {"KIND": kind, "GATE_RANK": 32, "UP_RANK": 32, "DA_RANK": 16, "TOKENS": 32, "COLUMNS": 128}
+        constants = {"KIND": kind, "GATE_RANK": 16, "UP_RANK": 16, "DA_RANK": 16, "COLUMNS": 128, "STRETCH": 512}
         forward = {"gate_ptr": value, "up_ptr": value, "out_ptr": value, "out_stride": "i32"}
-        found.append((glu._forward, forward | strides | thin, constants, 4))
+        found.append((glu._forward, forward | strides | thin, constants | {"TOKENS": 16}, 4))
         backward = {"da_ptr": value, "gate_ptr": value, "up_ptr": value, "da_stride": "i32"}
-        found.append((glu._backward, backward | strides | thin, constants, 4))
+        backward |= {f"{name}_sum_ptr": FLOAT for name in ("gate", "up", "da")}
+        for rank in (16, 32):
+            ranks = {"GATE_RANK": rank, "UP_RANK": rank, "DA_RANK": rank, "SUMMED_RANK": 32 if capability >= 80 else 0}
+            flags = {"TOKENS": 32, "KEEP_ACT": True}
+            found.append((glu._backward, backward | strides | thin, constants | ranks | flags, 4))
     dense = {"packed_ptr": "*u8", "absmax_ptr": "*u8", "nested_ptr": FLOAT, "offset_ptr": FLOAT, "levels_ptr": FLOAT}
     dense |= {"codes_ptr": FLOAT, "out_ptr": value, "values": "i32", "out_stride": "i32"}
     found.append((nf4._dequantize, dense, {"COLUMNS": 14336, "VALUES": 1024}, 4))
@@ -72,7 +76,7 @@ def main() -> None:
         target = GPUTarget("cuda", capability, 32)
         worst = 0
         for value in ("*fp16",) if capability < 80 else ("*fp16", "*bf16"):
-            for kernel, types, constants, warps in cases(value):
+            for kernel, types, constants, warps in cases(value, capability):
                 names = kernel.arg_names
                 missing = set(names) - set(types) - set(constants)
                 assert not missing, f"{kernel.__name__} takes {missing} too"
@@ -85,7 +89,8 @@ def main() -> None:
                     sys.exit(
                         f"{kernel.__name__} takes {compiled.metadata.shared} bytes of shared memory on {capability}"
                     )
-        print(f"compute capability {capability / 10}: {len(cases('*fp16'))} kernels, at most {worst} bytes shared")
+        count = len(cases("*fp16", capability))
+        print(f"compute capability {capability / 10}: {count} kernels, at most {worst} bytes shared")
 
 
 if __name__ == "__main__":

@@ -37,11 +37,21 @@ def apply(x_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor, unit_offset: bool, ou
 
 
 def backward(
-    dy_TD: Tensor, x_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor, unit_offset: bool, residual_TD: Tensor | None
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    rstd_T1: Tensor,
+    weight_D: Tensor,
+    unit_offset: bool,
+    residual_TD: Tensor | None,
+    out_TD: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of the input, (T, D) contiguous; ``residual_TD`` is added to it before it is rounded."""
+    """Gradient of the input, (T, D) contiguous; ``residual_TD`` is added to it before it is rounded.
+
+    It is written into ``out_TD`` where given, which may be ``residual_TD``: a token's residual is read before its
+    gradient is written.
+    """
     rows, width = x_TD.shape
-    dx_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+    dx_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device) if out_TD is None else out_TD
     added_TD = dx_TD if residual_TD is None else residual_TD
     block, warps = _block(width)
     _backward[(rows,)](

@@ -1,10 +1,11 @@
-"""LoRA on a CPU: jebi beside TRL + PEFT (+ bitsandbytes for 4 bits), same model, rows, adapter start and settings.
+"""LoRA of a small model: jebi beside TRL + PEFT (+ bitsandbytes for 4 bits), same rows, adapter start and settings.
 
 Each contender runs in a process of its own, one after the other, on the demo's rows in their order (2 rows a batch,
 4 batches a step). Speeds are real tokens a second, padding never counted, without the first two steps. No speed is
 printed when the loss curves differ by more than 0.01 on average.
 
-    python benchmarks/train_cpu.py [--steps 20] [--cases float32,bfloat16,4bit] [--out docs/benchmarks]
+    python benchmarks/vs_trl.py [--steps 20] [--cases "float32;bfloat16;4bit"] [--out docs/benchmarks]
+    python benchmarks/vs_trl.py --device cuda --steps 200 --cases "bfloat16;4bit bfloat16;float16" --out docs/benchmarks
 """
 
 import argparse
@@ -33,6 +34,8 @@ CASES = {
     "float32, checkpointing": {"dtype": "float32", "bits4": False, "checkpointing": True},
     "bfloat16": {"dtype": "bfloat16", "bits4": False, "checkpointing": False},
     "4bit": {"dtype": "float32", "bits4": True, "checkpointing": False},
+    "4bit bfloat16": {"dtype": "bfloat16", "bits4": True, "checkpointing": False},
+    "float16": {"dtype": "float16", "bits4": False, "checkpointing": False},
 }
 
 
@@ -59,8 +62,9 @@ def settings(case: dict[str, Any], steps: int, folder: str) -> dict[str, Any]:
         "optim": "adamw_torch",
         "logging_steps": 1,
         "train_sampling_strategy": "sequential",
-        "use_cpu": True,
+        "use_cpu": case["device"] == "cpu",
         "bf16": case["dtype"] == "bfloat16",
+        "fp16": case["dtype"] == "float16",
         "report_to": [],
         "save_strategy": "no",
         "seed": 3407,
@@ -90,7 +94,7 @@ def jebi(case: dict[str, Any], steps: int, checkpoint: str, adapter: str, scratc
     from jebi.adapters.peft_files import read_weights
 
     model, tokenizer = FastLanguageModel.from_pretrained(
-        checkpoint, dtype=getattr(torch, case["dtype"]), load_in_4bit=case["bits4"]
+        checkpoint, dtype=getattr(torch, case["dtype"]), load_in_4bit=case["bits4"], device=case["device"]
     )
     model = FastLanguageModel.get_peft_model(model, use_gradient_checkpointing=case["checkpointing"])
     read_weights(model, Path(adapter))
@@ -120,7 +124,7 @@ def trl(case: dict[str, Any], steps: int, checkpoint: str, adapter: str, scratch
         extra["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-        extra["device_map"] = "cpu"
+        extra["device_map"] = case["device"]
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **extra)
     model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -152,14 +156,23 @@ def work(contender: str, case: dict[str, Any], steps: int, checkpoint: str, adap
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "tokens_per_s": statistics.median(rates),
         "step_s": statistics.median(seconds[SKIPPED - 1 :]),
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gb": peak_gb(case["device"]),
     }
 
 
-def run(contender: str, case_name: str, steps: int, checkpoint: str, adapter: str) -> dict[str, Any]:
+def peak_gb(device: str) -> float:
+    """Most memory that this process has held: resident on a CPU, reserved on a card."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    import torch
+
+    return torch.cuda.max_memory_reserved() / 2**30
+
+
+def run(contender: str, case_name: str, device: str, steps: int, checkpoint: str, adapter: str) -> dict[str, Any]:
     """One contender in a process of its own."""
     command = [sys.executable, __file__, "--worker", contender, "--cases", case_name, "--steps", str(steps)]
-    command += ["--checkpoint", checkpoint, "--adapter", adapter]
+    command += ["--checkpoint", checkpoint, "--adapter", adapter, "--device", device]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     for line in done.stdout.splitlines():
@@ -181,7 +194,7 @@ def prepare(folder: Path) -> tuple[str, str]:
     return str(folder / "model"), str(folder / "adapter")
 
 
-def machine() -> str:
+def machine(name: str) -> str:
     """Processor, threads and commit, for the record."""
     import torch
 
@@ -190,7 +203,7 @@ def machine() -> str:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
     )
-    device = memory_before(torch.device("cpu")).device
+    device = memory_before(torch.device(name)).device
     return f"{device}; Python {platform.python_version()}, torch {torch.__version__}; commit {commit.stdout.strip()}"
 
 
@@ -220,30 +233,41 @@ def main() -> None:
     """Run the contenders case by case and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cases", default=";".join(CASES), help="names of cases, separated by ';'")
-    parser.add_argument("--out", type=Path, help="folder for train_cpu.json and train_cpu.md")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--cases", default="float32;float32, checkpointing;bfloat16;4bit", help="names of cases, separated by ';'"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for train_cpu.json and train_cpu.md, or vs_trl.json and vs_trl.md of a card"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
     parser.add_argument("--adapter", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        result = work(args.worker, CASES[args.cases], args.steps, args.checkpoint, args.adapter)
+        result = work(
+            args.worker, CASES[args.cases] | {"device": args.device}, args.steps, args.checkpoint, args.adapter
+        )
         print("RESULT " + json.dumps(result))
         return
     results: dict[str, dict[str, dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, adapter = prepare(Path(folder))
         for name in args.cases.split(";"):
-            results[name] = {who: run(who, name, args.steps, checkpoint, adapter) for who in ("trl", "jebi")}
+            results[name] = {
+                who: run(who, name, args.device, args.steps, checkpoint, adapter) for who in ("trl", "jebi")
+            }
             print(table({name: results[name]}).splitlines()[-1], file=sys.stderr, flush=True)
-    text = f"{machine()}\n\n{table(results)}\n"
+    text = f"{machine(args.device)}\n\n{table(results)}\n"
     print(text)
     if args.out:
+        name = "train_cpu" if args.device == "cpu" else "vs_trl"
+        title = "Training on a CPU" if args.device == "cpu" else "Training a small model on a card"
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "train_cpu.json").write_text(
-            json.dumps({"machine": machine(), "results": results}, indent=2) + "\n"
-        )
-        (args.out / "train_cpu.md").write_text(f"# Training on a CPU\n\n`python benchmarks/train_cpu.py`\n\n{text}")
+        measured = {"machine": machine(args.device), "results": results}
+        (args.out / f"{name}.json").write_text(json.dumps(measured, indent=2) + "\n")
+        command = f"python benchmarks/vs_trl.py --device {args.device} --steps {args.steps}"
+        (args.out / f"{name}.md").write_text(f"# {title}\n\n`{command}`\n\n{text}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""The benchmarks that say where time goes run on a CPU too, and tell of everything they promise."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script: str, out: Path, *words: str) -> tuple[str, dict[str, Any]]:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--json", str(out), *words]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return printed, json.loads(out.read_text())
+
+
+def test_kernels(tmp_path: Path) -> None:
+    """Every file of the kernels has an operation in the table, and every operation a time and a reference's."""
+    printed, figures = run("kernels.py", tmp_path / "figures.json", "--tokens", "32")
+    assert figures["shapes"]["tokens"] == 32
+    names = [operation["name"] for operation in figures["operations"]]
+    assert all(f"| {name} | " in printed for name in names)
+    words = {
+        "adamw8bit": "adamw8bit",
+        "dequantize": "nf4 dequantise",
+        "glu": "glu backward",
+        "linear_cross_entropy": "linear cross-entropy",
+        "low_rank": "thin products",
+        "rms_norm": "rms_norm backward",
+        "rope": "rope",
+    }
+    files = {file.stem for file in (ROOT / "src" / "jebi" / "kernels").glob("*.py")} - {"__init__"}
+    assert words.keys() == files
+    assert all(any(word in name for name in names) for word in words.values())
+    assert len(names) == len(set(names)) >= 11
+    assert all(operation["kernel_ms"] > 0 and operation["gb_s"] > 0 for operation in figures["operations"])
+
+
+def test_startup(tmp_path: Path, tiny_llama) -> None:
+    printed, figures = run("startup.py", tmp_path / "figures.json", "--path", str(tiny_llama("worded")), "--steps", "1")
+    parts = figures["parts"]
+    steps = [name for name in parts if name.startswith("train: step")]
+    assert steps == ["train: step 1"]
+    # Parts follow each other without a gap, but for a few lines between them.
+    whole = parts.pop("all")
+    assert 0.9 * whole < sum(parts.values()) <= whole + 0.01
+    assert all(name in printed for group in figures.values() for name in group)
+    assert all(figures["reading"][name] > 0 for name in ("staged GB/s", "mapped GB/s"))
