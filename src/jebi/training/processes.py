@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments
 def suit(args: TrainingArguments, model: PreTrainedModel) -> None:
     """Settle what is left open: 4-bit weights are not sent anew every step; every adapter takes part in every pass."""
     args.dataloader_pin_memory = False  # Rows go to the card as passes, which are pinned.
+    args.logging_nan_inf_filter = False  # Such a loss stops the run; to look for it at every batch waits for the card.
     if args.n_gpu > 1:
         args._n_gpu = 1  # One process trains on one card; Trainer would copy the model to all of them each step.
     if args.ddp_broadcast_buffers is None and next(model.buffers(), None) is not None:
