@@ -82,6 +82,23 @@ def test_sums_are_the_gradients_of_the_thin_products() -> None:
         torch.testing.assert_close(ours, theirs.detach().float(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_scale_is_taken_before_anything_overflows(at_most_twice, activation: Activation) -> None:
+    gate, up, da = inputs((33, 131), torch.float16)
+    gate, up, scale = 300 * gate, 300 * up, 2.0**-5
+    fine = [x.double().requires_grad_() for x in (gate, up)]
+    plain = [x.float().requires_grad_() for x in (gate, up)]
+    (exact(*fine, activation) * scale).backward(da.double())
+    (activated(plain[0], activation) * plain[1] * scale).backward(da.float())
+    out = glu(gate, up, activation, scale)
+    assert out.abs().max() > 65_504 * scale
+    assert torch.equal(glu_forward(gate, up, activation, scale=scale), out)
+    made = glu_backward_(da.clone(), gate, up, activation, scale=scale)
+    assert torch.equal(made.act_TF, out)
+    for name, ours, near, far in zip(("dgate", "dup"), (made.gate_TF, made.up_TF), plain, fine):
+        at_most_twice(name, ours, near.grad.half(), far.grad)
+
+
 def test_the_forward_leaves_gate_and_up_alone() -> None:
     before = inputs((5, 176), torch.float32)
     gate, up, _ = inputs((5, 176), torch.float32)

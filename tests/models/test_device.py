@@ -4,7 +4,8 @@ import psutil
 import pytest
 import torch
 
-from jebi.models.device import default_device, free_bytes
+from jebi import is_bfloat16_supported
+from jebi.models.device import default_device, default_dtype, free_bytes
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,15 @@ def test_without_a_card_it_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert default_device() == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_a_card_without_bfloat16_computes_in_float16(
+    capability: tuple[int, int], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T4 is of 7.5; torch says it has bfloat16, which it emulates."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert default_dtype(torch.device("cuda")) == expected
+    assert is_bfloat16_supported() == (expected == torch.bfloat16)

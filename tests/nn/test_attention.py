@@ -152,3 +152,15 @@ def test_padded_keys_have_no_influence() -> None:
     ).transpose(1, 2)
     # As above.
     torch.testing.assert_close(ours, shorter, rtol=1e-5, atol=1e-6)
+
+
+def test_keys_and_values_once_for_every_query_head() -> None:
+    """What a card without grouped heads is given: the same product, and gradients summed over each group."""
+    q, k, v = (x.transpose(0, 1)[None].requires_grad_() for x in inputs(9))
+    grouped = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    wide = (attention._for_every_query(x, HEADS) for x in (k, v))
+    single = F.scaled_dot_product_attention(q, *wide, is_causal=True)
+    # Roundings of float32.
+    torch.testing.assert_close(single, grouped, rtol=1e-5, atol=1e-6)
+    for one, other in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (single, grouped))):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jebi.kernels.rope import rope_tables
 from jebi.nn.attention import AttentionForm, attend_rows
 from jebi.nn.base_product import DenseProduct, Scratch
-from jebi.nn.layer import DecoderLayer, LayerShape
+from jebi.nn.layer import DecoderLayer, LayerShape, Norm
 from jebi.nn.layer_node import Keep, Keeping, run_layer, serves
 from jebi.nn.lora import Lora
 from jebi.nn.rows import Rows, rows_from_lengths
@@ -171,7 +171,7 @@ def exact(layer: DecoderLayer, hidden: Tensor, trained_input: bool, dout: Tensor
         gate, up = linear("mlp.gate_up_proj", x).chunk(2, dim=-1)
     else:
         gate, up = linear("mlp.gate_proj", x), linear("mlp.up_proj", x)
-    act = F.gelu(gate, approximate="tanh") if shape.activation == "gelu_tanh" else gate / (1 + (-gate).exp())
+    act = F.gelu(gate, approximate="tanh") if shape.activation == "gelu_tanh" else gate * gate.sigmoid()
     down = linear("mlp.down_proj", act * up)
     out = middle + (norm("post_feedforward_layernorm", down) if shape.sandwich else down)
     if out.requires_grad:
@@ -187,21 +187,32 @@ def run(
     keep: Keep | Keeping | None,
     rows: Rows = ROWS,
 ) -> dict[str, Tensor | None]:
-    """The plain layer (``keep`` None) or the node: its output and every gradient."""
-    hidden = hidden.clone().requires_grad_(trained_input)
+    """The plain layer (``keep`` None) or the node: its output and every gradient, where the stream itself stands."""
+    hidden = (hidden * layer.scale).requires_grad_(trained_input)
     tables = rope_tables(rows.positions_U, INV_FREQ, 1.0, hidden.dtype)
     if keep is None:
         out = layer(hidden, tables, lambda q, k, v: attend_rows(q, k, v, rows, layer.shape.attention))
     else:
         out = run_layer(layer, hidden, tables, rows, keep)
     if out.requires_grad:
-        out.backward(dout)
-    return {"out": out.detach(), "hidden": hidden.grad} | {name: p.grad for name, p in layer.named_parameters()}
+        out.backward(dout / layer.scale)
+    dhidden = None if hidden.grad is None else hidden.grad * layer.scale
+    out = out.detach() if layer.scale == 1 else out.detach().float() / layer.scale
+    return {"out": out, "hidden": dhidden} | {name: p.grad for name, p in layer.named_parameters()}
+
+
+def unscaled(layer: DecoderLayer) -> DecoderLayer:
+    """The layer with its residual stream as it is, in float16 too."""
+    layer.scale = 1.0
+    for module in layer.modules():
+        if isinstance(module, Norm):
+            module.eps = 1e-5
+    return layer
 
 
 @pytest.mark.parametrize("trained_input", [True, False], ids=["inner layer", "first layer"])
 @pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS.keys())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_output_and_gradients(at_most_twice, dtype: torch.dtype, setup: Setup, trained_input: bool) -> None:
     def results(keep: str) -> dict[str, Tensor | None]:
         """Over three draws: of one alone a small gradient's error may by chance be twice another's."""
@@ -211,7 +222,7 @@ def test_output_and_gradients(at_most_twice, dtype: torch.dtype, setup: Setup, t
             if keep == "exact":
                 draws.append(exact(build(setup, dtype), values[0], trained_input, values[1]))
                 continue
-            layer = build(setup, dtype)
+            layer = build(setup, dtype) if keep != "plain" else unscaled(build(setup, dtype))
             if keep.startswith("stacked"):
                 scratch = Scratch() if "dequantised" in keep else None
                 layer.stack(lambda maps, scratch=scratch: DenseProduct(maps, scratch))
@@ -228,7 +239,38 @@ def test_output_and_gradients(at_most_twice, dtype: torch.dtype, setup: Setup, t
         for name, value in ours.items():
             assert (value is None) == (plain[name] is None) == (fine[name] is None), name
             if value is not None:
-                at_most_twice(f"{name} (keep {keep})", value, plain[name], fine[name])
+                at_most_twice(f"{name} (keep {keep})", value.to(plain[name].dtype), plain[name], fine[name])
+
+
+# The second number is what a loss scale would have found, since gradients grow with the massive product; the third is a
+# dozen roundings (2**-11 each) on the way, grown by 4. The gradient through a norm of massive outputs is what is left
+# of two large numbers, which takes another digit.
+@pytest.mark.parametrize(
+    ("setup", "unscale", "bar"), [("all", 4096, 0.02), ("fused", 4096, 0.02), ("normed blocks", 16, 0.1)]
+)
+def test_float16_bears_activations_beyond_its_range(setup: str, unscale: float, bar: float) -> None:
+    """``act * up`` and the stream beyond 65,504: the node and the plain layer are near float64, by every name."""
+    hidden, dout = inputs(torch.float16)
+    dout /= unscale
+
+    def massive(setup: Setup) -> DecoderLayer:
+        """A layer with one channel in 77 whose gated product is massive."""
+        layer = build(setup, torch.float16)
+        with torch.no_grad():
+            for linear in layer.gate_up():
+                linear.weight[3::FFN] *= 500
+            layer.mlp.down_proj.weight[:, 3] *= 4
+        return layer
+
+    chosen = SETUPS[setup]
+    fine = exact(massive(chosen), hidden, True, dout)
+    assert setup == "normed blocks" or fine["out"].abs().max() > 4 * 65_504
+    assert not run(unscaled(massive(chosen)), hidden, True, dout, None)["out"].isfinite().all()
+    for keep in (None, "all", "input"):
+        for name, value in run(massive(chosen), hidden, True, dout, keep).items():
+            if value is not None:
+                error = (value.double() - fine[name]).norm() / fine[name].norm()
+                assert error < bar, f"{name} (keep {keep}): {error:.2g}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -245,7 +287,7 @@ def test_common_beginnings_held_once(at_most_twice, dtype: torch.dtype) -> None:
         ours = run(build(setup, dtype), held, True, dheld.to(dtype), keep, SHARED)
         for name, value in ours.items():
             if value is not None:
-                at_most_twice(f"{name} (keep {keep})", value, plain[name], fine[name])
+                at_most_twice(f"{name} (keep {keep})", value.to(plain[name].dtype), plain[name], fine[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

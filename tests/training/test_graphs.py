@@ -14,7 +14,7 @@ from jebi.config import LoraConfig
 from jebi.data.heldout import inputs_of
 from jebi.data.passes import Pass, collate, cut
 from jebi.models.hf import JebiForCausalLM
-from jebi.training.graphs import PassGraph, PassGraphs, shape_of
+from jebi.training.graphs import PassGraph, PassGraphs, padded
 
 CPU = torch.device("cpu")
 SHARED = list(range(10, 40))
@@ -65,25 +65,25 @@ def only(name: str) -> Pass:
 @pytest.mark.parametrize("name", PASSES)
 def test_a_padded_pass_is_the_pass(name: str, model: Callable[[], JebiForCausalLM]) -> None:
     part = only(name)
-    graph = PassGraph(shape_of(part), CPU)
+    graph = PassGraph(padded(part).shape, CPU)
     # A second fill, after another pass: nothing of that may be left.
     if name != "rows of one length":
-        graph.fill(only(name), 1)
-    graph.fill(part, 17)
-    padded = run(model(), graph.inputs())
+        graph.fill(padded(only(name)), 1)
+    graph.fill(padded(part), 17)
+    ours = run(model(), graph.inputs())
     plain = run(model(), inputs_of(part, CPU) | {"num_items_in_batch": 17})
     assert (part.rows.whole_T is not None) == (name == "shared beginnings")
     for key, value in plain.items():
         # Sums over more rows of zeros are blocked otherwise: roundings of float32, grown over two layers.
-        torch.testing.assert_close(padded[key], value, rtol=1e-4, atol=1e-4 * value.abs().max().item())
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-4 * value.abs().max().item())
 
 
 def test_passes_of_like_sizes_have_one_shape() -> None:
     """So that few are captured; what differs in kind has another."""
-    shapes = {name: shape_of(only(name)) for name in PASSES}
+    shapes = {name: padded(only(name)).shape for name in PASSES}
     others = [row(0, 31, []), row(1, 88, []), row(2, 7, [])]
     (part,) = cut([collate(others)], 4096)
-    assert shape_of(part) == shapes["rows of many lengths"]
+    assert padded(part).shape == shapes["rows of many lengths"]
     assert len({shapes["rows of many lengths"], shapes["shared beginnings"], shapes["one row"]}) == 3
     assert shapes["rows of one length"].alike
     assert shapes["shared beginnings"].whole is not None
@@ -98,9 +98,9 @@ def test_shapes_hold_every_pass_of_their_kind() -> None:
         starts = [SHARED[: min(length - 1, 30)] if n % 2 else [] for n, length in enumerate(lengths)]
         rows = [row(n, length, start) for n, (length, start) in enumerate(zip(lengths, starts))]
         for part in cut([collate(rows)], 4096):
-            shape = shape_of(part)
-            graph = PassGraph(shape, CPU)
-            graph.fill(part, 1)
+            whole = padded(part)
+            shape, graph = whole.shape, PassGraph(whole.shape, CPU)
+            graph.fill(whole, 1)
             inputs = graph.inputs()
             if inputs["rows"].cu is not None:
                 ends = inputs["rows"].cu.tolist()

@@ -37,7 +37,7 @@ class Model(Protocol):
 def inputs_of(part: Pass, device: torch.device) -> dict[str, Any]:
     """A pass as the model's keywords, on its device."""
     return {
-        "input_ids": part.input_ids.to(device),
+        "input_ids": part.input_ids.to(device, non_blocking=True),
         "rows": part.rows.to(device),
         "learnt": learnt_of(part.shift_labels, part.counts).to(device),
     }

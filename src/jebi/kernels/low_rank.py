@@ -32,7 +32,13 @@ def summed(thin: LowRank | None, x_TF: Tensor) -> Tensor | None:
 
 
 def product32(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` in float32, from whichever dtype."""
+    """``a b`` in float32, from whichever dtype.
+
+    On a card no sum is rounded to the factors' dtype. On a CPU, whose products know no other result, those of bfloat16
+    are; those of float16 are not, since a sum over many tokens may be beyond 65,504.
+    """
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
+    if a.dtype == torch.float16:
+        a, b = a.float(), b.float()
     return (a @ b).float()

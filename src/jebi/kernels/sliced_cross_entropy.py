@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from jebi.kernels.linear_cross_entropy import CHUNK_BYTES, PLAIN, LossForm, cap_, scaled
+from jebi.kernels.linear_cross_entropy import CHUNK_BYTES, PLAIN, LossForm, cap_, lifted, scaled
 
 
 class Slices(Protocol):
@@ -92,7 +92,10 @@ class _SlicedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, slices: Slices, labels_N: Tensor, form: LossForm, counts_N: Tensor | None
     ) -> Tensor:
-        grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        grad_ND, lift = None, None
+        if ctx.needs_input_grad[0]:
+            grad_ND = torch.empty_like(hidden_ND)
+            counts_N, lift = lifted(labels_N, counts_N, hidden_ND.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         step = chunk_tokens(slices, hidden_ND.shape[1], hidden_ND.element_size(), hidden_ND.is_cuda)
         for start in range(0, hidden_ND.shape[0], step):
@@ -100,13 +103,14 @@ class _SlicedCrossEntropy(torch.autograd.Function):
             grad_CD = grad_ND[part] if grad_ND is not None else None
             counts_C = counts_N[part] if counts_N is not None else None
             total += _chunk(hidden_ND[part], slices, labels_N[part], counts_C, form, grad_CD)
-        ctx.save_for_backward(grad_ND)
-        return total
+        ctx.save_for_backward(grad_ND, lift)
+        return total if lift is None else total / lift
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        (grad_ND,) = ctx.saved_tensors
-        return None if grad_ND is None else scaled(grad_ND, grads[0]), None, None, None, None
+        grad_ND, lift = ctx.saved_tensors
+        factor = grads[0] if lift is None else grads[0] / lift
+        return None if grad_ND is None else scaled(grad_ND, factor), None, None, None, None
 
 
 def _chunk(

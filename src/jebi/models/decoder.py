@@ -22,7 +22,7 @@ from jebi.nn.embedding import Embedding
 from jebi.nn.fp8_product import Fp8Product
 from jebi.nn.group import Stacked
 from jebi.nn.host_memory import HostMemory
-from jebi.nn.layer import DecoderLayer, Norm
+from jebi.nn.layer import DecoderLayer, Norm, stream_scale
 from jebi.nn.layer_node import CHUNK_TOKENS, Keep, Keeping, run_layer, serves
 from jebi.nn.rotary import Rotary, Tables
 from jebi.nn.rows import Rows
@@ -53,7 +53,8 @@ class Decoder(nn.Module):
         """Tokens that the checkpoint knows."""
         self.embed_tokens = Embedding(shape.vocabulary, shape.layer.width, shape.embedding_scale, dtype)
         self.layers = nn.ModuleList(DecoderLayer(layer, dtype) for layer in shape.layers)
-        self.norm = Norm(shape.layer.width, shape.layer, dtype)
+        self._scale = stream_scale(shape.layer, dtype)
+        self.norm = Norm(shape.layer.width, shape.layer, dtype, self._scale)
         self.rotary = rotary
         self.checkpointing: Checkpointing = "none"
         self.chunk_tokens = CHUNK_TOKENS
@@ -68,6 +69,7 @@ class Decoder(nn.Module):
     def forward_rows(self, hidden_TD: Tensor, rows: Rows) -> Tensor:
         """Embedded rows laid end to end -> final hidden states (T, D)."""
         tables = self._tables(lambda rotary: rotary.of_rows(rows, hidden_TD.dtype))
+        hidden_TD = self._carried(hidden_TD)
         training = torch.is_grad_enabled() and self.training
         keep = _KEEP[self.checkpointing] if torch.is_grad_enabled() else "input"
         host = HostMemory(hidden_TD.device) if keep == "input_on_host" else None
@@ -96,6 +98,7 @@ class Decoder(nn.Module):
             cache: transformers' cache object, whose layers keep all they are given.
         """
         tables = self._tables(lambda rotary: rotary.of_positions(positions_BS, hidden_BSD.dtype))
+        hidden_BSD = self._carried(hidden_BSD)
         past, new = cache.get_seq_length(), hidden_BSD.shape[1]
         windows = {layer.attention.window for layer in self.shape.layers}
         masks = {window: _mask(mask_BL, new, past, window, hidden_BSD.device) for window in windows}
@@ -109,6 +112,10 @@ class Decoder(nn.Module):
             hidden_BSD = layer(hidden_BSD, tables[layer.shape.kind], attend)
         out_BSD: Tensor = self.norm(hidden_BSD)
         return out_BSD
+
+    def _carried(self, embedded: Tensor) -> Tensor:
+        """Embedded tokens as the residual stream begins."""
+        return embedded if self._scale == 1 else embedded * self._scale
 
     def stack(self, keep: bool, fp8: bool = False) -> None:
         """Lay every layer's maps together for a card.

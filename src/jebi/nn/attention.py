@@ -121,7 +121,11 @@ def _written_out(
     groups = k_BGLd.shape[1]
     # The heads of a group share its keys: their queries lie below each other.
     q_BGNd = q_BSHd.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    scores_BGNL = softcapped((q_BGNd @ k_BGLd.transpose(-1, -2)).float() * form.scale, form.softcap)
+    scale = form.scale
+    if q_BGNd.dtype == torch.float16:
+        # Scores without their scale may be beyond 65,504.
+        q_BGNd, scale = q_BGNd * scale, 1.0
+    scores_BGNL = softcapped((q_BGNd @ k_BGLd.transpose(-1, -2)).float() * scale, form.softcap)
     scores_BGRSL = scores_BGNL.unflatten(2, (-1, new))
     if mask_BSL is not None:
         scores_BGRSL = scores_BGRSL.masked_fill(~mask_BSL[:, None, None], float("-inf"))
@@ -155,8 +159,19 @@ def _product(q_QHd: Tensor, k_KGd: Tensor, v_KGd: Tensor, seen_QK: Tensor | None
     if form.softcap is not None:
         assert seen_QK is not None
         return _written_out(q_QHd[None], k, v, seen_QK[None], form)[0]
+    if q.is_cuda and not varlen_serves(q.device, q.dtype):
+        k, v = (_for_every_query(x, q.shape[1]) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, seen_QK, is_causal=seen_QK is None, scale=form.scale, enable_gqa=True)
     return out[0].transpose(0, 1)
+
+
+def _for_every_query(x_1GKd: Tensor, heads: int) -> Tensor:
+    """Keys or values once for every query head.
+
+    Below compute capability 8.0, and in float32, only memory-efficient attention is left, which takes no groups of
+    heads: torch would write all scores out in float32 instead.
+    """
+    return x_1GKd.repeat_interleave(heads // x_1GKd.shape[1], dim=1)
 
 
 def seen(queries: int, keys: int, past: int, window: int | None, device: torch.device) -> Tensor:

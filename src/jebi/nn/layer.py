@@ -72,13 +72,26 @@ class LayerShape:
         return [self.heads * self.head_dim, inner, inner]
 
 
+def stream_scale(shape: LayerShape, dtype: torch.dtype) -> float:
+    """What the residual stream is carried at: itself, but in float16 at 2**-5 of it.
+
+    float16 ends at 65,504, which ``act(gate) * up`` and the stream of real models go beyond at single tokens (massive
+    activations, arXiv:2402.17762). Norms undo a factor on the stream, ``eps`` shrunk with it; so it is enough that the
+    embedding and what each block adds are scaled: there the values and the gated product are, and no map is touched.
+    A power of two costs no digits above 2e-3, and below that less than 1e-6. A block that ends in a bias would need it
+    scaled too; such models are carried as they are.
+    """
+    return 2.0**-5 if dtype == torch.float16 and not (shape.o_bias or shape.mlp_bias) else 1.0
+
+
 class Norm(nn.Module):
     """The weight of a norm; float32 where it is trained."""
 
-    def __init__(self, width: int, shape: LayerShape, dtype: torch.dtype):
+    def __init__(self, width: int, shape: LayerShape, dtype: torch.dtype, scale: float = 1.0):
+        """On the meta device; what it norms is ``scale`` times what the checkpoint's norm would see."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype, device="meta"), requires_grad=False)
-        self.eps, self.unit_offset = shape.eps, shape.unit_offset
+        self.eps, self.unit_offset = shape.eps * scale**2, shape.unit_offset
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm over the last dimension; differentiable."""
@@ -137,13 +150,14 @@ class DecoderLayer(nn.Module):
     def __init__(self, shape: LayerShape, dtype: torch.dtype):
         super().__init__()
         self.shape = shape
+        self.scale = scale = stream_scale(shape, dtype)
         self.self_attn = Attention(shape, dtype)
         self.mlp = FeedForward(shape, dtype)
-        self.input_layernorm = Norm(shape.width, shape, dtype)
-        self.post_attention_layernorm = Norm(shape.width, shape, dtype)
+        self.input_layernorm = Norm(shape.width, shape, dtype, scale)
+        self.post_attention_layernorm = Norm(shape.width, shape, dtype, scale)
         if shape.sandwich:
-            self.pre_feedforward_layernorm = Norm(shape.width, shape, dtype)
-            self.post_feedforward_layernorm = Norm(shape.width, shape, dtype)
+            self.pre_feedforward_layernorm = Norm(shape.width, shape, dtype, scale)
+            self.post_feedforward_layernorm = Norm(shape.width, shape, dtype, scale)
         self.stacked: LayerGroups | None = None
         """Its maps laid together for a card, where they are."""
 
@@ -184,12 +198,24 @@ class DecoderLayer(nn.Module):
         q, k, v = (self.heads(y) for y in parts([p(x) for p in self.qkv()], shape.qkv_sizes))
         if self.self_attn.q_norm is not None and self.self_attn.k_norm is not None:
             q, k = self.self_attn.q_norm(q), self.self_attn.k_norm(k)
-        mixed = attend(rope(q, *tables), rope(k, *tables), v)
-        hidden = hidden + _through(self.attention_out_norm, self.self_attn.o_proj(mixed.flatten(-2)))
+        mixed = attend(rope(q, *tables), rope(k, *tables), self.scaled(v))
+        hidden = hidden + self._through(self.attention_out_norm, self.self_attn.o_proj(mixed.flatten(-2)))
         x = self.middle_norm(hidden)
         gate, up = parts([p(x) for p in self.gate_up()], [shape.ffn, shape.ffn])
-        out: Tensor = hidden + _through(self.out_norm, self.mlp.down_proj(glu(gate, up, shape.activation)))
+        act = glu(gate, up, shape.activation, self.scale)
+        out: Tensor = hidden + self._through(self.out_norm, self.mlp.down_proj(act))
         return out
+
+    def _through(self, norm: Norm | None, x: Tensor) -> Tensor:
+        return x if norm is None else self.scaled(norm(x))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """``x`` at the scale of the residual stream (`stream_scale`)."""
+        return x if self.scale == 1 else x * self.scale
+
+    def scale_(self, x: Tensor) -> Tensor:
+        """The same in place."""
+        return x if self.scale == 1 else x.mul_(self.scale)
 
     def heads(self, x: Tensor) -> Tensor:
         """(..., heads * d) -> (..., heads, d)."""
@@ -234,7 +260,3 @@ def parts(outputs: list[Tensor], sizes: list[int]) -> list[Tensor]:
 
 def _incoming(block: nn.Module, last: Linear) -> list[Linear]:
     return [module for module in block.children() if isinstance(module, Linear) and module is not last]
-
-
-def _through(norm: Norm | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x)

@@ -62,6 +62,7 @@ def turn(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tensor]) 
     outputs, kept = layer.groups().qkv.forward(x_TD)
     del x_TD
     q, k, v = (layer.heads(y) for y in parts(outputs, layer.shape.qkv_sizes))
+    layer.scale_(v)
     qk = None
     if attn.q_norm is not None and attn.k_norm is not None:
         raw = q, k
@@ -79,7 +80,7 @@ def behind_attention(layer: DecoderLayer, hidden_TD: Tensor, mixed_TD: Tensor) -
         (raw_TD,), kept["o"] = groups.o.forward(mixed_TD)
         middle_TD, rstd = _norm(layer.attention_out_norm, raw_TD)
         attention_out = Normed(raw_TD, rstd)
-        middle_TD.add_(hidden_TD)
+        layer.scale_(middle_TD).add_(hidden_TD)
     x_TD, _ = _norm(layer.middle_norm, middle_TD)
     outputs, kept["gate_up"] = groups.gate_up.forward(x_TD, whole=False)
     gate_TF, up_TF = parts(outputs, [layer.shape.ffn, layer.shape.ffn])
@@ -88,7 +89,7 @@ def behind_attention(layer: DecoderLayer, hidden_TD: Tensor, mixed_TD: Tensor) -
 
 def feed_forward(layer: DecoderLayer, block: Block) -> Tensor:
     """The layer's output (T, D); what a norm at its end needs is kept."""
-    act_TF = glu_forward(block.gate_TF, block.up_TF, layer.shape.activation, _thin(layer, block))
+    act_TF = glu_forward(block.gate_TF, block.up_TF, layer.shape.activation, _thin(layer, block), layer.scale)
     down = layer.groups().down
     if layer.out_norm is None:
         (out_TD,), block.groups["down"] = down.forward(act_TF, block.middle_TD)
@@ -96,7 +97,7 @@ def feed_forward(layer: DecoderLayer, block: Block) -> Tensor:
     (raw_TD,), block.groups["down"] = down.forward(act_TF)
     out_TD, rstd_T1 = _norm(layer.out_norm, raw_TD)
     block.out = Normed(raw_TD, rstd_T1)
-    return out_TD.add_(block.middle_TD)
+    return layer.scale_(out_TD).add_(block.middle_TD)
 
 
 def _thin(layer: DecoderLayer, block: Block) -> Thin:
@@ -112,15 +113,14 @@ def feed_forward_backward(layer: DecoderLayer, block: Block, dout_TD: Tensor, dm
         if block.out is None:
             feed_forward(layer, block)
         assert block.out is not None
-        dblock_TD = _norm_backward(layer.out_norm, dout_TD, block.out, grads)
+        dblock_TD = _norm_backward(layer.out_norm, layer.scaled(dout_TD), block.out, grads)
     dact_TF, shares = groups.down.backward_input([dblock_TD], whole=False)
     assert dact_TF is not None
     down_kept = block.groups.get("down")
     # The product itself is needed only where the adapter's gradients do not come with it.
     wants_act = shares.thin is None or down_kept is None
-    made = glu_backward_(
-        dact_TF, block.gate_TF, block.up_TF, layer.shape.activation, _thin(layer, block), shares.thin, wants_act
-    )
+    thin, kind = _thin(layer, block), layer.shape.activation
+    made = glu_backward_(dact_TF, block.gate_TF, block.up_TF, kind, thin, shares.thin, wants_act, layer.scale)
     *up_sums, down_sum = made.sums
     groups.down.backward_trained(shares, made.act_TF, down_kept, grads, group.Sums(down_sum))
     dgate_up = [made.gate_TF, made.up_TF]
@@ -137,7 +137,7 @@ def o_backward(layer: DecoderLayer, block: Block, mixed_TD: Tensor, dmiddle_TD: 
     groups, dblock_TD = layer.groups(), dmiddle_TD
     if layer.attention_out_norm is not None:
         assert block.attention_out is not None
-        dblock_TD = _norm_backward(layer.attention_out_norm, dmiddle_TD, block.attention_out, grads)
+        dblock_TD = _norm_backward(layer.attention_out_norm, layer.scaled(dmiddle_TD), block.attention_out, grads)
     dmixed_TD, shares = groups.o.backward_input([dblock_TD])
     assert dmixed_TD is not None
     groups.o.backward_trained(shares, mixed_TD, block.groups["o"], grads)
@@ -161,7 +161,7 @@ def turn_back(
     place = turned.qkv[number][:, heads]
     norm = (layer.self_attn.q_norm, layer.self_attn.k_norm, None)[number]
     if number == 2:
-        place.copy_(dy)
+        place.copy_(layer.scaled(dy))
     elif norm is None:
         rope_into(dy, *tables, place, backwards=True)
     else:

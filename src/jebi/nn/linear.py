@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from jebi.kernels import dequantize
 from jebi.kernels.dequantize import PackedWeight
+from jebi.kernels.low_rank import product32
 from jebi.nn import dora
 from jebi.nn.host_weight import HostWeight
 from jebi.nn.lora import Lora
@@ -219,7 +220,7 @@ def backward_trained(
     if linear.bias is not None and linear.bias.requires_grad:
         grads[linear.bias] = dy_TN.sum(0, dtype=torch.float32)
     if isinstance(linear.weight, nn.Parameter) and linear.weight.requires_grad:
-        grads[linear.weight] = (share.dy_TN.t() @ x_TK).float()
+        grads[linear.weight] = product32(share.dy_TN.t(), x_TK)
     lora = linear.adapter
     if lora is None:
         return
@@ -231,8 +232,8 @@ def backward_trained(
         unscaled_TN = _unscaled(lora, linear.dense(), x_TK, xa_TR)
         grads[lora.magnitude_N] = unscaled_TN.mul_(dy_TN).sum(0, dtype=torch.float32).div_(share.lengths_N)
     rank = lora.A_rK.shape[0]
-    grads[lora.B_Nr] = (share.dy_TN.t() @ xa_TR[:, :rank]).float().mul_(lora.scale)
-    grads[lora.A_rK] = (share.dxa_TR[:, :rank].t() @ x_TK).float()
+    grads[lora.B_Nr] = product32(share.dy_TN.t(), xa_TR[:, :rank]).mul_(lora.scale)
+    grads[lora.A_rK] = product32(share.dxa_TR[:, :rank].t(), x_TK)
 
 
 def _unscaled(lora: Lora, weight_NK: Tensor, x_TK: Tensor, xa_TR: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from jebi.models.placement import movable, place, placed, resolve
 from jebi.nn.fp8_product import Fp8Product
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, TRAINED_BYTES, PassPlan, choose
 from jebi.plan.places import Relief, reliefs
-from jebi.training.graphs import PassGraphs
+from jebi.training.graphs import Padded, PassGraphs, padded
 
 logger = logging.getLogger(__name__)
 
@@ -116,19 +116,24 @@ class Engine:
             keywords = {"label_smoothing": settings.label_smoothing}
             self._graphs = PassGraphs(model, accelerator.backward, keywords)
 
-    def run(self, model: nn.Module, passes: list[Pass], items: Tensor | int, loss_of: Loss) -> Tensor:
+    def prepare(self, passes: list[Pass]) -> list[Pass | Padded]:
+        """What the host can do for them beforehand: where graphs run, padding and pinning."""
+        return [padded(part, pinned=True) for part in passes] if self._graphs is not None else [*passes]
+
+    def run(self, model: nn.Module, passes: list[Pass | Padded], items: Tensor | int, loss_of: Loss) -> Tensor:
         """Forward and backward of a step's passes; the sum of their losses, on the device.
 
         Args:
             model: as the accelerator wrapped it.
-            passes: of one step.
+            passes: of one step, as `prepare` made them.
             items: learnt tokens of the step, over all processes, by which the losses are divided.
             loss_of: the trainer's own way to a pass's loss.
         """
         device = self._accelerator.device
         total = torch.zeros((), device=device)
         for index, part in enumerate(passes):
-            if self._graphs is not None:
+            if isinstance(part, Padded):
+                assert self._graphs is not None, "padded for it"
                 total += self._graphs.run(part, items)
                 continue
             last = index == len(passes) - 1

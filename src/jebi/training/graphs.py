@@ -20,7 +20,7 @@ from torch import Tensor
 
 from jebi.data.passes import Pass
 from jebi.models.hf import JebiForCausalLM
-from jebi.models.unpadding import IGNORED, Learnt, learnt_of
+from jebi.models.unpadding import Learnt, learnt_of
 from jebi.nn.attention import varlen_serves
 from jebi.nn.host_weight import HostWeight
 from jebi.nn.rows import Rows
@@ -41,6 +41,17 @@ class Shape:
     """T where beginnings are shared, padding included."""
     alike: bool
     """Whether the rows are of one length and fill the tokens, so that no padding is needed."""
+
+
+@dataclass(frozen=True)
+class Padded:
+    """A pass as a graph's buffers take it, on the host."""
+
+    shape: Shape
+    tokens: int
+    """Of the whole rows, without padding."""
+    values: dict[str, Tensor]
+    """By the buffers' names."""
 
 
 class PassGraphs:
@@ -77,16 +88,17 @@ class PassGraphs:
         reached = all(module.locked for module in model.modules() if isinstance(module, HostWeight))
         return stacked and masters and same_everywhere and on_card and reached and not capped
 
-    def run(self, part: Pass, items: Tensor | int) -> Tensor:
+    def run(self, part: Padded, items: Tensor | int) -> Tensor:
         """Forward and backward of a pass; its loss, which the next pass writes over."""
         self._begin()
-        shape = shape_of(part)
+        shape = part.shape
         graph = self._captured.get(shape) or PassGraph(shape, self._model.device)
         graph.fill(part, items)
         if shape not in self._captured:
             kind = (shape.alike, shape.whole is None)
             if kind not in self._warm:
-                # Kernels are compiled and libraries set up at their first use, which must not be captured.
+                # Kernels are compiled, libraries set up and the loss scale made at their first use, which must not be
+                # captured. Later the scale changes in place, so that replays read it as it is.
                 self._warm.add(kind)
                 return self._pass(graph)
             self._captured[shape] = graph
@@ -154,48 +166,12 @@ class PassGraph:
         learnt = Learnt(b["index"], b["labels"], b["counts"])
         return {"input_ids": b["ids"], "rows": rows, "learnt": learnt, "num_items_in_batch": b["items"]}
 
-    def fill(self, part: Pass, items: Tensor | int) -> None:
+    def fill(self, part: Padded, items: Tensor | int) -> None:
         """Put a pass into the buffers."""
-        shape, rows = self.shape, part.rows
-        learnt = learnt_of(part.shift_labels, part.counts)
-        assert learnt.counts_N is not None
-        spare, missing = shape.tokens - rows.positions_U.shape[0], shape.learnt - learnt.index_N.shape[0]
-        values = {
-            "ids": F.pad(part.input_ids, (0, spare)),
-            "positions": torch.cat([rows.positions_U, torch.arange(spare)]),
-            "index": F.pad(learnt.index_N, (0, missing)),
-            # Some token, which does not count.
-            "labels": F.pad(learnt.labels_N, (0, missing)),
-            "counts": F.pad(learnt.counts_N, (0, missing)),
-        }
-        if not shape.alike:
-            values["cu"] = self._padded_starts(rows, spare)
-        if shape.whole is not None:
-            assert rows.whole_T is not None
-            assert rows.first_U is not None
-            # Spare held tokens stand in a row of their own, and what room is left in the whole rows repeats the last.
-            spares = torch.arange(shape.tokens - spare, shape.tokens)
-            filled = torch.cat([rows.whole_T, spares])
-            values["whole"] = F.pad(filled, (0, shape.whole - filled.shape[0]), value=shape.tokens - 1)
-            values["first"] = torch.cat([rows.first_U, torch.arange(part.tokens, part.tokens + spare)])
-        for name, value in values.items():
-            buffer = self._buffers[name]
-            value = value.to(buffer.dtype)
-            buffer.copy_(value.pin_memory() if buffer.is_cuda else value, non_blocking=True)
-        if isinstance(items, Tensor):
-            self._buffers["items"].copy_(items)
-        else:
-            self._buffers["items"].fill_(items)
-
-    def _padded_starts(self, rows: Rows, spare: int) -> Tensor:
-        """The starts, a row for the spare tokens, one for what is left in the whole rows, and empty rows."""
-        total = self.shape.tokens if self.shape.whole is None else self.shape.whole
-        starts = [*rows.starts]
-        # Spare tokens in rows no longer than the longest that the shape allows.
-        longest = self.shape.starts[1]
-        while starts[-1] < total:
-            starts.append(min(total, starts[-1] + longest))
-        return torch.tensor(starts + [total] * (len(self.shape.starts) - len(starts)), dtype=torch.int32)
+        for name, value in part.values.items():
+            self._buffers[name].copy_(value, non_blocking=True)
+        # Of a number on the host the value travels with the launch; a copy would wait for the card.
+        self._buffers["items"].fill_(items)
 
     def capture(self, run: Callable[[], Tensor], pool: Any) -> None:
         """Record what ``run`` launches."""
@@ -210,10 +186,49 @@ class PassGraph:
         return self._loss
 
 
-def shape_of(part: Pass) -> Shape:
-    """The shape that a pass is padded to."""
+def padded(part: Pass, pinned: bool = False) -> Padded:
+    """A pass padded to its shape, in ``pinned`` memory where the card is to fetch it by itself."""
+    rows, learnt = part.rows, learnt_of(part.shift_labels, part.counts)
+    assert learnt.counts_N is not None
+    shape = _shape_of(part, learnt.index_N.shape[0])
+    spare, missing = shape.tokens - rows.positions_U.shape[0], shape.learnt - learnt.index_N.shape[0]
+    values = {
+        "ids": F.pad(part.input_ids, (0, spare)),
+        "positions": torch.cat([rows.positions_U, torch.arange(spare)]),
+        "index": F.pad(learnt.index_N, (0, missing)),
+        # Some token, which does not count.
+        "labels": F.pad(learnt.labels_N, (0, missing)),
+        "counts": F.pad(learnt.counts_N, (0, missing)),
+    }
+    if not shape.alike:
+        values["cu"] = _padded_starts(shape, rows)
+    if shape.whole is not None:
+        assert rows.whole_T is not None
+        assert rows.first_U is not None
+        # Spare held tokens stand in a row of their own, and what room is left in the whole rows repeats the last.
+        spares = torch.arange(shape.tokens - spare, shape.tokens)
+        filled = torch.cat([rows.whole_T, spares])
+        values["whole"] = F.pad(filled, (0, shape.whole - filled.shape[0]), value=shape.tokens - 1)
+        values["first"] = torch.cat([rows.first_U, torch.arange(part.tokens, part.tokens + spare)])
+    if pinned:
+        values = {name: value.pin_memory() for name, value in values.items()}
+    return Padded(shape, part.tokens, values)
+
+
+def _padded_starts(shape: Shape, rows: Rows) -> Tensor:
+    """The starts, a row for the spare tokens, one for what is left in the whole rows, and empty rows."""
+    total = shape.tokens if shape.whole is None else shape.whole
+    starts = [*rows.starts]
+    # Spare tokens in rows no longer than the longest that the shape allows.
+    longest = shape.starts[1]
+    while starts[-1] < total:
+        starts.append(min(total, starts[-1] + longest))
+    return torch.tensor(starts + [total] * (len(shape.starts) - len(starts)), dtype=torch.int32)
+
+
+def _shape_of(part: Pass, learnt: int) -> Shape:
+    """The shape that a pass with so many learnt tokens is padded to."""
     rows, tokens = part.rows, part.input_ids.shape[1]
-    learnt = int((part.shift_labels != IGNORED).sum())
     if rows.alike and rows.whole_T is None:
         return Shape(tokens, _learnt_room(learnt, tokens), rows.starts, None, True)
     held = _round(tokens)

@@ -242,6 +242,12 @@ def _rates(group: dict[str, Any], step: int) -> Rates:
     return Rates(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], step)
 
 
+def set_mode(optimizer: Any, mode: str) -> None:
+    """Optimizers without a schedule have a mode for training and one for evaluation; others have none."""
+    if callable(switch := getattr(optimizer, mode, None)):
+        switch()
+
+
 def _check_settings(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         if not group[name] >= 0.0:

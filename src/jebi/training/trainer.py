@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 from jebi.data.control_tokens import as_ids
 from jebi.data.findings import Report as DataReport
 from jebi.data.heldout import summed_loss
-from jebi.data.passes import Batch, collate, cut, learnt_weight, longest
+from jebi.data.passes import Batch, Pass, collate, cut, learnt_weight, longest
 from jebi.data.preparation import FormattingFunc, Preparation
 from jebi.errors import ConfigError
 from jebi.models.hf import JebiForCausalLM
@@ -32,10 +32,13 @@ from jebi.training import processes
 from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, learning_of, longest_row
 from jebi.training.checkpoints import complete_checkpoint, note_best, read_checkpoint, require_writable
 from jebi.training.engine import Engine, Settings, make_plan, settings_of
+from jebi.training.graphs import Padded
+from jebi.training.half import exact_sums
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.loraplus import own_rates, split_rates
 from jebi.training.losses import Losses
-from jebi.training.optimizer import AdamW8bit
+from jebi.training.optimizer import AdamW8bit, set_mode
+from jebi.training.prefetch import Prefetch
 from jebi.training.prepared import Prepare
 from jebi.training.report import Meter, Report
 
@@ -151,7 +154,8 @@ class SFTTrainer(Trainer):
         self._losses.clear()
         meter = Meter(self.model.device)
         self._engine = Engine(self.model, self._settings(), self.accelerator)
-        with self._interrupt.listening():
+        self._prefetch = Prefetch(self._passes_of)
+        with self._interrupt.listening(), exact_sums(self.model.dtype):
             output = super().train(*args, **kwargs)
         self._losses.require_finite(self.args.output_dir)
         compute = str(self.model.dtype)[6:] if self.model.compute == "auto" else self.model.compute
@@ -167,32 +171,36 @@ class SFTTrainer(Trainer):
             raise KeyboardInterrupt
         return output
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As Trainer's; the rows stay on the host until they are cut."""
+        return processes.on_host(super().get_train_dataloader())
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As Trainer's; rows given to `evaluate` itself are tokenised as the others were."""
         raw = isinstance(eval_dataset, Dataset | IterableDataset)
         if raw and "lengths" not in (eval_dataset.column_names or ()):
             eval_dataset = self.prepare(eval_dataset)
         with processes.uneven(self.accelerator):
-            return super().get_eval_dataloader(eval_dataset)
+            return processes.on_host(super().get_eval_dataloader(eval_dataset))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | int | None]:
         """As Trainer; rows that a stream's end left behind in the middle of a step count with the step they join."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._bag:
-            items = self._get_num_items_in_batch([*self._bag, *batches], device)
-        return batches, items
+        batches = self._prefetch.take(epoch_iterator, num_batches)
+        return batches, self._get_num_items_in_batch([*self._bag, *batches], device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
-        """As Trainer's, but of weighed tokens the sum of their weights: a mean loss is a weighed mean."""
-        items = super()._get_num_items_in_batch(batch_samples, device)
-        if items is None or not any("shift_weights" in batch for batch in batch_samples):
-            return items
-        weights = torch.stack([learnt_weight(batch).float() for batch in batch_samples]).sum().to(device)
+        """As Trainer's, but of weighed tokens the sum of their weights: a mean loss is a weighed mean.
+
+        Rows are on the host; so is their sum, or the host would wait for the card. Over several processes it is not.
+        """
+        if not batch_samples:
+            return None
+        items = torch.stack([learnt_weight(batch) for batch in batch_samples]).sum()
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            weights = self.accelerator.gather(weights).sum()
-        return weights
+            items = self.accelerator.gather(items.to(device)).sum()
+        return items
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Collect the step's micro-batches; with the last of them run forward and backward of all rows."""
@@ -203,11 +211,11 @@ class SFTTrainer(Trainer):
         batches, self._bag = self._bag, []
         if not model.training:  # for its own sake a no-op, and a walk through all modules
             model.train()
-        _set_mode(self.optimizer, "train")
-        # Tokens held once would also share one dropout mask.
-        share = not self._drops_out and self.model.shares_beginnings(longest(batches))
-        passes = cut(batches, self._current_plan().tokens, share)
+        set_mode(self.optimizer, "train")
+        passes = self._prefetch.parts(batches)
         loss = self._engine.run(model, passes, num_items_in_batch, self._loss_of)
+        if self.state.global_step + 1 < self.state.max_steps:
+            self._prefetch.ahead(self.args.gradient_accumulation_steps)
         self._trained_tokens += sum(part.tokens for part in passes)
         self._trained_steps += 1
         rows = [row for batch in batches for row in batch["rows"]]
@@ -215,6 +223,11 @@ class SFTTrainer(Trainer):
         if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
             torch.cuda.empty_cache()
         return loss
+
+    def _passes_of(self, batches: list[Batch]) -> list[Pass | Padded]:
+        # Tokens held once would also share one dropout mask.
+        share = not self._drops_out and self.model.shares_beginnings(longest(batches))
+        return self._engine.prepare(cut(batches, self._current_plan().tokens, share))
 
     def _loss_of(self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int) -> Tensor:
         with self.compute_loss_context_manager():
@@ -238,7 +251,7 @@ class SFTTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Mean loss over all learnt tokens, in passes no larger than training's; never any logits."""
         self.model.eval()
-        _set_mode(self.optimizer, "eval")
+        set_mode(self.optimizer, "eval")
         seen = 0
 
         def counted() -> Iterator[Batch]:
@@ -332,12 +345,6 @@ class SFTTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         read_checkpoint(self.model, Path(self.state.best_model_checkpoint))
-
-
-def _set_mode(optimizer: Any, mode: str) -> None:
-    """Optimizers without a schedule have a mode for training and one for evaluation; others have none."""
-    if callable(switch := getattr(optimizer, mode, None)):
-        switch()
 
 
 def _first(*values: Any) -> Any:

@@ -40,7 +40,7 @@ def cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[s
     turn = {"x_ptr": value, "cos_ptr": value, "sin_ptr": value, "out_ptr": value}
     turn |= dict.fromkeys(("x_token", "x_head", "out_token", "out_head", "heads", "half", "rest"), "i32")
     found.append((rope._rotate, turn | {"sign": SCALAR}, {"HEADS": 4, "HALF": 64, "REST": 64}, 2))
-    strides = {"gate_stride": "i32", "up_stride": "i32", "tokens": "i32", "width": "i32"}
+    strides = {"gate_stride": "i32", "up_stride": "i32", "tokens": "i32", "width": "i32", "scale": SCALAR}
     thin: dict[str, str] = {}
     for name in ("gate", "up", "da"):
         thin |= {f"{name}_left": value, f"{name}_right": value, f"{name}_rank": "i32"}

@@ -126,6 +126,11 @@ def check_glu(dtype: torch.dtype) -> Iterator[Check]:
         out = wide(67, 37, dtype)
         gpu_glu.forward(gate, up, activation, out, (thins[0], thins[1]))
         yield f"{name} forward", out, results[0][0], results[1][0]
+        copies, small = [x.clone() for x in (da, gate, up)], wide(67, 37, dtype)
+        gpu_glu.forward(gate, up, activation, small, (thins[0], thins[1]), 2.0**-5)
+        gpu_glu.backward_(*copies, activation, (thins[0], thins[1]), thins[2], True, 2.0**-5)
+        for kind, ours, plain, fine in zip(("forward", "dgate", "dup"), (small, *copies[1:]), *results):
+            yield f"{name} {kind} at 2**-5", ours, plain * 2.0**-5, fine * 2.0**-5
         sums = gpu_glu.backward_(da, gate, up, activation, (thins[0], thins[1]), thins[2], True)
         assert torch.equal(da, out)
         for which, thin, made, values in zip(("dgate", "dup", "act"), thins, sums, (gate, up, da)):

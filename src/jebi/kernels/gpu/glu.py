@@ -28,13 +28,13 @@ Thin = tuple[LowRank | None, LowRank | None]
 """The adapter's shares of gate and up."""
 
 
-def forward(gate_TF: Tensor, up_TF: Tensor, activation: str, out_TF: Tensor, thin: Thin) -> None:
-    """Write ``act(gate) * up`` into ``out_TF``."""
+def forward(gate_TF: Tensor, up_TF: Tensor, activation: str, out_TF: Tensor, thin: Thin, scale: float = 1.0) -> None:
+    """Write ``scale * act(gate) * up`` into ``out_TF``."""
     tokens, width = gate_TF.shape
     gate_thin, gate_rank = _thin(thin[0], gate_TF)
     up_thin, up_rank = _thin(thin[1], gate_TF)
     _forward[_grid(tokens, width)](
-        gate_TF, up_TF, out_TF, gate_TF.stride(0), up_TF.stride(0), out_TF.stride(0), tokens, width,
+        gate_TF, up_TF, out_TF, gate_TF.stride(0), up_TF.stride(0), out_TF.stride(0), tokens, width, scale,
         *gate_thin, *up_thin,
         KIND=_KINDS[activation], GATE_RANK=gate_rank, UP_RANK=up_rank,
         TOKENS=_FORWARD_TOKENS, COLUMNS=_COLUMNS, STRETCH=_STRETCH, num_warps=_WARPS,
@@ -49,8 +49,9 @@ def backward_(
     thin: Thin,
     da_thin: LowRank | None,
     wants_act: bool,
+    scale: float = 1.0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Put the gate's gradient into ``gate_TF``, up's into ``up_TF``, and ``act(gate) * up`` into ``da_TF`` if wanted.
+    """Put the gate's gradient into ``gate_TF``, up's into ``up_TF``, and the product into ``da_TF`` if wanted.
 
     Returns for gate, up and the product `summed` of it and the thin product it came with.
     """
@@ -64,7 +65,7 @@ def backward_(
         arguments += [*matrices, stretches[-1]]
         ranks.append(rank)
     _backward[_grid(tokens, width)](
-        da_TF, gate_TF, up_TF, da_TF.stride(0), gate_TF.stride(0), up_TF.stride(0), tokens, width, *arguments,
+        da_TF, gate_TF, up_TF, da_TF.stride(0), gate_TF.stride(0), up_TF.stride(0), tokens, width, scale, *arguments,
         KIND=_KINDS[activation], GATE_RANK=ranks[0], UP_RANK=ranks[1], DA_RANK=ranks[2],
         KEEP_ACT=wants_act or ranks[2] > most, SUMMED_RANK=most,
         TOKENS=_BACKWARD_TOKENS, COLUMNS=_COLUMNS, STRETCH=_STRETCH, num_warps=_WARPS,
@@ -141,7 +142,7 @@ def _activated(gate, KIND: tl.constexpr):
 
 @triton.jit
 def _forward(
-    gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, out_stride, tokens, width,
+    gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, out_stride, tokens, width, scale,
     gate_left, gate_right, gate_left_stride, gate_right_row, gate_right_column, gate_rank,
     up_left, up_right, up_left_stride, up_right_row, up_right_column, up_rank,
     KIND: tl.constexpr, GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr,
@@ -167,13 +168,13 @@ def _forward(
             up = tl.dot(left, up_columns, up, input_precision="ieee")
         act, _ = _activated(gate, KIND)
         # Rounded after the activation, as transformers rounds.
-        act = act.to(out_ptr.dtype.element_ty).to(tl.float32)
+        act = act.to(out_ptr.dtype.element_ty).to(tl.float32) * scale
         tl.store(out_ptr + row[:, None] * out_stride + column, (act * up).to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
 def _backward(
-    da_ptr, gate_ptr, up_ptr, da_stride, gate_stride, up_stride, tokens, width,
+    da_ptr, gate_ptr, up_ptr, da_stride, gate_stride, up_stride, tokens, width, scale,
     gate_left, gate_right, gate_left_stride, gate_right_row, gate_right_column, gate_rank, gate_sum_ptr,
     up_left, up_right, up_left_stride, up_right_row, up_right_column, up_rank, up_sum_ptr,
     da_left, da_right, da_left_stride, da_right_row, da_right_column, da_rank, da_sum_ptr,
@@ -214,8 +215,8 @@ def _backward(
             da_rows = _left(da_left, da_left_stride, da_rank, row, tokens, DA_RANK)
             da = tl.dot(da_rows, da_columns, da, input_precision="ieee")
         act, slope = _activated(gate, KIND)
-        rounded = act.to(dtype).to(tl.float32)
-        dgate = (da * up * slope).to(dtype)
+        rounded = act.to(dtype).to(tl.float32) * scale
+        dgate = (da * scale * up * slope).to(dtype)
         dup = (da * rounded).to(dtype)
         product = (rounded * up).to(dtype)
         tl.store(gate_place, dgate, inside)
