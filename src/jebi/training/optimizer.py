@@ -15,6 +15,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from transformers import TrainingArguments
 
 from jebi.errors import ConfigError
 from jebi.kernels import adamw8bit
@@ -240,6 +241,11 @@ def _empty_moments(size: int, device: torch.device, eight_bit: bool) -> Moments8
 def _rates(group: dict[str, Any], step: int) -> Rates:
     beta1, beta2 = group["betas"]
     return Rates(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], step)
+
+
+def adam_settings(args: TrainingArguments) -> dict[str, Any]:
+    """What a trainer's arguments say of Adam, beside the weight decay, which is its groups'."""
+    return {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 
 
 def set_mode(optimizer: Any, mode: str) -> None:

@@ -37,7 +37,7 @@ from jebi.training.half import exact_sums
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.loraplus import own_rates, split_rates
 from jebi.training.losses import Losses
-from jebi.training.optimizer import AdamW8bit, set_mode
+from jebi.training.optimizer import AdamW8bit, adam_settings, set_mode
 from jebi.training.prefetch import Prefetch
 from jebi.training.prepared import Prepare
 from jebi.training.report import Meter, Report
@@ -293,12 +293,7 @@ class SFTTrainer(Trainer):
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """jebi's own 8-bit AdamW where the script says ``adamw_8bit``; every other name is Trainer's."""
         if args.optim in OWN_OPTIMIZER:
-            settings = {
-                "lr": args.learning_rate,
-                "betas": (args.adam_beta1, args.adam_beta2),
-                "eps": args.adam_epsilon,
-            }
-            return AdamW8bit, settings
+            return AdamW8bit, adam_settings(args)
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def _set_signature_columns_if_needed(self) -> None:
