@@ -31,11 +31,13 @@ from jebi.kernels import (
     linear_cross_entropy,
     rms_norm,
     rope,
+    scaled_product,
     sliced_cross_entropy,
 )
 from jebi.kernels.low_rank import LowRank, added
 from jebi.nn.host_weight import HostWeight, matrix
 from jebi.nn.slices import WeightSlices
+from jebi.quant.fp8 import quantize_rows
 from jebi.quant.nf4 import NF4Weight
 
 Run = Callable[[], object]
@@ -137,6 +139,7 @@ def cases(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Iterator[
     yield Case("nf4 dequantise", stored, partial(dequantize.dense, weight, dtype), partial(weight.dense, dtype))
     del weight
     yield _gather_case(shapes, drawn, generator)
+    yield from _fp8_cases(shapes, drawn)
     yield from _loss_cases(shapes, drawn, generator)
     yield from _adam_cases(shapes, device, generator)
 
@@ -198,6 +201,20 @@ def _gather_case(shapes: Shapes, drawn: Callable[..., Tensor], generator: torch.
     held = HostWeight(nn.Parameter(table.cpu(), requires_grad=False), table.device)
     moved = 2 * shapes.tokens * shapes.width * table.element_size()
     return Case("gather from host memory", moved, partial(gather.gather, matrix(held), ids), lambda: table[ids])
+
+
+def _fp8_cases(shapes: Shapes, drawn: Callable[..., Tensor]) -> Iterator[Case]:
+    """Beside the same product in the compute dtype; on a CPU the same numbers in float32."""
+    x = drawn(shapes.tokens, shapes.width)
+    weight = drawn(shapes.feed_forward, shapes.width)
+    in_8_bits, rows = scaled_product.quantized(weight), scaled_product.quantized(x)
+    quantise = partial(scaled_product.quantized, x)
+    yield Case("rows to fp8", 1.5 * x.nbytes, quantise, partial(quantize_rows, x))
+    moved = (
+        rows.numbers_TK.nbytes + in_8_bits.numbers_TK.nbytes + shapes.tokens * shapes.feed_forward * x.element_size()
+    )
+    product = partial(scaled_product.product, rows, in_8_bits, x.dtype)
+    yield Case("scaled product, gate", moved, product, lambda: x @ weight.t())
 
 
 def _loss_cases(shapes: Shapes, drawn: Callable[..., Tensor], generator: torch.Generator) -> Iterator[Case]:

@@ -20,8 +20,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-STEPS = {"chat": 12, "full": 8, "long": 4}
-SEQUENCE = {"chat": 2048, "full": 2048, "long": 65536}
+STEPS = {"chat": 12, "full": 8, "long": 4, "longest": 4}
+SEQUENCE = {"chat": 2048, "full": 2048, "long": 65536, "longest": 131072}
 AGREEMENT = 0.01
 """Largest relative difference of the first steps' losses. Random weights and rows: they start at ln(vocabulary) and
 hardly move, so that a wrong label, mask or scale shows in the second digit."""
@@ -36,6 +36,7 @@ class Contender:
     quant: str = "4bit"
     checkpointing: str = ""
     limit_gib: float = 0.0
+    compute: str = "auto"
 
 
 def rows(workload: str, batch: int, accumulation: int, steps: int) -> list[list[int]]:
@@ -52,7 +53,7 @@ def rows(workload: str, batch: int, accumulation: int, steps: int) -> list[list[
 
 def batches(workload: str) -> tuple[int, int]:
     """Rows of a micro-batch, and micro-batches of a step."""
-    return (1, 1) if workload == "long" else (2, 4)
+    return (1, 1) if workload.startswith("long") else (2, 4)
 
 
 def run_jebi(arguments: argparse.Namespace) -> None:
@@ -71,7 +72,7 @@ def run_jebi(arguments: argparse.Namespace) -> None:
         torch.cuda.set_per_process_memory_fraction(arguments.limit_gib * 2**30 / total)
     workload, sequence = arguments.workload, SEQUENCE[arguments.workload]
     model, tokenizer = FastLanguageModel.from_pretrained(
-        arguments.path, max_seq_length=sequence, load_in_4bit=arguments.quant == "4bit"
+        arguments.path, max_seq_length=sequence, load_in_4bit=arguments.quant == "4bit", compute=arguments.compute
     )
     choice: Any = {"": "auto", "true": True, "false": False}.get(arguments.checkpointing, arguments.checkpointing)
     FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16, use_gradient_checkpointing=choice)
@@ -121,7 +122,7 @@ def run_jebi(arguments: argparse.Namespace) -> None:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     step_s = statistics.median(steps)
     result = {
-        "impl": "jebi",
+        "impl": "jebi" if arguments.compute == "auto" else f"jebi {arguments.compute}",
         "data": workload,
         "quant": arguments.quant,
         "step_s": round(step_s, 4),
@@ -146,6 +147,7 @@ def measure(contender: Contender, arguments: argparse.Namespace) -> dict[str, An
     if contender.name == "jebi":
         command = [sys.executable, __file__, "--jebi", "--path", arguments.path, "--workload", contender.workload]
         command += ["--steps", str(steps), "--quant", contender.quant, "--checkpointing", contender.checkpointing]
+        command += ["--compute", contender.compute]
     else:
         batch, accumulation = batches(contender.workload)
         site = Path(arguments.peers) / "site"
@@ -203,6 +205,7 @@ def main() -> None:
     parser.add_argument("--workloads", default="chat,full")
     parser.add_argument("--against", default="unsloth,hf")
     parser.add_argument("--quant", default="4bit")
+    parser.add_argument("--compute", default="auto", help="jebi's, one after the other: auto,fp8")
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--out", default="docs/benchmarks/vs_peers.json")
     parser.add_argument("--jebi", action="store_true", help="run jebi in this process; the rest is the driver")
@@ -218,9 +221,10 @@ def main() -> None:
         subprocess.run([*make, "--tok", str(Path(arguments.peers) / "tok")], check=True, capture_output=True)
     results = []
     for workload in arguments.workloads.split(","):
-        for name in [*arguments.against.split(","), "jebi"]:
-            contender = Contender(name, workload, arguments.quant, arguments.checkpointing, arguments.limit_gib)
-            results.append(measure(contender, arguments))
+        rivals = [(name, "") for name in arguments.against.split(",") if name]
+        for name, compute in [*rivals, *(("jebi", compute) for compute in arguments.compute.split(","))]:
+            settings = arguments.quant, arguments.checkpointing, arguments.limit_gib, compute
+            results.append(measure(Contender(name, workload, *settings), arguments))
             print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

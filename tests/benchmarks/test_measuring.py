@@ -30,6 +30,7 @@ def test_kernels(tmp_path: Path) -> None:
         "low_rank": "thin products",
         "rms_norm": "rms_norm backward",
         "rope": "rope",
+        "scaled_product": "scaled product",
         "sliced_cross_entropy": "sliced cross-entropy",
     }
     files = {file.stem for file in (ROOT / "src" / "jebi" / "kernels").glob("*.py")} - {"__init__"}

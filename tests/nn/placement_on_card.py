@@ -36,7 +36,7 @@ from jebi.nn.slices import WeightSlices
 from jebi.plan.places import reliefs
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
-from jebi.training.graphs import PassGraphs
+from jebi.training.graphs import PassGraphs, padded
 
 DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda:0")
 ON_CARD = DEVICE.type == "cuda"
@@ -168,7 +168,7 @@ def trained(model: JebiForCausalLM, graphs: bool) -> dict[str, Tensor]:
         losses = []
         for part in passes():
             if runner is not None:
-                losses.append(runner.run(part, 2400).clone())
+                losses.append(runner.run(padded(part), 2400).clone())
             else:
                 loss = model(**inputs_of(part, DEVICE), num_items_in_batch=2400).loss
                 loss.backward()

@@ -53,7 +53,7 @@ def make_checkpoint(folder: Path) -> None:
                 parameter.normal_(0, parameter.shape[1] ** -0.5)
         layer: Any = model.model.layers[1]
         for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
-            linear.weight[3] *= 300
+            linear.weight[3] *= 150
         layer.mlp.down_proj.weight[:, 3] /= (
             1000  # or the stream would be this one channel's, and every rounding would tell
         )
