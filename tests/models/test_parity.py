@@ -102,7 +102,7 @@ def test_trained_biases(tiny_llama, load, targets: tuple[str, ...], bias: str) -
     assert_same(*twins(load, tiny_llama("biased"), bias, targets), padded("right"))
 
 
-@pytest.mark.parametrize("checkpointing", ["recompute", "offload"])
+@pytest.mark.parametrize("checkpointing", ["keep_attention", "recompute", "offload"])
 @pytest.mark.parametrize("plain", [False, True])
 def test_whatever_layers_keep(tiny_llama, load, plain: bool, checkpointing: str) -> None:
     ours, theirs = twins(load, tiny_llama())
@@ -110,7 +110,7 @@ def test_whatever_layers_keep(tiny_llama, load, plain: bool, checkpointing: str)
     assert_same(ours, theirs, padded("right"))
 
 
-@pytest.mark.parametrize("checkpointing", ["recompute", "offload"])
+@pytest.mark.parametrize("checkpointing", ["keep_attention", "recompute", "offload"])
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_layers_in_chunks_of_tokens(tiny_llama, load, chunk: int, checkpointing: str) -> None:
     ours, theirs = twins(load, tiny_llama())

@@ -25,11 +25,16 @@ from jebi.nn.layer_node import CHUNK_TOKENS, Keep, Keeping, run_layer, serves
 from jebi.nn.rotary import Rotary, Tables
 from jebi.nn.rows import Rows
 
-Checkpointing = Literal["none", "recompute", "offload"]
-"""Keep every layer's activations; recompute them from the layer's input; that, but for attention, with the input and
-attention's output in host memory."""
+Checkpointing = Literal["none", "keep_attention", "recompute", "offload"]
+"""Keep every layer's activations; recompute them from the layer's input and attention's output; from the input alone;
+from input and attention's output, both in host memory."""
 
-_KEEP: dict[Checkpointing, Keep] = {"none": "all", "recompute": "input", "offload": "input_on_host"}
+_KEEP: dict[Checkpointing, Keep] = {
+    "none": "all",
+    "keep_attention": "input_and_attention",
+    "recompute": "input",
+    "offload": "input_on_host",
+}
 
 
 class Decoder(nn.Module):
