@@ -122,6 +122,18 @@ def test_layers_in_chunks_of_tokens(tiny_llama, load, chunk: int, checkpointing:
     assert_same(ours, theirs, packed())
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "offload"])
+def test_without_a_backward_layers_go_in_chunks_too(tiny_llama, load, checkpointing: str) -> None:
+    ours, _ = twins(load, tiny_llama())
+    ours.model.checkpointing, ours.model.chunk_tokens = checkpointing, 5
+    with torch.no_grad():
+        chunked = ours(**packed(), return_logits=True)
+        ours.model.plain = True
+        plain = ours(**packed(), return_logits=True)
+    close("logits", chunked.logits, plain.logits)
+    close("loss", chunked.loss, plain.loss)
+
+
 def test_what_is_in_host_memory_serves_one_backward(tiny_llama, load) -> None:
     ours, _ = twins(load, tiny_llama())
     ours.model.checkpointing = "offload"

@@ -72,12 +72,14 @@ class Decoder(nn.Module):
         """Embedded rows laid end to end -> final hidden states (T, D)."""
         tables = self._tables(lambda rotary: rotary.of_rows(rows, hidden_TD.dtype))
         training = torch.is_grad_enabled() and self.training
-        host = HostMemory(hidden_TD.device) if self.checkpointing == "offload" else None
+        # Without a backward nothing is kept anyway, and in chunks a row costs no more to evaluate than to train on.
+        keep = _KEEP[self.checkpointing] if torch.is_grad_enabled() else "input"
+        host = HostMemory(hidden_TD.device) if keep == "input_on_host" else None
         # Gradients between layers are read by the next layer alone.
-        keeping = Keeping(_KEEP[self.checkpointing], self.chunk_tokens, host, spend_gradient=True)
+        keeping = Keeping(keep, self.chunk_tokens, host, spend_gradient=True)
         for layer in self.decoder_layers():
             turned = tables[layer.shape.kind]
-            if torch.is_grad_enabled() and not self.plain and serves(layer):
+            if not self.plain and serves(layer):
                 hidden_TD = run_layer(layer, hidden_TD, turned, rows, keeping)
             elif training and self.checkpointing != "none":
                 hidden_TD = checkpoint(_plain_rows, layer, hidden_TD, turned, rows, use_reentrant=False)
