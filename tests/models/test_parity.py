@@ -102,7 +102,7 @@ def test_trained_biases(tiny_llama, load, targets: tuple[str, ...], bias: str) -
     assert_same(*twins(load, tiny_llama("biased"), bias, targets), padded("right"))
 
 
-@pytest.mark.parametrize("checkpointing", ["recompute", "offload"])
+@pytest.mark.parametrize("checkpointing", ["keep_attention", "recompute", "offload"])
 @pytest.mark.parametrize("plain", [False, True])
 def test_whatever_layers_keep(tiny_llama, load, plain: bool, checkpointing: str) -> None:
     ours, theirs = twins(load, tiny_llama())
@@ -110,7 +110,7 @@ def test_whatever_layers_keep(tiny_llama, load, plain: bool, checkpointing: str)
     assert_same(ours, theirs, padded("right"))
 
 
-@pytest.mark.parametrize("checkpointing", ["recompute", "offload"])
+@pytest.mark.parametrize("checkpointing", ["keep_attention", "recompute", "offload"])
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_layers_in_chunks_of_tokens(tiny_llama, load, chunk: int, checkpointing: str) -> None:
     ours, theirs = twins(load, tiny_llama())
@@ -120,6 +120,18 @@ def test_layers_in_chunks_of_tokens(tiny_llama, load, chunk: int, checkpointing:
     for model in (ours, theirs):
         model.zero_grad()
     assert_same(ours, theirs, packed())
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "offload"])
+def test_without_a_backward_layers_go_in_chunks_too(tiny_llama, load, checkpointing: str) -> None:
+    ours, _ = twins(load, tiny_llama())
+    ours.model.checkpointing, ours.model.chunk_tokens = checkpointing, 5
+    with torch.no_grad():
+        chunked = ours(**packed(), return_logits=True)
+        ours.model.plain = True
+        plain = ours(**packed(), return_logits=True)
+    close("logits", chunked.logits, plain.logits)
+    close("loss", chunked.loss, plain.loss)
 
 
 def test_what_is_in_host_memory_serves_one_backward(tiny_llama, load) -> None:

@@ -30,6 +30,7 @@ LAYERS = 4
 
 WAYS = {
     "all kept": Keeping("all"),
+    "input and attention kept": Keeping("input_and_attention", spend_gradient=True),
     "input kept": Keeping("input"),
     "input kept, gradient spent": Keeping("input", spend_gradient=True),
     "on the host": Keeping("input_on_host", spend_gradient=True),

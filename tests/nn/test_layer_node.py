@@ -32,6 +32,7 @@ SHARED = Rows(
     first_U=torch.tensor([0, 1, 2, 3, 4, 10, 11, 12, 13, 14, 15, 16]),
 )
 INV_FREQ = 1.0 / (100.0 ** (torch.arange(0, HEAD, 2).float() / HEAD))
+KEEPS: tuple[Keep, ...] = ("all", "input_and_attention", "input", "input_on_host")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -293,7 +294,7 @@ def test_common_beginnings_held_once(at_most_twice, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_kept_changes_no_bit(dtype: torch.dtype) -> None:
     hidden, dout = inputs(dtype)
-    results = [run(build(Setup(), dtype), hidden, True, dout, keep) for keep in ("all", "input", "input_on_host")]
+    results = [run(build(Setup(), dtype), hidden, True, dout, keep) for keep in KEEPS]
     for name, value in results[0].items():
         for other in results[1:]:
             assert value is None or torch.equal(value, other[name]), name
@@ -305,7 +306,8 @@ def test_what_is_kept_changes_no_bit(dtype: torch.dtype) -> None:
 def test_chunks_of_tokens_give_what_all_at_once_give(setup: Setup, stacked: bool, chunk: int) -> None:
     hidden, dout = inputs(torch.float32)
     results = []
-    for keep in (Keeping("all"), Keeping("input", chunk), Keeping("input_on_host", chunk, spend_gradient=True)):
+    ways = Keeping("input", chunk), Keeping("input_and_attention", chunk)
+    for keep in (Keeping("all"), *ways, Keeping("input_on_host", chunk, spend_gradient=True)):
         layer = build(setup, torch.float32)
         if stacked:
             scratch = Scratch()
@@ -318,7 +320,8 @@ def test_chunks_of_tokens_give_what_all_at_once_give(setup: Setup, stacked: bool
                 # Gradients of order 1 to 10, sums over 17 tokens and at most 77 columns, in another order.
                 torch.testing.assert_close(other[name], value, atol=2e-5, rtol=2e-5, msg=name)
     # Whether attention's output was kept or made again changes no bit.
-    assert all(value is None or torch.equal(value, results[2][name]) for name, value in results[1].items())
+    for name, value in results[1].items():
+        assert all(value is None or torch.equal(value, other[name]) for other in results[2:]), name
 
 
 @pytest.mark.parametrize("keep", ["input", "input_on_host"])
@@ -386,7 +389,9 @@ def test_dropout_is_left_to_the_plain_layer() -> None:
     assert serves(layer)
 
 
-@pytest.mark.parametrize(("keep", "holds"), [("all", True), ("input", False), ("input_on_host", False)])
+@pytest.mark.parametrize(
+    ("keep", "holds"), [("all", True), ("input_and_attention", True), ("input", False), ("input_on_host", False)]
+)
 def test_what_stays_between_forward_and_backward(keep: Keep, holds: bool) -> None:
     hidden, dout = inputs(torch.float32)
     tables = rope_tables(ROWS.positions_U, INV_FREQ, 1.0, torch.float32)

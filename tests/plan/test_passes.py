@@ -31,7 +31,7 @@ from jebi.plan.passes import (
 )
 
 LLAMA_8B = DecoderShape((LayerShape(4096, 32, 8, 128, 14336, 1e-5, AttentionForm(128**-0.5)),) * 32, 128256, tied=False)
-MODES: tuple[Checkpointing, ...] = ("none", "recompute", "offload")
+MODES: tuple[Checkpointing, ...] = ("none", "keep_attention", "recompute", "offload")
 GB = 2**30
 
 
@@ -69,7 +69,13 @@ def test_more_memory_never_makes_shorter_passes_in_the_same_mode(asked: Checkpoi
         if smaller.checkpointing == larger.checkpointing:
             assert smaller.tokens <= larger.tokens <= 32768
     modes = [made.checkpointing for made in plans]
-    assert modes == sorted(modes, key=["recompute", "none", "offload"].index), "one change of mode at most"
+    assert modes == sorted(modes, key=["recompute", "none", "offload", "keep_attention"].index), "one change at most"
+
+
+def test_of_long_rows_attention_is_kept_before_it_is_recomputed() -> None:
+    modes = [plan(free, longest=16384).checkpointing for free in range(4, 100, 4)]
+    assert modes == sorted(modes, key=["recompute", "keep_attention", "none"].index)
+    assert len(set(modes)) == 3
 
 
 def test_host_memory_is_used_last_and_only_as_much_as_there_is() -> None:
@@ -106,8 +112,10 @@ def test_a_pass_is_never_longer_than_is_worth_it() -> None:
 @pytest.mark.parametrize("element", [2, 4])
 def test_the_less_is_kept_the_less_is_counted(element: int) -> None:
     kept = [kept_bytes_per_token(LLAMA_8B, element, mode) for mode in MODES]
-    assert kept[0] > 10 * kept[1] > kept[2] == 0
-    assert kept[1] == 32 * 4096 * element
+    assert kept[0] > 10 * kept[2] > kept[3] == 0
+    assert kept[2] == 32 * 4096 * element
+    # Attention's output is as wide, and each head has a sum.
+    assert kept[1] == 2 * kept[2] + 32 * 32 * 4 == host_bytes_per_token(LLAMA_8B, element)
 
 
 @pytest.fixture
@@ -178,6 +186,11 @@ def test_on_a_cpu_16_bit_attention_keeps_float32_copies_which_are_not_counted(
     shape = model.model.shape.layer
     copies = 4 * (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
     assert 0 <= counted(model, [96], "all") - 96 * predicted(model, "none") <= 96 * (copies + 7 * 2)
+
+
+def test_a_layer_that_keeps_attention_keeps_its_input_and_that(layer: Callable[[torch.dtype], JebiForCausalLM]) -> None:
+    model = layer(torch.float32)
+    assert counted(model, [96], "input_and_attention") == 96 * predicted(model, "keep_attention")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

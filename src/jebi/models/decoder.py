@@ -27,11 +27,16 @@ from jebi.nn.layer_node import CHUNK_TOKENS, Keep, Keeping, run_layer, serves
 from jebi.nn.rotary import Rotary, Tables
 from jebi.nn.rows import Rows
 
-Checkpointing = Literal["none", "recompute", "offload"]
-"""Keep every layer's activations; recompute them from the layer's input; that, but for attention, with the input and
-attention's output in host memory."""
+Checkpointing = Literal["none", "keep_attention", "recompute", "offload"]
+"""Keep every layer's activations; recompute them from the layer's input and attention's output; from the input alone;
+from input and attention's output, both in host memory."""
 
-_KEEP: dict[Checkpointing, Keep] = {"none": "all", "recompute": "input", "offload": "input_on_host"}
+_KEEP: dict[Checkpointing, Keep] = {
+    "none": "all",
+    "keep_attention": "input_and_attention",
+    "recompute": "input",
+    "offload": "input_on_host",
+}
 
 
 class Decoder(nn.Module):
@@ -71,15 +76,15 @@ class Decoder(nn.Module):
         tables = self._tables(lambda rotary: rotary.of_rows(rows, hidden_TD.dtype))
         hidden_TD = self._carried(hidden_TD)
         training = torch.is_grad_enabled() and self.training
+        # Without a backward nothing is kept anyway, and in chunks a row costs no more to evaluate than to train on.
         keep = _KEEP[self.checkpointing] if torch.is_grad_enabled() else "input"
         host = HostMemory(hidden_TD.device) if keep == "input_on_host" else None
         # Gradients between layers are read by the next layer alone.
         keeping = Keeping(keep, self.chunk_tokens, host, spend_gradient=True)
         for layer in self.decoder_layers():
             turned = tables[layer.shape.kind]
-            # Laid together a layer evaluates as it trains, 8-bit floats included.
-            by_hand = torch.is_grad_enabled() or (layer.stacked is not None and not torch.is_inference_mode_enabled())
-            if by_hand and not self.plain and serves(layer):
+            # A layer evaluates as it trains, 8-bit floats included.
+            if not self.plain and serves(layer) and not torch.is_inference_mode_enabled():
                 hidden_TD = run_layer(layer, hidden_TD, turned, rows, keeping)
             elif training and self.checkpointing != "none":
                 hidden_TD = checkpoint(_plain_rows, layer, hidden_TD, turned, rows, use_reentrant=False)

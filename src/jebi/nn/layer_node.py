@@ -46,9 +46,9 @@ from jebi.nn.layer_steps import (
 from jebi.nn.linear import Grads
 from jebi.nn.rows import Rows
 
-Keep = Literal["all", "input", "input_on_host"]
-"""What a layer keeps from its forward: what its backward reads; only its input; or its input and, where
-`attention_pair` can, attention's output, both in host memory."""
+Keep = Literal["all", "input_and_attention", "input", "input_on_host"]
+"""What a layer keeps from its forward: what its backward reads; its input and, where `attention_pair` can, attention's
+output; only its input; or input and attention's output in host memory."""
 
 CHUNK_TOKENS = 8192
 """Tokens of a chunk: enough for products at full rate and for one dequantisation of 4-bit weights to cost little."""
@@ -128,14 +128,18 @@ class _LayerNode(torch.autograd.Function):
         if ctx.host is not None:
             ctx.way, ctx.seeds = attended.way, attended.seeds
             ctx.host.put(ctx.slot, *attended.storable())
-        kept = _Kept(turned, attended) if keeping.keep == "all" else None
+        kept = None
+        if keeping.keep == "all":
+            kept = _Kept(turned, attended)
+        elif keeping.keep == "input_and_attention" and attended.storable():
+            kept = _Kept(attended=attended)
         mixed_TD = attended.mixed(rows, hidden_TD.dtype).flatten(-2)
         del turned, attended
         out_TD = None
         for chunk in given.chunks:
             block = behind_attention(layer, hidden_TD[chunk], mixed_TD[chunk])
             out_TD = _written(out_TD, feed_forward(layer, block), chunk, hidden_TD.shape[0])
-            if kept is not None:
+            if kept is not None and keeping.keep == "all":
                 kept.block = block
             del block  # before the next one is made
         ctx.kept = kept
