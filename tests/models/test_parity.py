@@ -104,9 +104,10 @@ def test_trained_biases(tiny_llama, load, targets: tuple[str, ...], bias: str) -
 
 @pytest.mark.parametrize("checkpointing", ["keep_attention", "recompute", "offload"])
 @pytest.mark.parametrize("plain", [False, True])
-def test_whatever_layers_keep(tiny_llama, load, plain: bool, checkpointing: str) -> None:
+@pytest.mark.parametrize("kept", [0, 1])
+def test_whatever_layers_keep(tiny_llama, load, kept: int, plain: bool, checkpointing: str) -> None:
     ours, theirs = twins(load, tiny_llama())
-    ours.model.plain, ours.model.checkpointing = plain, checkpointing
+    ours.model.plain, ours.model.checkpointing, ours.model.kept_layers = plain, checkpointing, kept
     assert_same(ours, theirs, padded("right"))
 
 

@@ -22,7 +22,7 @@ from jebi.fast import FastLanguageModel
 from jebi.models import loading, placement
 from jebi.models.files import find
 from jebi.models.hf import JebiForCausalLM
-from jebi.models.placement import movable, place, placed, resolve
+from jebi.models.placement import fitting, movable, place, placed, resolve
 from jebi.nn import slices
 from jebi.nn.host_weight import HostWeight
 from jebi.quant.nf4 import NF4Weight
@@ -321,3 +321,26 @@ def test_the_keywords_of_from_pretrained(tiny_folder: Path) -> None:
     assert placed(model) == Places("card", "int8")
     with pytest.raises(ConfigError, match="head must be one of auto, card, host, int8, nf4, not 'disk'"):
         FastLanguageModel.from_pretrained(tiny_folder, 64, device="cpu", head="disk")
+
+
+@pytest.mark.parametrize(
+    ("needed", "expected"),
+    [(100, Places()), (101, Places("host")), (110, Places("host")), (111, Places("host", "host"))],
+)
+def test_loading_puts_tables_where_there_is_room(needed: int, expected: Places) -> None:
+    assert fitting(Places(), False, 10, needed, 100) == expected
+    assert fitting(Places(), True, 10, needed, 100) == (Places() if needed == 100 else Places("host", "host"))
+    assert fitting(Places("card", "card"), False, 10, needed, 100) == Places("card", "card"), "what is asked is obeyed"
+    assert fitting(Places("auto", "nf4"), True, 10, needed, 100) == Places("auto", "nf4")
+    assert fitting(Places("host", "auto"), False, 10, 100, 100) == Places("host", "auto")
+
+
+def test_a_loading_is_counted_before_it_begins(tiny_llama: Callable[[str], Path], load: Callable[..., Any]) -> None:
+    """No less than what the model then holds, and no more than the largest weight's making beside it."""
+    for storage, flags in (("nf4", (True, False)), ("int8", (False, True)), ("dense", (False, False))):
+        model = load(tiny_llama("untied"), torch.bfloat16, *flags)
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+        norms = sum(p.nbytes for p in model.parameters() if p.dim() == 1)
+        sizes = [m.in_features * m.out_features for name, m in model.linears() if name != "lm_head"]
+        counted = loading._bytes(model, storage)
+        assert sum(held.values()) - norms < counted < 1.1 * sum(held.values()) + 8 * max(sizes)

@@ -64,6 +64,8 @@ class Decoder(nn.Module):
         self.checkpointing: Checkpointing = "none"
         self.chunk_tokens = CHUNK_TOKENS
         """Tokens that layers which recompute take at a time, where they may."""
+        self.kept_layers = 0
+        """Layers, the last ones, that keep everything whatever `checkpointing` says of the others."""
         self.plain = False
         """Run the plain form of every layer, for tests and comparisons."""
 
@@ -81,12 +83,13 @@ class Decoder(nn.Module):
         host = HostMemory(hidden_TD.device) if keep == "input_on_host" else None
         # Gradients between layers are read by the next layer alone.
         keeping = Keeping(keep, self.chunk_tokens, host, spend_gradient=True)
-        for layer in self.decoder_layers():
+        whole = Keeping("all" if torch.is_grad_enabled() else keep, self.chunk_tokens, spend_gradient=True)
+        for number, layer in enumerate(self.decoder_layers(), start=self.kept_layers - len(self.layers)):
             turned = tables[layer.shape.kind]
             # A layer evaluates as it trains, 8-bit floats included.
             if not self.plain and serves(layer) and not torch.is_inference_mode_enabled():
-                hidden_TD = run_layer(layer, hidden_TD, turned, rows, keeping)
-            elif training and self.checkpointing != "none":
+                hidden_TD = run_layer(layer, hidden_TD, turned, rows, keeping if number < 0 else whole)
+            elif training and self.checkpointing != "none" and number < 0:
                 hidden_TD = checkpoint(_plain_rows, layer, hidden_TD, turned, rows, use_reentrant=False)
             else:
                 hidden_TD = _plain_rows(layer, hidden_TD, turned, rows)

@@ -20,10 +20,11 @@ from transformers import PretrainedConfig
 from jebi.config import EmbeddingPlace, HeadPlace, Places, Storage
 from jebi.errors import WeightsError
 from jebi.kernels.dequantize import PackedWeight
+from jebi.models.device import free_bytes
 from jebi.models.families import read_config
 from jebi.models.files import Folder, ModelFiles, StoredTensor
 from jebi.models.hf import JebiForCausalLM
-from jebi.models.placement import place, resolve
+from jebi.models.placement import fitting, place, resolve
 from jebi.models.prequantised import joined, read_scheme
 from jebi.models.rope import read_rotary
 from jebi.models.staging import staged
@@ -78,9 +79,13 @@ def load_model(
     shape = read_config(config)
     scheme = read_scheme(config)
     vars(config).pop("quantization_config", None)
-    at = resolve(places, shape.tied, device)
-    tables = {"model.embed_tokens": at.embedding, "lm_head": at.embedding if shape.tied else at.head}
     model = JebiForCausalLM(config, shape, dtype, read_rotary(config, device))
+    at = places
+    if device.type == "cuda":
+        table = shape.vocabulary * shape.layer.width * dtype.itemsize
+        at = fitting(places, shape.tied, table, _bytes(model, storage), free_bytes(device))
+    at = resolve(at, shape.tied, device)
+    tables = {"model.embed_tokens": at.embedding, "lm_head": at.embedding if shape.tied else at.head}
     awaited = dict(model.named_parameters(remove_duplicate=False))
     total = len(awaited) - shape.tied
     dense: _Form = "masters" if storage == "masters" else "dense"
@@ -112,11 +117,21 @@ def load_model(
         )
     if shape.tied:
         _tie(model, own_head)
-    place(model, places)
+    place(model, at)
     model.places = places
     model.source = files if scheme is None else None
     model.eval()
     return model
+
+
+def _bytes(model: JebiForCausalLM, storage: Storage) -> int:
+    """What all weights take on a card, and what making the largest of them takes beside."""
+    each = {"nf4": 0.52, "int8": 1.07, "masters": 4.0}.get(storage, model.dtype.itemsize)
+    layers = [linear.in_features * linear.out_features for name, linear in model.linears() if name != "lm_head"]
+    tables = (2 - model.model.shape.tied) * model.model.shape.vocabulary * model.model.shape.layer.width
+    # The original beside its float32 copy and codes.
+    making = max(layers) * (model.dtype.itemsize + 4 + 2)
+    return int(sum(layers) * each) + tables * model.dtype.itemsize + making
 
 
 def _tie(model: JebiForCausalLM, own_head: bool) -> None:

@@ -45,6 +45,27 @@ def resolve(places: Places, tied: bool, device: torch.device) -> Places:
     return Places(embedding, head)
 
 
+def fitting(places: Places, tied: bool, table: int, needed: int, free: int) -> Places:
+    """Places for loading: tables that are left open lie in host memory where a card has no room for everything.
+
+    A training's plan may bring them back.
+
+    Args:
+        places: what was asked for.
+        tied: whether embedding and head are one table.
+        table: bytes of one table.
+        needed: bytes of all weights, tables included, and of what loading takes beside them.
+        free: bytes on the card.
+    """
+    if needed > free and places.embedding == "auto" and not (tied and places.head != "auto"):
+        places, needed = dataclasses.replace(places, embedding="host"), needed - table
+        if tied:
+            return dataclasses.replace(places, head="host")
+    if needed > free and places.head == "auto" and not tied:
+        places = dataclasses.replace(places, head="host")
+    return places
+
+
 def placed(model: "JebiPreTrainedModel") -> Places:
     """Where they are now; a model without a head has it on the card."""
     embedding, head = model.model.embed_tokens.weight, getattr(model.get_output_embeddings(), "weight", None)

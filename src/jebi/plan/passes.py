@@ -3,7 +3,8 @@
 The count of bytes follows what `nn.layer_node` keeps and needs at a time. Rows are put into passes by `data.passes`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 from jebi.kernels.linear_cross_entropy import CHUNK_BYTES
 from jebi.models.decoder import Checkpointing
@@ -22,8 +23,15 @@ _SHARE = 0.8
 """Of the free memory; the rest is for the allocator's slack."""
 
 
-_LONG_ROW = 16384
-"""Tokens of a row from which attention's output is worth twice the memory of recomputing it."""
+_RECOMPUTING = 0.3
+_DEQUANTISING, _PASS, _HEAD_ON_HOST = 250, 30, 400
+_OFFLOADING = 0.1
+_LONG_ROW = 131072
+"""What things cost, in the time that a token takes of which everything is kept and nothing dequantised: recomputing all
+layers; dequantising all weights, for each pass or chunk; a pass itself; a head that comes out of host memory, for each
+pass; layer inputs there; and recomputing attention's output of a row as long as that. Llama 8B's shape on an H100:
+16,500 tokens/s with everything kept, 12,200 recomputing; attention's forward over 65,536 tokens 28 us a token, all else
+57."""
 _CHUNKS = (CHUNK_TOKENS, CHUNK_TOKENS // 2, CHUNK_TOKENS // 4, CHUNK_TOKENS // 8)
 """Sizes of chunks in the order they are tried: a smaller one dequantises 4-bit weights more often."""
 
@@ -42,6 +50,24 @@ class PassPlan:
     """Tokens that layers take at a time, where they recompute."""
     fits: bool = True
     """Whether that holds the longest row; where not, training may run out of memory."""
+    kept_layers: int = 0
+    """Layers, the last ones, that keep everything whatever the others do."""
+    cost: float = field(default=0.0, compare=False)
+    """Time a token takes beyond what it must, relative to that; to compare plans by."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory that training may take beside the loaded model; bytes."""
+
+    card: int
+    """On the device."""
+    weights: int = 0
+    """What keeping packed weights dequantised would take of it; 0 where none are packed."""
+    scratch: int = 0
+    """What one group of weights takes that is dequantised at every use."""
+    host: int = 0
+    """Host memory for activations; 0 where the model is in it too."""
 
 
 def kept_bytes_per_token(shape: DecoderShape, element: int, checkpointing: Checkpointing) -> int:
@@ -107,64 +133,95 @@ def work_bytes(shape: DecoderShape, element: int, checkpointing: Checkpointing, 
 
 
 def choose(
-    shape: DecoderShape,
-    element: int,
-    free_bytes: int,
-    longest_row: int,
-    asked: Checkpointing | None,
-    limit: int,
-    weights: int = 0,
-    host_bytes: int = 0,
+    shape: DecoderShape, element: int, room: Room, longest_row: int, asked: Checkpointing | None, limit: int
 ) -> PassPlan:
-    """The fastest plan that fits: keep everything if passes then still hold the longest row, else recompute.
-
-    Of long rows attention's output is kept before it is recomputed too: at 65,536 tokens of Llama 3.1 8B attention's
-    forward is a seventh of a step, at 4,096 a fiftieth.
-
-    Weights are kept dequantised where that leaves room for everything else: a pass of 4,096 tokens spends a twentieth
-    of its time on dequantising them, recomputing a fifth. Host memory is used last, where a card cannot hold the
-    longest row's layer inputs.
+    """The fastest plan that fits, by the costs above.
 
     Args:
         shape: the decoder.
         element: bytes of one activation.
-        free_bytes: memory that training may take beside the loaded model.
+        room: the memory there is.
         longest_row: tokens of the longest row.
         asked: what the user named, which is obeyed; None lets the plan choose.
         limit: most tokens worth having in a pass.
-        weights: bytes that keeping packed weights dequantised would take.
-        host_bytes: host memory that activations may take; 0 where the model is in it too.
     """
-    budget = int(free_bytes * _SHARE) - 2 * CHUNK_BYTES
-    least = max(longest_row, limit // 8)
+    size = _Size(shape, element, longest_row, limit)
+    budget = int(room.card * _SHARE) - 2 * CHUNK_BYTES
     modes: list[Checkpointing] = ["none", "keep_attention", "recompute"]
-    if asked is not None:
-        modes = [asked]
-    elif longest_row < _LONG_ROW:
-        modes.remove("keep_attention")
     on_host = host_bytes_per_token(shape, element)
-    if asked is None and least * on_host <= host_bytes * _SHARE:
+    if asked is None and size.least * on_host <= room.host * _SHARE:
         modes.append("offload")
+    found: list[PassPlan] = []
+    for mode in modes if asked is None else [asked]:
+        for keep in (True, False) if room.weights else (False,):
+            left = budget - (room.weights if keep else room.scratch)
+            for plan in size.plans(mode, left, keep or not room.weights, asked is None):
+                tokens = plan.tokens
+                if asked is None and mode == "offload":
+                    tokens = min(tokens, int(room.host * _SHARE) // on_host)
+                found.append(replace(plan, tokens=tokens, keep_weights=keep and bool(room.weights)))
+    if found:
+        return min(found, key=lambda plan: plan.cost)
+    last, chunk = modes[-1] if asked is None else asked, _CHUNKS[-1]
+    tokens = size.most(last, budget - room.scratch, chunk, 0)
+    return PassPlan(last, max(1, min(tokens, limit)), chunk=chunk, fits=False, cost=float("inf"))
 
-    def most(mode: Checkpointing, room: int, chunk: int) -> int:
-        """Most tokens that fit, up to what is worth it or must be."""
-        kept = kept_bytes_per_token(shape, element, mode)
-        low, high = 0, max(limit, least)
+
+@dataclass(frozen=True)
+class _Size:
+    """A decoder and its rows."""
+
+    shape: DecoderShape
+    element: int
+    longest_row: int
+    limit: int
+
+    @property
+    def least(self) -> int:
+        """Fewest tokens of a pass: the longest row, or what products need to run at their rate."""
+        return max(self.longest_row, self.limit // 8)
+
+    def plans(self, mode: Checkpointing, room: int, dense: bool, free: bool) -> Iterator[PassPlan]:
+        """What fits into a room; ``dense`` says that nothing is dequantised, ``free`` that some layers may keep all."""
+        for chunk in _CHUNKS[:1] if mode == "none" else _CHUNKS:
+            reach = self.most(mode, room, chunk, 0)
+            if reach >= self.least:
+                # Small chunks are for rows that would not fit, not for more rows in a pass.
+                tokens = min(reach if chunk == _CHUNKS[0] else self.least, self.limit)
+                yield PassPlan(mode, tokens, chunk=chunk, cost=self._cost(mode, tokens, chunk, 0, dense))
+        for kept in range(1, len(self.shape.layers)) if free and mode != "none" else ():
+            reach = self.most(mode, room, _CHUNKS[0], kept)
+            if reach < self.least:
+                break
+            tokens = min(reach, self.limit)
+            cost = self._cost(mode, tokens, _CHUNKS[0], kept, dense)
+            yield PassPlan(mode, tokens, kept_layers=kept, cost=cost)
+
+    def most(self, mode: Checkpointing, room: int, chunk: int, kept: int) -> int:
+        """Most tokens that fit, up to what is worth it or must be, where so many layers keep everything."""
+        layers = len(self.shape.layers)
+        each = kept_bytes_per_token(self.shape, self.element, mode) * (layers - kept)
+        each = (each + kept_bytes_per_token(self.shape, self.element, "none") * kept) // layers
+        low, high = 0, max(self.limit, self.least)
         while low < high:
             middle = (low + high + 1) // 2
-            fits = middle * kept + work_bytes(shape, element, mode, middle, chunk) <= room
-            low, high = (middle, high) if fits else (low, middle - 1)
+            work = work_bytes(self.shape, self.element, mode, middle, chunk)
+            if kept:
+                work = max(work, work_bytes(self.shape, self.element, "none", middle, chunk))
+            low, high = (middle, high) if middle * each + work <= room else (low, middle - 1)
         return low
 
-    for mode in modes:
-        for keep in (True, False) if weights else (False,):
-            for chunk in _CHUNKS[:1] if mode == "none" or keep else _CHUNKS:
-                tokens = most(mode, budget - (weights if keep else 0), chunk)
-                if tokens >= least:
-                    # Small chunks are for rows that would not fit, not for more rows in a pass.
-                    tokens = tokens if chunk == _CHUNKS[0] else least
-                    if asked is None and mode == "offload":
-                        tokens = min(tokens, int(host_bytes * _SHARE) // on_host)
-                    return PassPlan(mode, min(tokens, limit), keep, chunk)
-    last = modes[-1]
-    return PassPlan(last, max(1, min(most(last, budget, _CHUNKS[-1]), limit)), chunk=_CHUNKS[-1], fits=False)
+    def _cost(self, mode: Checkpointing, tokens: int, chunk: int, kept: int, dense: bool) -> float:
+        cost = _PASS / tokens
+        if not dense:
+            cost += _DEQUANTISING / (tokens if mode == "none" else min(tokens, chunk))
+        if mode != "none":
+            attention = self.longest_row / _LONG_ROW if mode == "recompute" else 0
+            again = _RECOMPUTING + attention + (_OFFLOADING if mode == "offload" else 0)
+            cost += again * (1 - kept / len(self.shape.layers))
+        return cost
+
+
+def head_cost(tokens: int) -> float:
+    """What a head in host memory adds to a plan's cost, for passes of so many tokens."""
+    return _HEAD_ON_HOST / tokens

@@ -21,7 +21,7 @@ from jebi.models.device import free_bytes
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import movable, place, placed, resolve
 from jebi.nn.fp8_product import Fp8Product
-from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, TRAINED_BYTES, PassPlan, choose
+from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, TRAINED_BYTES, PassPlan, Room, choose, head_cost
 from jebi.plan.places import Relief, reliefs
 from jebi.training.graphs import Padded, PassGraphs, padded
 
@@ -73,30 +73,46 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
     if settings.recompute and asked in (None, "none"):
         asked = "offload" if settings.offload else "recompute"
     element, limit = model.dtype.itemsize, CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS
-    trained, _ = model.trainable_parameters()
-    free = free_bytes(device) - TRAINED_BYTES * trained
-    if fp8:
-        free -= Fp8Product.BYTES * sum(layer.dense_values() for layer in backbone.decoder_layers())
-    kept = Fp8Product.BYTES if fp8 else element
-    weights = model.packed_values() * kept if device.type == "cuda" else 0
-    host = free_bytes(torch.device("cpu")) if device.type == "cuda" else 0
-    options = _reliefs(model)
+    room, options = _room(model, fp8), _reliefs(model)
     now = next((o.frees for o in options if resolve(o.places, backbone.shape.tied, device) == placed(model)), 0)
+    plans = []
     for option in options:
-        freed = free + option.frees - now
-        plan = choose(backbone.shape, element, freed, settings.longest, asked, limit, weights, host)
-        if plan.fits:
-            break
-    place(model, option.places)
-    if option is not options[0]:
+        freed = dataclasses.replace(room, card=room.card + option.frees - now)
+        plan = choose(backbone.shape, element, freed, settings.longest, asked, limit)
+        moved = option.places.head == "host" and options[0].places.head != "host"
+        plans.append((plan.cost + (head_cost(plan.tokens) if moved else 0), plan))
+    best = min(range(len(plans)), key=lambda number: plans[number][0])
+    if not plans[best][1].fits:
+        best = len(plans) - 1
+    plan = plans[best][1]
+    place(model, options[best].places)
+    if best:
         at = placed(model)
         logger.warning(f"training needs the room on the card, so: embedding='{at.embedding}', head='{at.head}'.")
     backbone.checkpointing, backbone.chunk_tokens = plan.checkpointing, plan.chunk
+    backbone.kept_layers = plan.kept_layers
     if device.type == "cuda":
         backbone.stack(plan.keep_weights, fp8)
     if settings.pass_tokens is None:
         return plan
     return dataclasses.replace(plan, tokens=settings.pass_tokens)
+
+
+def _room(model: JebiForCausalLM, fp8: bool) -> Room:
+    """Memory for training, and what weights would take of it."""
+    backbone, device = model.model, model.device
+    trained, _ = model.trainable_parameters()
+    free = free_bytes(device) - TRAINED_BYTES * trained
+    if fp8:
+        free -= Fp8Product.BYTES * sum(layer.dense_values() for layer in backbone.decoder_layers())
+    packed = model.packed_values()
+    if device.type == "cpu" or not packed:
+        return Room(free, host=0 if device.type == "cpu" else free_bytes(torch.device("cpu")))
+    element, layer = model.dtype.itemsize, backbone.shape.layer
+    # The largest group is gate and up.
+    scratch = 2 * layer.ffn * layer.width * (1 if fp8 else element)
+    weights = packed * (Fp8Product.BYTES if fp8 else element)
+    return Room(free, weights, scratch, free_bytes(torch.device("cpu")))
 
 
 def _reliefs(model: JebiForCausalLM) -> list[Relief]:

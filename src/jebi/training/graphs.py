@@ -71,20 +71,20 @@ class PassGraphs:
         self._captured: dict[Shape, PassGraph] = {}
         self._casts: torch.cuda.CUDAGraph | None = None
         self._pool = torch.cuda.graph_pool_handle()
-        self._warm: set[tuple[bool, bool]] = set()
+        self._warm: set[Shape | tuple[bool, bool]] = set()
         self._version = -1
 
     @staticmethod
     def serves(model: JebiForCausalLM) -> bool:
-        """Whether its passes can be captured: layers stacked, float32 masters, no layer's input on the host.
+        """Whether its passes can be captured: layers stacked, and float32 masters.
 
-        Embedding and head may be there, in memory that the card reaches by itself.
+        Embedding and head may be in host memory that the card reaches by itself.
         """
         stacked = all(layer.stacked is not None for layer in model.model.decoder_layers())
         masters = all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
         same_everywhere = all(rotary.reach is None for rotary in model.model.rotary.values())
         capped = any(shape.attention.softcap is not None for shape in model.model.shape.layers)
-        on_card = varlen_serves(model.device, model.dtype) and model.model.checkpointing != "offload"
+        on_card = varlen_serves(model.device, model.dtype)
         reached = all(module.locked for module in model.modules() if isinstance(module, HostWeight))
         return stacked and masters and same_everywhere and on_card and reached and not capped
 
@@ -95,7 +95,9 @@ class PassGraphs:
         graph = self._captured.get(shape) or PassGraph(shape, self._model.device)
         graph.fill(part, items)
         if shape not in self._captured:
-            kind = (shape.alike, shape.whole is None)
+            # Host memory is pinned at its first use, by the shape's first pass.
+            offloads = self._model.model.checkpointing == "offload"
+            kind = shape if offloads else (shape.alike, shape.whole is None)
             if kind not in self._warm:
                 # Kernels are compiled, libraries set up and the loss scale made at their first use, which must not be
                 # captured. Later the scale changes in place, so that replays read it as it is.
