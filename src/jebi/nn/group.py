@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jebi.kernels.low_rank import LowRank, product32
+from jebi.kernels.rope import adjacent
 from jebi.nn.base_product import BaseProduct
 from jebi.nn.linear import Grads, Linear, Share, backward_input, backward_trained, project
 
@@ -301,9 +302,7 @@ class Stacked:
 
 def joined(dparts: list[Tensor]) -> Tensor:
     """The parts side by side: the matrix whose columns they are, or a new one."""
-    first, widths = dparts[0], [part.shape[1] for part in dparts]
-    offsets = [(part.data_ptr() - first.data_ptr()) // first.element_size() for part in dparts]
-    adjacent = all(offset == sum(widths[:n]) for n, offset in enumerate(offsets))
-    if adjacent and all(part.stride() == first.stride() for part in dparts) and first.stride(0) >= sum(widths):
-        return first.as_strided((first.shape[0], sum(widths)), first.stride())
-    return torch.cat(dparts, dim=1) if len(dparts) > 1 else first
+    whole = adjacent(dparts)
+    if whole is not None:
+        return whole
+    return torch.cat(dparts, dim=1) if len(dparts) > 1 else dparts[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jebi.kernels.glu import Thin, glu_backward_, glu_forward
 from jebi.kernels.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_weight_grad
-from jebi.kernels.rope import rope_, rope_into
+from jebi.kernels.rope import rope_, rope_added, rope_into
 from jebi.nn import group
 from jebi.nn.layer import DecoderLayer, Norm, parts
 from jebi.nn.linear import Grads
@@ -59,15 +59,20 @@ class Block:
 def turn(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tensor]) -> Turned:
     attn = layer.self_attn
     x_TD, _ = _norm(layer.input_layernorm, hidden_TD)
-    outputs, kept = layer.groups().qkv.forward(x_TD)
+    maps, sizes = layer.groups().qkv, layer.shape.qkv_sizes
+    normed = attn.q_norm is not None and attn.k_norm is not None
+    outputs, kept = maps.forward(x_TD, whole=normed)
     del x_TD
-    q, k, v = (layer.heads(y) for y in parts(outputs, layer.shape.qkv_sizes))
+    yq, yk, yv = parts(outputs, sizes)
+    if attn.q_norm is None or attn.k_norm is None:
+        q, k, v = rope_added((yq, yk, yv), tables, maps.thin(kept, sizes), layer.shape.head_dim)
+        layer.scale_(v)
+        return Turned((q, k, v), None, [kept])
+    q, k, v = layer.heads(yq), layer.heads(yk), layer.heads(yv)
     layer.scale_(v)
-    qk = None
-    if attn.q_norm is not None and attn.k_norm is not None:
-        raw = q, k
-        (q, rstd_q), (k, rstd_k) = _norm(attn.q_norm, q), _norm(attn.k_norm, k)
-        qk = Normed(raw[0], rstd_q), Normed(raw[1], rstd_k)
+    raw = q, k
+    (q, rstd_q), (k, rstd_k) = _norm(attn.q_norm, q), _norm(attn.k_norm, k)
+    qk = Normed(raw[0], rstd_q), Normed(raw[1], rstd_k)
     return Turned((rope_(q, *tables), rope_(k, *tables), v), qk, [kept])
 
 

@@ -38,8 +38,24 @@ def cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[s
     back |= {"dy_stride": "i32", "x_stride": "i32", "added_stride": "i32", "width": "i32"}
     found.append((rms_norm._backward, back, {"UNIT_OFFSET": False, "ADD": True, "BLOCK": 4096}, 8))
     turn = {"x_ptr": value, "cos_ptr": value, "sin_ptr": value, "out_ptr": value}
-    turn |= dict.fromkeys(("x_token", "x_head", "out_token", "out_head", "heads", "half", "rest"), "i32")
-    found.append((rope._rotate, turn | {"sign": SCALAR}, {"HEADS": 4, "HALF": 64, "REST": 64}, 2))
+    counts = (
+        "x_token",
+        "x_head",
+        "out_token",
+        "out_head",
+        "tokens",
+        "heads",
+        "queries",
+        "keys",
+        "half",
+        "rest",
+        "size",
+    )
+    turn |= dict.fromkeys((*counts, "left_stride", "right_row", "right_column"), "i32") | {"sign": SCALAR}
+    for name in ("q", "k", "v"):
+        turn |= {f"{name}_left": value, f"{name}_right": value, f"{name}_rank": "i32"}
+    for rank, rest in ((0, 64), (16, 0), (64, 64)):
+        found.append((rope._rotate, turn, {"TOKENS": 16, "HEADS": 4, "HALF": 64, "REST": rest, "RANK": rank}, 2))
     strides = {"gate_stride": "i32", "up_stride": "i32", "tokens": "i32", "width": "i32", "scale": SCALAR}
     thin: dict[str, str] = {}
     for name in ("gate", "up", "da"):
