@@ -128,7 +128,11 @@ class Engine:
     def __init__(self, model: JebiForCausalLM, settings: Settings, accelerator: Accelerator):
         self._settings, self._accelerator = settings, accelerator
         self._graphs: PassGraphs | None = None
-        if settings.graphs and accelerator.num_processes == 1 and PassGraphs.serves(model):
+        if not settings.graphs or accelerator.num_processes > 1 or model.device.type == "cpu":
+            return
+        if hindrance := PassGraphs.hindrance(model):
+            logger.warning(f"passes are launched kernel by kernel, which short rows feel: {hindrance}.")
+        else:
             keywords = {"label_smoothing": settings.label_smoothing}
             self._graphs = PassGraphs(model, accelerator.backward, keywords)
 
