@@ -11,6 +11,7 @@ from jebi.kernels.rms_norm import (
     rms_norm_backward,
     rms_norm_forward,
     rms_norm_lean,
+    rms_norm_summed,
     rms_norm_weight_grad,
 )
 
@@ -128,3 +129,17 @@ def test_an_offset_weight_is_multiplied_before_rounding_as_gemmas() -> None:
     with torch.no_grad():
         theirs.weight.copy_(weight)
         assert torch.equal(rms_norm(x, weight, 1e-6, unit_offset=True), theirs(x))
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_summed_is_the_product_with_normed_tokens(at_most_twice, dtype: torch.dtype, unit_offset: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, left = (torch.randn(37, width, generator=generator).to(dtype) for width in (64, 5))
+    weight = (torch.randn(64, generator=generator) * 0.1 + (0 if unit_offset else 1)).to(dtype)
+    y, rstd = rms_norm_forward(x, weight, EPS, unit_offset)
+    exact = (x.double() * (x.double().square().mean(-1, keepdim=True) + EPS).rsqrt()) * (
+        weight.double() + (1 if unit_offset else 0)
+    )
+    ours = rms_norm_summed(left, x, rstd, weight, unit_offset)
+    at_most_twice("summed", ours, (left.t() @ y).float(), left.double().t() @ exact)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jebi.kernels.low_rank import product32
+
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
     """Reference, differentiable: ``weight * (x / rms(x))`` over the last dimension, rounded as transformers rounds.
@@ -99,6 +101,17 @@ def rms_norm_backward(
 def rms_norm_weight_grad(dy_TD: Tensor, x_TD: Tensor, rstd_T1: Tensor) -> Tensor:
     """Gradient of a trained weight (D,) in float32: the sum of ``dy * n`` over all tokens."""
     return (x_TD.float() * rstd_T1).mul_(dy_TD).flatten(0, -2).sum(0)
+
+
+def rms_norm_summed(
+    left_TR: Tensor, x_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor, unit_offset: bool = False
+) -> Tensor:
+    """``left^T y`` (R, D) in float32 of normed tokens ``y`` (T, D), which are not made.
+
+    A norm's factors are one a row, which goes into ``left``, and one a column, which goes behind the sum.
+    """
+    scaled_TR = (left_TR.float() * rstd_T1).to(left_TR.dtype)
+    return product32(scaled_TR.t(), x_TD).mul_(weight_D.float() + 1 if unit_offset else weight_D.float())
 
 
 def rms_norm_lean(x: Tensor, weight_D: Tensor, eps: float, unit_offset: bool = False) -> Tensor:

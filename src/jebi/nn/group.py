@@ -77,6 +77,8 @@ class Shares:
     """Each map's share, or one for all."""
     thin: LowRank | None = None
     """What is still to be added to the gradient of the input."""
+    dxa_TR: Tensor | None = None
+    """Gradient of all maps' ``x A^T`` where it is one product."""
 
 
 @dataclass(frozen=True)
@@ -215,13 +217,13 @@ class Stacked:
                 dx_TK.addmm_(dxa_TR, self._down_RK)
             else:
                 thin = LowRank(dxa_TR, self._down_RK)
-        return dx_TK, Shares([dy_TN], [Share(dy_TN, dxa_TR, None)], thin)
+        return dx_TK, Shares([dy_TN], [Share(dy_TN, dxa_TR, None)], thin, dxa_TR)
 
     def backward_trained(
         self, shares: Shares, x_TK: Tensor | None, kept: Kept | None, grads: Grads, sums: Sums | None = None
     ) -> None:
         """See `Group`."""
-        dy_TN, dxa_TR = shares.dy[0], shares.maps[0].dxa_TR
+        dy_TN, dxa_TR = shares.dy[0], shares.dxa_TR
         for linear, start, end in self._spans:
             if linear.bias is not None and linear.bias.requires_grad:
                 grads[linear.bias] = dy_TN[:, start:end].sum(0, dtype=torch.float32)
