@@ -37,7 +37,7 @@ from jebi.training.half import exact_sums
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.loraplus import own_rates, split_rates
 from jebi.training.losses import Losses
-from jebi.training.optimizer import AdamW8bit, adam_settings, set_mode
+from jebi.training.optimizer import AdamW8bit, adam_settings, set_mode, tell_of_steps
 from jebi.training.prefetch import Prefetch
 from jebi.training.prepared import Prepare
 from jebi.training.report import Meter, Report
@@ -131,6 +131,8 @@ class SFTTrainer(Trainer):
             callbacks=[*(callbacks or []), self._interrupt],
             optimizers=optimizers,
         )
+        if self.optimizer is not None:
+            tell_of_steps(self.optimizer)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as Trainer does, measure it, and write ``report.json``.
@@ -287,6 +289,7 @@ class SFTTrainer(Trainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(*([] if model is None else [model]))
         if fresh:
             split_rates(optimizer, self.model, self._rates)
+            tell_of_steps(optimizer)
         return optimizer
 
     @staticmethod
