@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from jebi.kernels.low_rank import LowRank, product32
 from jebi.nn.base_product import BaseProduct
 from jebi.nn.linear import Grads, Linear, Share, backward_input, backward_trained, project
+from jebi.nn.lora import Lora
 
 
 class Group(Protocol):
@@ -166,6 +167,10 @@ class Stacked:
         self.columns = maps[0].in_features
         self.dtype = maps[0].dtype
         self._state: list[object] = []
+        self._adapters: list[Lora | None] | None = None
+        """Those that the casts are arranged for."""
+        self._rooms: dict[int, tuple[Tensor, Tensor]] = {}
+        """Room for the casts by their rank; it stays, since captured passes read it (`training.graphs`)."""
         self._down_RK: Tensor | None = None
         self._up_NR: Tensor | None = None
         self._columns: list[slice | None] = []
@@ -258,12 +263,12 @@ class Stacked:
     def refresh(self) -> None:
         """Cast the adapters' matrices anew where they have changed since."""
         if self._now() != self._state:
-            self._arrange()
-            self.cast()
             self.note()
+            self.cast()
 
     def note(self) -> None:
         """Take what is cast for what the matrices are now."""
+        self._arrange()
         self._state = self._now()
 
     def _now(self) -> list[object]:
@@ -272,19 +277,20 @@ class Stacked:
 
     def _arrange(self) -> None:
         """Find which maps have adapters, and make room for these."""
-        self._columns, rank = [], 0
-        for linear in self.maps:
-            lora = linear.adapter
+        adapters = [linear.adapter for linear in self.maps]
+        if adapters == self._adapters:
+            return
+        self._adapters, self._columns, rank = adapters, [], 0
+        for lora in adapters:
             self._columns.append(slice(rank, rank + lora.rank) if lora is not None else None)
             rank += lora.rank if lora is not None else 0
-        if not rank:
-            self._down_RK = self._up_NR = None
-        elif self._down_RK is None or self._down_RK.shape[0] != rank:
+        if rank and rank not in self._rooms:
             device = self.maps[0].device()
-            self._down_RK = torch.zeros(rank, self.columns, dtype=self.dtype, device=device)
-            self._up_NR = torch.zeros(self._outputs, rank, dtype=self.dtype, device=device)
-        elif self._up_NR is not None:
-            self._up_NR.zero_()  # of what other maps' adapters left beside the new ones
+            down_RK = torch.empty(rank, self.columns, dtype=self.dtype, device=device)
+            self._rooms[rank] = down_RK, torch.empty(self._outputs, rank, dtype=self.dtype, device=device)
+        self._down_RK, self._up_NR = self._rooms.get(rank, (None, None))
+        if self._up_NR is not None:
+            self._up_NR.zero_()  # beside each map's own part
 
     @torch.no_grad()
     def cast(self) -> None:
