@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from jebi.kernels.glu import carries
 from jebi.kernels.low_rank import LowRank, product32
 from jebi.nn.base_product import BaseProduct
 from jebi.nn.linear import Grads, Linear, Share, backward_input, backward_trained, project
@@ -175,6 +176,8 @@ class Stacked:
         self._up_NR: Tensor | None = None
         self._columns: list[slice | None] = []
         """Of each map's adapter, where it has one, the rows in A and columns in B of all adapters."""
+        self._thin = True
+        """Whether their shares may be left out for the kernel behind to add."""
 
     def forward(self, x_TK: Tensor, residual_TN: Tensor | None = None, whole: bool = True) -> tuple[list[Tensor], Kept]:
         """See `Group`."""
@@ -184,14 +187,14 @@ class Stacked:
             if linear.bias is not None:
                 y_TN[:, start:end] += linear.bias.to(y_TN.dtype)
         xa_TR = self._compress(x_TK)
-        if whole and xa_TR is not None and self._up_NR is not None:
+        if (whole or not self._thin) and xa_TR is not None and self._up_NR is not None:
             y_TN.addmm_(xa_TR, self._up_NR.t())
         return [y_TN], Kept([xa_TR])
 
     def thin(self, kept: Kept, sizes: list[int]) -> list[LowRank | None]:
         """See `Group`."""
         xa_TR, up_NR = kept.xa[0], self._up_NR
-        if xa_TR is None or up_NR is None:
+        if xa_TR is None or up_NR is None or not self._thin:
             return [None] * len(sizes)
         if len(sizes) != len(self.maps):
             return [LowRank(xa_TR, up_nR.t()) for up_nR in up_NR.split(sizes)]
@@ -215,7 +218,7 @@ class Stacked:
         dx_TK = self._base.backward(dy_TN) if wanted else None
         thin = None
         if dx_TK is not None and dxa_TR is not None and self._down_RK is not None:
-            if whole:
+            if whole or not self._thin:
                 dx_TK.addmm_(dxa_TR, self._down_RK)
             else:
                 thin = LowRank(dxa_TR, self._down_RK)
@@ -284,6 +287,8 @@ class Stacked:
         for lora in adapters:
             self._columns.append(slice(rank, rank + lora.rank) if lora is not None else None)
             rank += lora.rank if lora is not None else 0
+        ranks = [lora.rank for lora in adapters if lora is not None]
+        self._thin = all(carries(one, self.dtype, self.maps[0].device()) for one in ranks)
         if rank and rank not in self._rooms:
             device = self.maps[0].device()
             down_RK = torch.empty(rank, self.columns, dtype=self.dtype, device=device)
