@@ -37,10 +37,6 @@ class Group(Protocol):
         """What is still to be added to each part, of these sizes, after a forward without ``whole``."""
         ...
 
-    def places(self, sizes: list[int], dtype: torch.dtype, tokens: int) -> list[Tensor] | None:
-        """Where gradients of the parts are best written: columns of one matrix; None where it is all the same."""
-        ...
-
     def backward_input(
         self, dparts: list[Tensor], wanted: bool = True, whole: bool = True
     ) -> tuple[Tensor | None, "Shares"]:
@@ -110,9 +106,6 @@ class Separate:
     def thin(self, kept: Kept, sizes: list[int]) -> list[LowRank | None]:
         """See `Group`."""
         return [None] * len(sizes)
-
-    def places(self, sizes: list[int], dtype: torch.dtype, tokens: int) -> None:
-        """See `Group`."""
 
     def backward_input(
         self, dparts: list[Tensor], wanted: bool = True, whole: bool = True
@@ -203,11 +196,6 @@ class Stacked:
             if columns is not None:
                 shares[number] = LowRank(xa_TR[:, columns], up_NR[start:end, columns].t())
         return shares
-
-    def places(self, sizes: list[int], dtype: torch.dtype, tokens: int) -> list[Tensor]:
-        """See `Group`."""
-        whole_TN = torch.empty(tokens, self._outputs, dtype=dtype, device=self.maps[0].device())
-        return list(whole_TN.split(sizes, dim=1))
 
     def backward_input(
         self, dparts: list[Tensor], wanted: bool = True, whole: bool = True
