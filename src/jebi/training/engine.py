@@ -85,6 +85,11 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
     best = min(range(len(plans)), key=lambda number: plans[number][0])
     if not plans[best][1].fits:
         best = len(plans) - 1
+        ways = "lower it, or " + ("" if asked in (None, "offload") else "leave use_gradient_checkpointing 'auto', or ")
+        logger.warning(
+            f"rows of max_seq_length={settings.longest} tokens may not fit into the {room.card / 2**30:.2f} GiB that "
+            f"are free for training: {ways}free memory."
+        )
     plan = plans[best][1]
     place(model, options[best].places)
     if best:
