@@ -116,7 +116,7 @@ def test_massive_activations_train(
     model, seen = half.model, []
     down = model.model.layers[0].mlp.down_proj
     down.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].abs().max().item()))
-    model.model.plain = True  # the form that calls modules
+    model.model.plain = True  # the hand-written layers call no module
     with torch.no_grad():
         model(torch.arange(20)[None])
     model.model.plain = False

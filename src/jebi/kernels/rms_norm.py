@@ -30,9 +30,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, unit_offset: bool = False)
     return weight_D.to(x.dtype) * normed.to(x.dtype)
 
 
-def rms_norm_forward(
-    x_TD: Tensor, weight_D: Tensor, eps: float, unit_offset: bool = False, out_TD: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def rms_norm_forward(x_TD: Tensor, weight_D: Tensor, eps: float, unit_offset: bool = False) -> tuple[Tensor, Tensor]:
     """Return the normed tokens (..., T, D) and ``1 / rms`` (..., T, 1) in float32, which the backward needs.
 
     Args:
@@ -40,34 +38,19 @@ def rms_norm_forward(
         weight_D: (D,).
         eps: added to the mean square.
         unit_offset: the weight is ``1 + weight_D``.
-        out_TD: (T, D), rows strided as they like, takes the normed tokens where given.
     """
     if x_TD.is_cuda:
         from jebi.kernels.gpu import rms_norm as gpu
 
-        y, rstd = gpu.forward(x_TD.reshape(-1, x_TD.shape[-1]), weight_D, eps, unit_offset, out_TD)
+        y, rstd = gpu.forward(x_TD.reshape(-1, x_TD.shape[-1]), weight_D, eps, unit_offset)
         return y.view(*x_TD.shape[:-1], -1), rstd.view(*x_TD.shape[:-1], 1)
     x32_TD = x_TD.float()
     rstd_T1 = torch.linalg.vector_norm(x32_TD, dim=-1, keepdim=True).pow_(2).div_(x_TD.shape[-1])
     rstd_T1 = rstd_T1.add_(eps).rsqrt_()
-    return rms_norm_apply(x_TD, rstd_T1, weight_D, unit_offset, out_TD), rstd_T1
-
-
-def rms_norm_apply(
-    x_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor, unit_offset: bool = False, out_TD: Tensor | None = None
-) -> Tensor:
-    """The normed tokens once more, from the kept statistics: cheaper to rebuild than to keep."""
-    if x_TD.is_cuda:
-        from jebi.kernels.gpu import rms_norm as gpu
-
-        flat_TD = x_TD.reshape(-1, x_TD.shape[-1])
-        return gpu.apply(flat_TD, rstd_T1, weight_D, unit_offset, out_TD).view(*x_TD.shape[:-1], -1)
-    normed_TD = x_TD.float() * rstd_T1
+    normed_TD = x32_TD * rstd_T1
     if unit_offset:
-        y_TD = normed_TD.mul_(1 + weight_D.float()).to(x_TD.dtype)
-    else:
-        y_TD = normed_TD.to(x_TD.dtype).mul_(weight_D)
-    return y_TD if out_TD is None else out_TD.copy_(y_TD)
+        return normed_TD.mul_(1 + weight_D.float()).to(x_TD.dtype), rstd_T1
+    return normed_TD.to(x_TD.dtype).mul_(weight_D), rstd_T1
 
 
 def rms_norm_backward(

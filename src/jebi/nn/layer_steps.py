@@ -14,7 +14,6 @@ from torch import Tensor
 
 from jebi.kernels.glu import Thin, glu_backward_, glu_forward
 from jebi.kernels.rms_norm import (
-    rms_norm_apply,
     rms_norm_backward,
     rms_norm_forward,
     rms_norm_summed,
@@ -231,7 +230,7 @@ def _input(norm: Norm, normed: Normed, shares: group.Shares) -> tuple[Tensor | N
     Not in float16, where the product with the statistics might leave its range.
     """
     if shares.dxa_TR is None or shares.dxa_TR.dtype == torch.float16:
-        return rms_norm_apply(normed.x, normed.rstd, norm.weight, norm.unit_offset), None
+        return _norm(norm, normed.x)[0], None
     return None, rms_norm_summed(shares.dxa_TR, normed.x, normed.rstd, norm.weight, norm.unit_offset)
 
 

@@ -129,13 +129,14 @@ class PassGraphs:
 
     def _cast(self) -> None:
         """Cast the adapters for the step, in one replay instead of two launches a matrix."""
+        if not self._warm:
+            return
+        # First, since it also sees to it that the adapters of now have their places.
+        self._model.model.cast_adapters(again=False)
         if self._casts is None:
-            if not self._warm:
-                return
             self._casts = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._casts, pool=self._pool):
                 self._model.model.cast_adapters(again=True)
-        self._model.model.cast_adapters(again=False)
         self._casts.replay()
 
     def _pass(self, graph: "PassGraph") -> Tensor:

@@ -21,12 +21,8 @@ LONG, FLOAT, SCALAR = "i64", "*fp32", "fp32"
 def cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Each kernel with the types and constants of a Llama 3.1 8B layer, and its warps; ``value`` is a pointer."""
     norm = {"x_ptr": value, "weight_ptr": value, "y_ptr": value, "rstd_ptr": FLOAT}
-    rows = {"x_stride": "i32", "y_stride": "i32", "width": "i32", "eps": SCALAR}
-    found = [
-        (rms_norm._forward, norm | rows, {"UNIT_OFFSET": True, "APPLY": apply, "BLOCK": block}, 8)
-        for apply in (False, True)
-        for block in (4096, 8192)
-    ]
+    rows = {"x_stride": "i32", "width": "i32", "eps": SCALAR}
+    found = [(rms_norm._forward, norm | rows, {"UNIT_OFFSET": True, "BLOCK": block}, 8) for block in (4096, 8192)]
     back = {
         "dy_ptr": value,
         "x_ptr": value,
@@ -61,13 +57,16 @@ def cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[s
     for name in ("gate", "up", "da"):
         thin |= {f"{name}_left": value, f"{name}_right": value, f"{name}_rank": "i32"}
         thin |= dict.fromkeys((f"{name}_left_stride", f"{name}_right_row", f"{name}_right_column"), "i32")
+    # The highest rank in 16 bits that `kernels.glu.carries` names.
+    highest = 64 if capability >= 80 else 32
     for kind in range(3):
         constants = {"KIND": kind, "GATE_RANK": 16, "UP_RANK": 16, "DA_RANK": 16, "COLUMNS": 128, "STRETCH": 512}
         forward = {"gate_ptr": value, "up_ptr": value, "out_ptr": value, "out_stride": "i32"}
-        found.append((glu._forward, forward | strides | thin, constants | {"TOKENS": 16}, 4))
+        ranks = {"GATE_RANK": highest, "UP_RANK": highest}
+        found.append((glu._forward, forward | strides | thin, constants | ranks | {"TOKENS": 16}, 4))
         backward = {"da_ptr": value, "gate_ptr": value, "up_ptr": value, "da_stride": "i32"}
         backward |= {f"{name}_sum_ptr": FLOAT for name in ("gate", "up", "da")}
-        for rank in (16, 32):
+        for rank in sorted({16, 32, highest}):
             ranks = {"GATE_RANK": rank, "UP_RANK": rank, "DA_RANK": rank, "SUMMED_RANK": 32 if capability >= 80 else 0}
             flags = {"TOKENS": 32, "KEEP_ACT": True}
             found.append((glu._backward, backward | strides | thin, constants | ranks | flags, 4))

@@ -64,10 +64,7 @@ def check_rms_norm(dtype: torch.dtype) -> Iterator[Check]:
     for rows, width, offset in ((3, 7, False), (5, 64, True), (2, 131, True)):
         x, dy, residual = (drawn(rows, width, seed=n, dtype=dtype) for n in range(3))
         weight = drawn(width, seed=4, dtype=dtype) * 0.1 + (0 if offset else 1)
-        y, rstd = gpu_rms_norm.forward(x, weight, 1e-5, offset, wide(rows, width, dtype))
-        again = gpu_rms_norm.apply(x, rstd, weight, offset, None)
-        # On a card the two are compiled apart, and may round the last bit of a float32 otherwise.
-        torch.testing.assert_close(again, y, rtol=torch.finfo(dtype).eps if dtype == torch.float32 else 0, atol=0)
+        y, rstd = gpu_rms_norm.forward(x, weight, 1e-5, offset)
         dx = gpu_rms_norm.backward(dy, x, rstd, weight, offset, residual)
 
         def plain(x: Tensor, weight: Tensor = weight, offset: bool = offset) -> Tensor:
