@@ -1,4 +1,4 @@
-"""How many tokens one pass may have, and whether layers keep their activations, from the memory there is.
+"""How many tokens one pass may have, and what layers keep: the fastest that the memory there is allows.
 
 The count of bytes follows what `nn.layer_node` keeps and needs at a time. Rows are put into passes by `data.passes`.
 """
