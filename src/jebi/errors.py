@@ -7,7 +7,8 @@
     ├── ModelError          the model or its config cannot be used           (ValueError)
     │   └── WeightsError    a weights file lacks, contradicts or breaks      (ValueError)
     ├── AdapterError        an adapter does not fit the model                (ValueError)
-    └── DivergedError       the loss became NaN or infinite                  (ArithmeticError)
+    ├── DivergedError       the loss became NaN or infinite                  (ArithmeticError)
+    └── RankError           another process of the training is gone          (RuntimeError)
 
 A message names the setting and the way out: ``what is wrong`` first, then ``what to do``. Broken invariants
 of jebi's own are ``assert``, never one of these.
@@ -44,3 +45,7 @@ class AdapterError(JebiError, ValueError):
 
 class DivergedError(JebiError, ArithmeticError):
     """Training was stopped because the loss became NaN or infinite."""
+
+
+class RankError(JebiError, RuntimeError):
+    """A training over several processes was stopped because another of them is gone, or reads other rows."""

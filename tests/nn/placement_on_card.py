@@ -36,6 +36,7 @@ from jebi.nn.slices import WeightSlices
 from jebi.plan.places import reliefs
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
+from jebi.training.flat import FlatGradients
 from jebi.training.graphs import PassGraphs, padded
 
 DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda:0")
@@ -162,7 +163,8 @@ def passes() -> list[Pass]:
 def trained(model: JebiForCausalLM, graphs: bool) -> dict[str, Tensor]:
     """Loss and gradients of the passes, run three times, so that graphs are replayed."""
     losses: list[Tensor] = []
-    runner = PassGraphs(model, lambda loss: loss.backward(), {}) if graphs else None
+    gradients = FlatGradients([p for p in model.parameters() if p.requires_grad])
+    runner = PassGraphs(model, lambda loss: loss.backward(), {}, gradients) if graphs else None
     for _ in range(3):
         model.zero_grad()
         losses = []

@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from jebi.data.conversation import Conversation
+from jebi.data.dealing import Ranks, passes_of
 from jebi.data.encoding import Encoder, Written
-from jebi.data.passes import Batch, Pass, cut, learnt_weight, longest
+from jebi.data.passes import Batch, Pass, learnt_weight, longest
 from jebi.data.templates import Template
 from jebi.models.unpadding import learnt_of
 
@@ -44,18 +45,23 @@ def inputs_of(part: Pass, device: torch.device) -> dict[str, Any]:
 
 
 def summed_loss(
-    model: Model, batches: Iterable[Batch], tokens: int, label_smoothing: float = 0.0
+    model: Model,
+    batches: Iterable[Batch],
+    tokens: int,
+    label_smoothing: float = 0.0,
+    ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
 ) -> tuple[float, float]:
     """The loss summed over all learnt tokens, and their number; the model is to be in evaluation mode.
 
-    Where tokens are weighed, the sum of weighed losses and the sum of weights.
+    Where tokens are weighed, the sum of weighed losses and the sum of weights. Of several processes, which all read all
+    rows, the loss is that of this one's share.
     """
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     learnt = 0.0
     for batch in batches:
         learnt += float(learnt_weight(batch))
         share = model.shares_beginnings(longest([batch]))
-        for part in cut([batch], tokens, share):
+        for part in passes_of([batch], tokens, share, ranks):
             inputs = inputs_of(part, model.device) | {"num_items_in_batch": 1, "label_smoothing": label_smoothing}
             with torch.no_grad():
                 total += model(**inputs).loss.double()

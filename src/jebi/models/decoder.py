@@ -66,6 +66,8 @@ class Decoder(nn.Module):
         """Tokens that layers which recompute take at a time, where they may."""
         self.kept_layers = 0
         """Layers, the last ones, that keep everything whatever `checkpointing` says of the others."""
+        self.sharded = False
+        """Whether every process holds a part of each layer (`nn.sharding`)."""
         self.plain = False
         """Run the plain form of every layer, for tests and comparisons."""
 

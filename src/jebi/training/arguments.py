@@ -3,7 +3,9 @@
 Every field of `TrainingArguments` either works or is refused here by name; none is ignored in silence.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
@@ -39,14 +41,26 @@ class SFTConfig(TrainingArguments):
     )
 
 
+def own_fields(args: TrainingArguments, **given: Any) -> Any:
+    """`SFTConfig`'s own fields as attributes; of plain `TrainingArguments` their defaults. What is ``given`` wins."""
+    plain = {field.name for field in fields(TrainingArguments)}
+    own = SimpleNamespace()
+    for known in fields(SFTConfig):
+        if known.name not in plain:
+            default = known.default if known.default_factory is MISSING else known.default_factory()
+            setattr(own, known.name, getattr(args, known.name, default))
+    vars(own).update({name: value for name, value in given.items() if value is not None})
+    return own
+
+
 _LOSS_ALONE = "evaluation gives the loss alone, since predictions would be all the logits"
 
 _REFUSED = {
     "torch_compile": "jebi's layers are hand-written nodes that gain nothing from it",
     "use_liger_kernel": "it patches other model classes; jebi has its own kernels",
     "neftune_noise_alpha": "its noise is scaled by padded row lengths, which jebi does not have",
-    "fsdp": "sharding over several cards is not there yet",
-    "deepspeed": "use one process or data parallel",
+    "fsdp": "a model too large for one card is loaded with shard=True (model.shard), which does the same",
+    "deepspeed": "several processes need no engine beside torchrun; shard=True (model.shard) divides the base",
     "auto_find_batch_size": "jebi cuts a batch into passes that fit by itself",
     "parallelism_config": "use one process or data parallel",
     "optim_target_modules": "it picks whole weights for GaLore and APOLLO, and jebi trains adapters",

@@ -2,6 +2,8 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import TrainerState, TrainingArguments
@@ -43,6 +45,23 @@ def note_best(final: Path, state: TrainerState) -> bool:
         return False
     state.best_model_checkpoint = str(best)
     return True
+
+
+@contextmanager
+def staged(final: Path, state: TrainerState, args: TrainingArguments, everyone: Callable[[], None]) -> Iterator[Path]:
+    """A folder for Trainer to write a checkpoint in, which is moved into its place under ``final`` when it is whole.
+
+    ``everyone`` waits for the other processes; one of them writes.
+    """
+    staging = final / ".partial"
+    if args.should_save:
+        shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
+    yield staging
+    everyone()
+    note_best(final, state)
+    if args.should_save:
+        complete_checkpoint(staging, final, state, args)
+    everyone()  # the best one may be read next
 
 
 def complete_checkpoint(staging: Path, final: Path, state: TrainerState, args: TrainingArguments) -> Path:

@@ -1,9 +1,9 @@
-"""How one optimizer step's passes run: by replaying graphs on a card, one by one through autograd elsewhere.
+"""How one optimizer step's passes run: by replaying graphs on a card, one by one through autograd elsewhere; gradients
+of several processes are averaged behind them.
 
 Which rows make a step, and what follows it, are the trainer's; what a pass computes is the model's.
 """
 
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -24,7 +24,9 @@ from jebi.models.placement import movable, place, placed, resolve
 from jebi.nn.fp8_product import Fp8Product
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, TRAINED_BYTES, PassPlan, Room, choose, head_cost
 from jebi.plan.places import Relief, reliefs
+from jebi.training.flat import FlatGradients
 from jebi.training.graphs import Padded, PassGraphs, padded
+from jebi.training.reduction import Reduction
 
 logger = logging.getLogger(__name__)
 
@@ -146,16 +148,22 @@ class Engine:
     def __init__(self, model: JebiForCausalLM, plan: PassPlan, settings: Settings, accelerator: Accelerator):
         self._model, self._plan, self._settings, self._accelerator = model, plan, settings, accelerator
         self._places, self._stacked = placed(model), self._count_stacked()
+        self._ranks = accelerator.num_processes
+        self._reduction = Reduction(self._trained()) if self._ranks > 1 else None
         self._graphs: PassGraphs | None = None
         self._open_graphs()
 
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self._model.parameters() if p.requires_grad]
+
     def _open_graphs(self) -> None:
-        if not self._settings.graphs or self._accelerator.num_processes > 1:
+        if not self._settings.graphs:
             return
         hindrance = PassGraphs.hindrance(self._model)
         if hindrance is None:
             keywords = {"label_smoothing": self._settings.label_smoothing}
-            self._graphs = PassGraphs(self._model, self._accelerator.backward, keywords)
+            gradients = FlatGradients(self._trained()) if self._reduction is None else self._reduction.gradients
+            self._graphs = PassGraphs(self._model, self._accelerator.backward, keywords, gradients)
         elif self._model.device.type != "cpu":
             logger.warning(f"passes are launched kernel by kernel, which short rows feel: {hindrance}.")
 
@@ -174,27 +182,31 @@ class Engine:
         """What the host can do for them beforehand: where graphs run, padding and pinning."""
         return [padded(part, pinned=True) for part in passes] if self._graphs is not None else [*passes]
 
-    def run(self, model: nn.Module, passes: list[Pass | Padded], items: Tensor | int, loss_of: Loss) -> Tensor:
-        """Forward and backward of a step's passes; the sum of their losses, on the device.
+    def run(self, passes: list[Pass | Padded], items: Tensor | int, loss_of: Loss, stop: bool = False) -> Tensor:
+        """Forward and backward of a step's passes; the sum of their losses, over all processes, on the device.
 
         Args:
-            model: as the accelerator wrapped it.
             passes: of one step, as `prepare` made them.
             items: learnt tokens of the step, over all processes, by which the losses are divided.
-            loss_of: the trainer's own way to a pass's loss.
+            loss_of: the trainer's own way to a pass's loss, times the number of processes, over which it is averaged.
+            stop: whether this process was asked to stop after the step.
         """
         self._restore()
         device = self._accelerator.device
         total = torch.zeros((), device=device)
-        for index, part in enumerate(passes):
+        if self._reduction is not None:
+            self._reduction.gradients.begin()
+        for part in passes:
             if isinstance(part, Padded):
                 assert self._graphs is not None, "padded for it"
-                total += self._graphs.run(part, items)
+                total += self._graphs.run(part, items / self._ranks)
                 continue
-            last = index == len(passes) - 1
-            with contextlib.nullcontext() if last else self._accelerator.no_sync(model):
-                inputs = inputs_of(part, device) | {"label_smoothing": self._settings.label_smoothing}
-                loss = loss_of(model, inputs, items)
-                self._accelerator.backward(loss)
+            inputs = inputs_of(part, device) | {"label_smoothing": self._settings.label_smoothing}
+            loss = loss_of(self._model, inputs, items)
+            self._accelerator.backward(loss)
             total += loss.detach()
-        return total
+        return total if self._reduction is None else self._reduction.run(total, stop)
+
+    def stopping(self, asked: bool) -> bool:
+        """Whether the training is to stop: where it was ``asked`` for, in one process, or in any of several."""
+        return asked if self._reduction is None else self._reduction.stopping()

@@ -1,8 +1,9 @@
 """Trained matrices laid end to end in one buffer, and their gradients in another.
 
 An optimizer then updates them in place, in one launch, instead of copying hundreds of little matrices together first
-(`training.optimizer`), and captured passes find gradients where they left them (`training.graphs`). Every matrix starts
-a block of the optimizer's, so that the buffer is laid out as its moments are.
+(`training.optimizer`), captured passes find gradients where they left them (`training.graphs`), and several processes
+add theirs up at once (`training.reduction`). Every matrix starts a block of the optimizer's, so that the buffer is laid
+out as its moments are.
 
 Shapes: T values, padding included.
 """
@@ -27,15 +28,36 @@ def starts_of(tensors: list[Tensor]) -> tuple[list[int], int]:
     return starts, size
 
 
-def lay_flat(parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
-    """Move float32 parameters of one device into one buffer; a zeroed buffer for gradients (T), and its parts."""
+class FlatGradients:
+    """Gradients of float32 parameters of one device in one buffer, where every pass finds them."""
+
+    def __init__(self, parameters: list[nn.Parameter], spare: int = 0):
+        """Lay parameters and gradients flat; ``spare`` values of the buffer lie behind the gradients."""
+        self.parameters = parameters
+        self.whole_T, self._parts = lay_flat(parameters, spare)
+        """The buffer, spare values included."""
+
+    def begin(self) -> None:
+        """Start from zero where the last step's gradients were dropped, as they are at a step's first pass."""
+        if all(p.grad is part for p, part in zip(self.parameters, self._parts)):
+            return
+        self.whole_T.zero_()
+        for parameter, part in zip(self.parameters, self._parts):
+            parameter.grad = part
+
+
+def lay_flat(parameters: list[nn.Parameter], spare: int = 0) -> tuple[Tensor, list[Tensor]]:
+    """Move float32 parameters of one device into one buffer; a zeroed buffer for gradients (T), and its parts.
+
+    ``spare`` further values lie behind the gradients.
+    """
     starts, size = starts_of([p.data for p in parameters])
     if stretch_of([p.data for p in parameters], starts, size) is None:
         values_T = torch.zeros(size, dtype=torch.float32, device=parameters[0].device)
         for parameter, start in zip(parameters, starts):
             place = _part(values_T, parameter, start)
             parameter.data = place.copy_(parameter.data)
-    grads_T = torch.zeros(size, dtype=torch.float32, device=parameters[0].device)
+    grads_T = torch.zeros(size + spare, dtype=torch.float32, device=parameters[0].device)
     return grads_T, [_part(grads_T, parameter, start) for parameter, start in zip(parameters, starts)]
 
 

@@ -24,7 +24,7 @@ from jebi.models.unpadding import Learnt, learnt_of
 from jebi.nn.attention import varlen_serves
 from jebi.nn.host_weight import HostWeight
 from jebi.nn.rows import Rows
-from jebi.training.flat import lay_flat
+from jebi.training.flat import FlatGradients
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,22 @@ class Padded:
 class PassGraphs:
     """Runs training passes of one model by replaying their graphs."""
 
-    def __init__(self, model: JebiForCausalLM, backward: Callable[[Tensor], None], settings: dict[str, Any]):
+    def __init__(
+        self,
+        model: JebiForCausalLM,
+        backward: Callable[[Tensor], None],
+        settings: dict[str, Any],
+        gradients: FlatGradients,
+    ):
         """Nothing is captured yet.
 
         Args:
             model: on a card, set up for training.
             backward: takes a pass's loss and fills the gradients.
             settings: further keywords for the model.
+            gradients: of all that is trained.
         """
-        self._model, self._backward, self._settings = model, backward, settings
-        self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._flat, self._grads = lay_flat(self._trained)
+        self._model, self._backward, self._settings, self._gradients = model, backward, settings, gradients
         self._captured: dict[Shape, PassGraph] = {}
         self._casts: torch.cuda.CUDAGraph | None = None
         self._pool = torch.cuda.graph_pool_handle()
@@ -117,12 +122,8 @@ class PassGraphs:
 
     def _begin(self) -> None:
         """See to it that gradients lie where the graphs expect them, and that what is trained is cast as it is now."""
-        if not all(p.grad is grad for p, grad in zip(self._trained, self._grads)):
-            # A step's first pass: the last step's gradients were dropped.
-            self._flat.zero_()
-            for parameter, grad in zip(self._trained, self._grads):
-                parameter.grad = grad
-        version = sum(p._version for p in self._trained)
+        self._gradients.begin()
+        version = sum(p._version for p in self._gradients.parameters)
         if version != self._version:
             self._version = version
             self._cast()
@@ -135,7 +136,7 @@ class PassGraphs:
         self._model.model.cast_adapters(again=False)
         if self._casts is None:
             self._casts = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._casts, pool=self._pool):
+            with torch.cuda.graph(self._casts, pool=self._pool, capture_error_mode="thread_local"):
                 self._model.model.cast_adapters(again=True)
         self._casts.replay()
 
@@ -187,7 +188,8 @@ class PassGraph:
     def capture(self, run: Callable[[], Tensor], pool: Any) -> None:
         """Record what ``run`` launches."""
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # This thread's calls alone are watched: over several processes NCCL's threads ask for their events meanwhile.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._loss.copy_(run())
 
     def replay(self) -> Tensor:

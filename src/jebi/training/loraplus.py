@@ -26,14 +26,12 @@ class Rates:
     """Rate of a wholly trained embedding and head."""
 
 
-def own_rates(config: SFTConfig | None, has_optimizer: bool) -> Rates:
+def own_rates(config: SFTConfig, has_optimizer: bool) -> Rates:
     """The rates that the settings ask for.
 
     Raises:
         ConfigError: a rate is not above 0, or the caller brought an optimizer with groups of its own.
     """
-    if config is None:
-        return Rates()
     for name in ("loraplus_lr_ratio", "embedding_learning_rate"):
         value = getattr(config, name)
         if value is not None and not value > 0:

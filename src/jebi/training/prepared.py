@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,11 +12,30 @@ from jebi.data.check import Contract, check_rows
 from jebi.data.findings import Report
 from jebi.data.long_rows import fit
 from jebi.data.packing import pack
-from jebi.data.preparation import UNCUT, Preparation
+from jebi.data.preparation import UNCUT, FormattingFunc, Learn, Preparation
 from jebi.data.rows import Rows, tokenize
 from jebi.errors import ConfigError
+from jebi.training.arguments import SFTConfig
 
 logger = logging.getLogger(__name__)
+
+
+def prepare_of(
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: SFTConfig | SimpleNamespace,
+    longest: int,
+    learn: Learn,
+    formatting_func: FormattingFunc | None,
+) -> "Prepare":
+    """What prepares rows of up to ``longest`` tokens as the trainer's own settings say."""
+    how = Preparation(
+        max_length=longest,
+        text_field=settings.dataset_text_field,
+        formatting_func=formatting_func,
+        learn=learn,
+        workers=settings.dataset_num_proc,
+    )
+    return Prepare(tokenizer, how, settings.packing, settings.long, settings.overlap, tuple(settings.allow))
 
 
 @dataclass

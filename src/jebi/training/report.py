@@ -8,7 +8,7 @@ import dataclasses
 import json
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,20 @@ class MemoryBefore:
 
 
 @dataclass(frozen=True)
+class RankReport:
+    """What one of several processes took."""
+
+    device: str
+    """Name of its card, or of the processor."""
+    peak_gb: float
+    """Most memory reserved at any time."""
+    tokens: int
+    """Tokens of the rows that were dealt to it."""
+
+
+@dataclass(frozen=True)
 class Report:
-    """What a training took."""
+    """What a training took; of several processes, what the first one took, but for `tokens` and `ranks`."""
 
     before: MemoryBefore
     """Memory as it began."""
@@ -55,6 +67,8 @@ class Report:
     """Tokens of the rows trained on, by all processes; there is no padding to leave out."""
     plan: dict[str, Any]
     """What was chosen: tokens a pass, what layers keep, where embedding and head are."""
+    ranks: list[RankReport] = field(default_factory=list)
+    """What each of several processes took, in their order; empty where there is one."""
 
     @property
     def minutes(self) -> float:
@@ -91,6 +105,9 @@ class Report:
             f"Peak reserved memory for training = {self.training_gb:.3f} GB.\n"
             f"Peak reserved memory % of max memory = {self.peak_percent:.3f} %.\n"
             f"Peak reserved memory for training % of max memory = {self.training_percent:.3f} %."
+        ) + "".join(
+            f"\nProcess {number}: {rank.tokens:,} tokens, peak reserved memory {rank.peak_gb:.3f} GB."
+            for number, rank in enumerate(self.ranks)
         )
 
     def write(self, path: Path, log_history: list[dict[str, Any]]) -> None:

@@ -6,7 +6,6 @@ at all. Everything else (schedules, logging, callbacks, saving strategies, resum
 """
 
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,20 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, PredictionOutput, TrainOutput
 
 from jebi.data.control_tokens import as_ids
+from jebi.data.dealing import passes_of
 from jebi.data.findings import Report as DataReport
 from jebi.data.heldout import summed_loss
-from jebi.data.passes import Batch, Pass, collate, cut, learnt_weight, longest
-from jebi.data.preparation import FormattingFunc, Preparation
+from jebi.data.passes import Batch, Pass, collate, learnt_weight, longest
+from jebi.data.preparation import FormattingFunc
 from jebi.errors import ConfigError
 from jebi.models.hf import JebiForCausalLM
 from jebi.plan.passes import PassPlan
 from jebi.training import processes
-from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, learning_of, longest_row
-from jebi.training.checkpoints import complete_checkpoint, note_best, read_checkpoint, require_writable
+from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, learning_of, longest_row, own_fields
+from jebi.training.checkpoints import read_checkpoint, require_writable, staged
 from jebi.training.engine import Engine, Settings, chosen, make_plan, settings_of
 from jebi.training.graphs import Padded
 from jebi.training.half import exact_sums
@@ -37,7 +37,7 @@ from jebi.training.loraplus import own_rates, split_rates
 from jebi.training.losses import Losses
 from jebi.training.optimizer import AdamW8bit, adam_settings, set_mode, tell_of_steps
 from jebi.training.prefetch import Prefetch
-from jebi.training.prepared import Prepare
+from jebi.training.prepared import Prepare, prepare_of
 from jebi.training.report import Meter, Report
 
 logger = logging.getLogger(__name__)
@@ -92,25 +92,22 @@ class SFTTrainer(Trainer):
         if notice := check(args, model.dtype, model.device):
             logger.warning(notice)
         processes.suit(args, model)
+        self._ranks = processes.ranks_of(args, model)
         require_writable(Path(str(args.output_dir)))
         tokenizer = processing_class if processing_class is not None else tokenizer
-        config = args if isinstance(args, SFTConfig) else None
-        row_limit = longest_row(model, _first(max_seq_length, config and config.max_seq_length))
-        how = Preparation(
-            max_length=row_limit,
-            text_field=_first(dataset_text_field, config and config.dataset_text_field, "text"),
-            formatting_func=formatting_func,
-            learn=learning_of(args),
-            workers=_first(dataset_num_proc, config and config.dataset_num_proc),
+        own = own_fields(
+            args,
+            dataset_text_field=dataset_text_field,
+            max_seq_length=max_seq_length,
+            dataset_num_proc=dataset_num_proc,
+            packing=packing,
         )
-        packed = bool(_first(packing, config and config.packing))
-        own = (config.long, config.overlap, tuple(config.allow)) if config else ()
-        self.prepare = prepare = Prepare(tokenizer, how, packed, *own)
+        self._longest = longest_row(model, own.max_seq_length)
+        self.prepare = prepare = prepare_of(tokenizer, own, self._longest, learning_of(args), formatting_func)
         self.given = train_dataset, eval_dataset
         self.texts = [train_dataset]
-        self._longest = row_limit
-        self._pass_tokens = config.pass_tokens if config else None
-        self._rates = own_rates(config, optimizers[0] is not None)
+        self._pass_tokens = own.pass_tokens
+        self._rates = own_rates(own, optimizers[0] is not None)
         self._interrupt = StopOnInterrupt()
         self._plan: PassPlan | None = None
         self._staging: Path | None = None
@@ -125,6 +122,7 @@ class SFTTrainer(Trainer):
             callbacks=[*(callbacks or []), self._interrupt],
             optimizers=optimizers,
         )
+        processes.require_plain(self.accelerator)
         if self.optimizer is not None:
             tell_of_steps(self.optimizer)
 
@@ -150,33 +148,41 @@ class SFTTrainer(Trainer):
         self._engine = Engine(self.model, plan, self._settings(), self.accelerator)
         self._prefetch = Prefetch(self._passes_of)
         try:
-            with self._interrupt.listening(), exact_sums(self.model.dtype):
+            listening = self._interrupt.listening(self._engine.stopping, self._ranks.count)
+            with listening, exact_sums(self.model.dtype):
                 output = super().train(*args, **kwargs)
         finally:
             del self._engine, self._prefetch
             self._take_apart()
         self._losses.require_finite(self.args.output_dir)
-        (tokens,) = processes.summed(self.accelerator, self._trained_tokens)
-        self.report = meter.report(self._trained_steps, int(tokens), chosen(self.model, plan))
+        (interrupted,) = processes.summed(self.accelerator, self._interrupt.interrupted)
+        report = meter.report(self._trained_steps, self._trained_tokens, chosen(self.model, plan))
+        self.report = processes.of_all(report, self._ranks)
         if self.args.should_save:
             self.report.write(Path(str(self.args.output_dir)) / "report.json", self.state.log_history)
-        if self._interrupt.interrupted:
+        if interrupted:
             if not self._interrupt.saved:
                 self._save_checkpoint(self.model, None)
             raise KeyboardInterrupt
         return output
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """As Trainer's; the rows stay on the host until they are cut."""
-        return processes.on_host(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As Trainer's; rows given to `evaluate` itself are tokenised as the others were."""
         raw = isinstance(eval_dataset, Dataset | IterableDataset)
         if raw and "lengths" not in (eval_dataset.column_names or ()):
             eval_dataset = self.prepare(eval_dataset)
-        with processes.uneven(self.accelerator):
-            return processes.on_host(super().get_eval_dataloader(eval_dataset))
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *args: Any, **kwargs: Any
+    ) -> DataLoader[Any]:
+        """As Trainer's; rows stay on the host until they are cut, and every process reads those of all processes."""
+        if self._ranks.count == 1:
+            loader = super()._get_dataloader(dataset, description, batch_size, sampler_fn, *args, **kwargs)
+            return processes.on_host(loader)
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset, description)
+        return processes.whole_loader(dataset, batch_size * self._ranks.count, sampler_fn, self.args)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -188,14 +194,11 @@ class SFTTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
         """As Trainer's, but of weighed tokens the sum of their weights: a mean loss is a weighed mean.
 
-        Rows are on the host; so is their sum, or the host would wait for the card. Over several processes it is not.
+        Rows, those of all processes, are on the host; so is their sum, or the host would wait for the card.
         """
         if not batch_samples:
             return None
-        items = torch.stack([learnt_weight(batch) for batch in batch_samples]).sum()
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            items = self.accelerator.gather(items.to(device)).sum()
-        return items
+        return torch.stack([learnt_weight(batch) for batch in batch_samples]).sum()
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Collect the step's micro-batches; with the last of them run forward and backward of all rows."""
@@ -207,8 +210,10 @@ class SFTTrainer(Trainer):
         if not model.training:  # for its own sake a no-op, and a walk through all modules
             model.train()
         set_mode(self.optimizer, "train")
+        if self._trained_steps == 0:
+            processes.require_same_rows(self.accelerator, batches)
         passes = self._prefetch.parts(batches)
-        loss = self._engine.run(model, passes, num_items_in_batch, self._loss_of)
+        loss = self._engine.run(passes, num_items_in_batch, self._loss_of, self._interrupt.interrupted)
         if self.state.global_step + 1 < self.state.max_steps:
             self._prefetch.ahead(self.args.gradient_accumulation_steps)
         self._trained_tokens += sum(part.tokens for part in passes)
@@ -222,7 +227,7 @@ class SFTTrainer(Trainer):
     def _passes_of(self, batches: list[Batch]) -> list[Pass | Padded]:
         # Tokens held once would also share one dropout mask.
         share = not self._drops_out and self.model.shares_beginnings(longest(batches))
-        return self._engine.prepare(cut(batches, self._current_plan().tokens, share))
+        return self._engine.prepare(passes_of(batches, self._current_plan().tokens, share, self._ranks))
 
     def _loss_of(self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int) -> Tensor:
         with self.compute_loss_context_manager():
@@ -256,14 +261,13 @@ class SFTTrainer(Trainer):
                 seen += len(batch["rows"])
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-        total, learnt = summed_loss(
-            self.model, counted(), self._current_plan().tokens, self.args.label_smoothing_factor
-        )
+        tokens, smoothing = self._current_plan().tokens, self.args.label_smoothing_factor
+        own, learnt = summed_loss(self.model, counted(), tokens, smoothing, self._ranks)
         if not self.is_in_train:
             self._take_apart()
-        all_loss, all_learnt, all_rows = processes.summed(self.accelerator, total, learnt, seen)
-        metrics = {f"{metric_key_prefix}_loss": all_loss / all_learnt if all_learnt else 0.0}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(all_rows))  # type: ignore[arg-type]
+        (total,) = processes.summed(self.accelerator, own)
+        metrics = {f"{metric_key_prefix}_loss": total / learnt if learnt else 0.0}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=seen)  # type: ignore[arg-type]
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Not available: predictions are logits, which jebi never makes for whole data sets."""
@@ -271,7 +275,7 @@ class SFTTrainer(Trainer):
 
     def _current_plan(self) -> PassPlan:
         if self._plan is None:
-            self._plan = make_plan(self.model, self._settings())
+            self._plan = processes.agreed(self.accelerator, make_plan(self.model, self._settings()))
         return self._plan
 
     def _take_apart(self) -> None:
@@ -299,6 +303,15 @@ class SFTTrainer(Trainer):
             return AdamW8bit, adam_settings(args)
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        """As Trainer's; over several processes not for accelerate to wrap once more: the engine adds gradients up."""
+        wrapped = super()._wrap_model(model, training, dataloader)
+        return wrapped if self._ranks.count == 1 else self.accelerator.prepare_model(wrapped, evaluation_mode=True)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As Trainer's; one process writes those of all."""
+        processes.random_states(self._ranks, super()._save_rng_state, Path(output_dir))
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels", "row", "lengths", "weights"]  # type: ignore[assignment]  # None upstream
 
@@ -308,21 +321,13 @@ class SFTTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Let Trainer write the checkpoint in a folder of its own, and move it into place when it is whole."""
         final = Path(super()._get_output_dir(trial))
-        self._staging = final / ".partial"
-        if self.args.should_save:
-            shutil.rmtree(self._staging, ignore_errors=True)  # what a killed run left
-        self.accelerator.wait_for_everyone()  # every process writes its random state there
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            staging, self._staging = self._staging, None
-        self.accelerator.wait_for_everyone()
-        note_best(final, self.state)
-        if self.args.should_save:
-            checkpoint = complete_checkpoint(staging, final, self.state, self.args)
-            if self.args.push_to_hub:
-                super()._push_from_checkpoint(str(checkpoint))
-        self.accelerator.wait_for_everyone()  # the best one may be read next
+        with staged(final, self.state, self.args, self.accelerator.wait_for_everyone) as self._staging:
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+        if self.args.should_save and self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: an upload runs on in the background, so it begins when the folder is in its place."""
@@ -343,8 +348,3 @@ class SFTTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         read_checkpoint(self.model, Path(self.state.best_model_checkpoint))
-
-
-def _first(*values: Any) -> Any:
-    """The first value that was given."""
-    return next((value for value in values if value is not None), None)
