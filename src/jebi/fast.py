@@ -25,6 +25,7 @@ from jebi.models.hf import JebiForCausalLM
 from jebi.models.loading import load_model
 from jebi.models.reward import JebiForSequenceClassification
 from jebi.models.rope import scale_context
+from jebi.models.shares import join
 from jebi.models.shell import JebiPreTrainedModel
 from jebi.models.tokenizer import beside, ready
 
@@ -59,6 +60,7 @@ class FastLanguageModel:
         embedding: EmbeddingPlace = "auto",
         head: HeadPlace = "auto",
         compute: Compute = "auto",
+        shard: bool = False,
     ) -> tuple[JebiForCausalLM, PreTrainedTokenizerBase]:
         """Load a model and its tokenizer.
 
@@ -80,6 +82,8 @@ class FastLanguageModel:
                 "nf4", which changes what is computed.
             compute: "fp8" multiplies the frozen base in 8-bit floats while training, scaled by rows, on cards of
                 compute capability 9.0 and newer; "auto" multiplies in ``dtype``.
+            shard: divide the frozen layers among the processes that torchrun or accelerate has started, for a model
+                that one card does not hold; a process alone holds everything as ever.
 
         Raises:
             ConfigError: settings exclude each other, or ``compute`` cannot be had here.
@@ -90,7 +94,7 @@ class FastLanguageModel:
         model_name = str(model_name)
         asked = ModelConfig(
             model_name, max_seq_length, load_in_4bit, load_in_8bit, full_finetuning, embedding=embedding, head=head,
-            rope_scaling=rope_scaling, compute=compute,
+            rope_scaling=rope_scaling, compute=compute, shard=shard,
         )  # fmt: skip
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None, not {dtype!r}.")
@@ -109,7 +113,9 @@ class FastLanguageModel:
             if notice := scale_context(config, max_seq_length, rope_scaling):
                 logger.warning(notice)
             tokenizer = files.tokenizer()
-        model = load_model(files, config, dtype or default_dtype(place), place, asked.storage, asked.places)
+        shared = shard and join(place) > 1
+        dtype = dtype or default_dtype(place)
+        model = load_model(files, config, dtype, place, asked.storage, asked.places, shared)
         model.compute = compute
         if generation := files.generation_config():
             model.generation_config = generation

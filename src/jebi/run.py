@@ -78,6 +78,8 @@ def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = Fa
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume or args.resume_from_checkpoint)
     trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return trainer
     record = _without_secrets(config)
     template = ready.template
     record["data"] |= {"template": template, "text_field": config.data.text_field or (None if template else "text")}

@@ -51,6 +51,11 @@ def attach(model: JebiPreTrainedModel, config: LoraConfig, fresh: bool = True) -
         raise ConfigError(
             "the model was loaded with full_finetuning=True and is trained as it is: drop one of the two."
         )
+    if model.model.sharded and (config.use_dora or config.init_lora_weights not in (True, "gaussian")):
+        raise ConfigError(
+            "use_dora and starts made of the weights (pissa, loftq) need whole layers, which no process has under "
+            "shard=True: drop one of the two."
+        )
     model.model.unstack()
     config, targets = resolve(model, config)
     if config.modules_to_save:

@@ -10,6 +10,7 @@ import sys
 import typer
 
 from jebi.cli import chat, compare, demo, inspect, models, train, version
+from jebi.config import launched
 from jebi.errors import JebiError
 
 INTERRUPTED = 130
@@ -35,13 +36,16 @@ def run() -> None:
     # Notices of libraries that a newcomer can do nothing about; jebi's own stay.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    # Of several processes the first one speaks; of errors all do, by number.
+    level = logging.WARNING if launched.rank() == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    name = "jebi" if launched.ranks() == 1 else f"jebi (process {launched.rank()})"
     try:
         app()
     except JebiError as error:
-        print(f"jebi: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            print("jebi: stopped by Ctrl-C", file=sys.stderr)
+            print(f"{name}: stopped by Ctrl-C", file=sys.stderr)
         raise

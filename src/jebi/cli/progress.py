@@ -19,7 +19,12 @@ class TrainingBar(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The memory as training begins, and the bar, at the step a resumed run is at, unless ``disable_tqdm``."""
+        """The memory as training begins, and the bar, at the step a resumed run is at, unless ``disable_tqdm``.
+
+        Of several processes the first one shows them.
+        """
+        if not state.is_world_process_zero:
+            return
         typer.echo(memory_before(args.device).text())
         if args.disable_tqdm:
             return

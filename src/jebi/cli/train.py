@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jebi.config import RunConfig, read_run
+from jebi.config import RunConfig, launched, read_run
 from jebi.imports import uncollected
 from jebi.models import readahead
 
@@ -38,12 +38,15 @@ def train_and_report(run_config: RunConfig, resume: bool = False, allow: Sequenc
     try:
         trainer = train(run_config, [TrainingBar()], resume)
     except KeyboardInterrupt:
-        typer.echo("Stopped. The step under way is saved as a checkpoint; --resume goes on from it.", err=True)
+        if launched.rank() == 0:
+            typer.echo("Stopped. The step under way is saved as a checkpoint; --resume goes on from it.", err=True)
         raise
+    output = Path(str(trainer.args.output_dir))
     assert trainer.report is not None
+    if launched.rank() > 0:
+        return output
     typer.echo(trainer.report.text())
     if losses := [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]:
         typer.echo(f"Held-out loss = {losses[-1]:.4f}.")
-    output = Path(str(trainer.args.output_dir))
     typer.echo(f"Adapter and report.json are in '{output}'.")
     return output

@@ -66,6 +66,8 @@ class ModelConfig:
     compute: Compute = "auto"
     """``fp8`` multiplies the frozen base in 8-bit floats while training, faster and less exact, on compute capability
     9.0 and newer; ``auto`` multiplies in `dtype`."""
+    shard: bool = False
+    """Divide the frozen layers among the processes that a launcher has started, where one card does not hold them."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -82,7 +84,10 @@ class ModelConfig:
             )
         if self.full_finetuning and self.compute == "fp8":
             raise ConfigError("compute 'fp8' multiplies a frozen base, and full_finetuning leaves none: drop one.")
-
+        if self.shard and self.full_finetuning:
+            raise ConfigError("shard divides frozen weights, and full_finetuning trains all of them: drop one.")
+        if self.shard and self.compute == "fp8":
+            raise ConfigError("compute 'fp8' needs whole layers, which no process has under shard: drop one.")
         if self.full_finetuning and (self.embedding not in ("auto", "card") or self.head not in ("auto", "card")):
             raise ConfigError("full_finetuning trains embedding and head, on the card: leave both 'auto'.")
 

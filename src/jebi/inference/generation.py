@@ -24,7 +24,8 @@ def prepare(model: JebiForCausalLM) -> JebiForCausalLM:
     _bring_back(model)
     linears = [linear for _, linear in model.linears()]
     needed = sum(m.in_features * m.out_features for m in linears) * model.dtype.itemsize
-    roomy = model.device.type == "cpu" and needed < _SHARE * psutil.virtual_memory().available
+    stay = model.device.type == "cpu" and not model.model.sharded
+    roomy = stay and needed < _SHARE * psutil.virtual_memory().available
     for linear in linears:
         linear.keep_for_decoding(dense=roomy)
     return model

@@ -66,10 +66,13 @@ class Decoder(nn.Module):
         """Tokens that layers which recompute take at a time, where they may."""
         self.kept_layers = 0
         """Layers, the last ones, that keep everything whatever `checkpointing` says of the others."""
-        self.sharded = False
-        """Whether every process holds a part of each layer (`nn.sharding`)."""
         self.plain = False
         """Run the plain form of every layer, for tests and comparisons."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether several processes share the layers, each holding a part (`nn.sharding`)."""
+        return any(layer.shard is not None for layer in self.decoder_layers())
 
     def shares_beginnings(self, longest: int) -> bool:
         """Whether rows of up to ``longest`` tokens have equal hidden states where they begin alike."""
@@ -134,9 +137,10 @@ class Decoder(nn.Module):
             keep: whether packed weights are kept as they are multiplied, instead of made so at every use.
             fp8: multiply by the frozen weights in 8-bit floats; who may ask for it is `models.compute`'s.
         """
-        scratch = None if keep else Scratch()
+        stay = not self.sharded
+        scratch = None if keep and stay else Scratch()
         for layer in self.decoder_layers():
-            layer.stack(lambda maps: Fp8Product(maps, scratch) if fp8 else DenseProduct(maps, scratch))
+            layer.stack(lambda maps: Fp8Product(maps, scratch) if fp8 else DenseProduct(maps, scratch, stay))
 
     def unstack(self) -> None:
         """Forget what `stack` laid together; dense weights stay parts of one matrix."""

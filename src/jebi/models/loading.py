@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
-from jebi.config import EmbeddingPlace, HeadPlace, Places, Storage
+from jebi.config import EmbeddingPlace, HeadPlace, Places, Storage, launched
 from jebi.errors import WeightsError
 from jebi.kernels.dequantize import PackedWeight
 from jebi.models.device import free_bytes
@@ -27,6 +27,7 @@ from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import fitting, place, resolve
 from jebi.models.prequantised import joined, read_scheme
 from jebi.models.rope import read_rotary
+from jebi.models.shares import Shares, room_for
 from jebi.models.staging import staged
 from jebi.nn.host_weight import HostWeight, matrix
 from jebi.nn.linear import Linear
@@ -56,6 +57,7 @@ def load_model(
     device: torch.device,
     storage: Storage,
     places: Places = Places(),  # noqa: B008  (frozen)
+    shared: bool = False,
 ) -> JebiForCausalLM:
     """Build the model of ``config`` and fill it from ``files``.
 
@@ -70,6 +72,7 @@ def load_model(
             float32 and trained, and cast to ``dtype`` where it is used.
         places: where embedding and head are, dense but for a head that is to be quantised. What is to lie in host
             memory is never on the card.
+        shared: whether the layers are divided among the processes that a launcher has started, which have met.
 
     Raises:
         ModelError: the family or the checkpoint's quantisation is not supported, or the places contradict each other;
@@ -92,23 +95,30 @@ def load_model(
     # Where a checkpoint in the form asked for has a dense projection, its makers had their reasons.
     form: _Form = "as stored" if scheme and scheme.as_stored and storage == "nf4" else storage
     tensors: Iterable[StoredTensor] = (stored for stored in files.tensors() if not stored.name.endswith(_HARMLESS))
+    shares = Shares(model, divided=scheme is None) if shared else None
     if scheme is not None:
         tensors = joined(tensors, scheme)
     elif device.type == "cuda":
-        on_host = {f"{name}.weight" for name, where in tables.items() if where == "host"}
-        tensors = staged((dataclasses.replace(s, span=None) if s.name in on_host else s for s in tensors), device)
+        past = {f"{name}.weight" for name, where in tables.items() if where == "host"}
+        if shares is not None:
+            past |= {name for name in awaited if not shares.reads(name)}
+        tensors = staged((dataclasses.replace(s, span=None) if s.name in past else s for s in tensors), device)
     for stored in _progress(tensors, total):
         _check(stored, awaited.pop(stored.name, None), config)
         owner_name, _, leaf = stored.name.rpartition(".")
         owner = model.get_submodule(owner_name)
         if leaf == "weight" and (where := tables.get(owner_name)) is not None:
             value = _read_table(stored, dtype, device, where, dense)
+        elif shares is not None and not shares.reads(stored.name):
+            value = room_for(stored.shape, dtype, device, form)
         else:
             projection = leaf == "weight" and isinstance(owner, Linear)
             value = _read(stored, dtype, device, form if projection else dense)
         if not isinstance(value, nn.Parameter):
             delattr(owner, leaf)
         setattr(owner, leaf, value)
+        if shares is not None:
+            shares.arrived(stored.name)
     own_head = shape.tied and awaited.pop("lm_head.weight", None) is None
     if awaited:
         raise WeightsError(
@@ -117,6 +127,8 @@ def load_model(
         )
     if shape.tied:
         _tie(model, own_head)
+    if shares is not None:
+        shares.finish()
     place(model, at)
     model.places = places
     model.source = files if scheme is None else None
@@ -220,6 +232,8 @@ def _read_table(
 
 
 def _progress(tensors: Iterable[StoredTensor], total: int) -> Iterable[StoredTensor]:
-    """A bar on stderr, shown once loading has taken two seconds."""
+    """A bar on stderr, shown once loading has taken two seconds; of several processes the first one shows it."""
+    if launched.rank() > 0:
+        return tensors
     bar: Iterable[StoredTensor] = tqdm(tensors, total=total, desc="Loading", unit="tensor", file=sys.stderr, delay=2)
     return bar

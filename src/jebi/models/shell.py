@@ -160,7 +160,9 @@ class JebiPreTrainedModel(PreTrainedModel):
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         tables = {self.model.embed_tokens.weight, getattr(self.get_output_embeddings(), "weight", None)}
         beside = sum(t.shape[0] * t.shape[1] for t in tables if t is not None and not isinstance(t, nn.Parameter))
-        return trained, sum(p.numel() for p in self.parameters()) + self.packed_values() + beside
+        # Codes are parameters where several processes share them, and numbers of no meaning by themselves.
+        dense = sum(p.numel() for p in self.parameters() if p.is_floating_point())
+        return trained, dense + self.packed_values() + beside
 
     def packed_values(self) -> int:
         """How many numbers of the layers are held in 4 or 8 bits."""

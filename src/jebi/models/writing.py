@@ -35,8 +35,10 @@ def write_checkpoint(model: "JebiPreTrainedModel", folder: Path, weights: dict[s
     The weights are the model's in its compute dtype, or those given, as they are.
 
     Raises:
-        ModelError: the model's weights are held in 8 bits.
+        ModelError: the model's weights are held in 8 bits, or this process has a part of them alone.
     """
+    if model.model.sharded:
+        raise ModelError("a process holds a part of this model: load it without shard=True to write it whole.")
     if weights is None:
         weights = _held(model)
     tensors = {name: value.detach().contiguous() for name, value in weights.items()}

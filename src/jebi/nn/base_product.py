@@ -51,19 +51,21 @@ class Scratch:
 class DenseProduct:
     """In the compute dtype."""
 
-    def __init__(self, maps: list[Linear], scratch: Scratch | None):
+    def __init__(self, maps: list[Linear], scratch: Scratch | None, stay: bool = True):
         """Lay the maps below each other.
 
         Args:
             maps: of one input, their weights frozen.
             scratch: where 4-bit and 8-bit weights are dequantised at every use; None keeps them dequantised. Weights
                 that are dense already move into the one matrix, of which the maps' own become parts.
+            stay: whether the weights are there all the time; of a layer that is not (`nn.sharding`) dense ones are
+                laid together in ``scratch`` too, at every use.
         """
         self._spans = spans(maps)
         self._size = self._spans[-1][2], maps[0].in_features
         self._dtype, self._device = maps[0].dtype, maps[0].device()
         packed = any(not isinstance(linear.weight, nn.Parameter) for linear in maps)
-        self._scratch = scratch if packed else None
+        self._scratch = scratch if packed or not stay else None
         self._weight_NK = None if self._scratch is not None else self._lay()
 
     def forward(self, x_TK: Tensor, residual_TN: Tensor | None = None) -> Tensor:

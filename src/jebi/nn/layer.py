@@ -20,6 +20,7 @@ from jebi.nn.attention import AttentionForm
 from jebi.nn.base_product import BaseProduct
 from jebi.nn.group import Group, Separate, Stacked, stacks
 from jebi.nn.linear import Linear
+from jebi.nn.sharding import Shard
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(..., H, d), (..., G, d), (..., G, d) -> (..., H, d), rotary positions already applied."""
@@ -160,6 +161,8 @@ class DecoderLayer(nn.Module):
             self.post_feedforward_layernorm = Norm(shape.width, shape, dtype, scale)
         self.stacked: LayerGroups | None = None
         """Its maps laid together for a card, where they are."""
+        self.shard: Shard | None = None
+        """This process's part of it, where several share it."""
 
     def groups(self) -> LayerGroups:
         """Its maps by their inputs, as the hand-written form calls them."""

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from jebi.nn import sharding
 from jebi.nn.attention_pair import Attended, attention_backward, attention_forward
 from jebi.nn.host_memory import HostMemory
 from jebi.nn.layer import DecoderLayer
@@ -116,6 +117,7 @@ class _LayerNode(torch.autograd.Function):
     ) -> Tensor:
         ctx.layer, ctx.tables, ctx.rows, ctx.keeping, ctx.trained = layer, tables, rows, keeping, trained
         ctx.kept = ctx.host = None
+        sharding.enter(layer.shard)
         if keeping.keep == "input_on_host" and any(ctx.needs_input_grad):
             ctx.host = keeping.host or HostMemory(hidden_TD.device)
             ctx.slot = ctx.host.begin()
@@ -143,6 +145,7 @@ class _LayerNode(torch.autograd.Function):
                 kept.block = block
             del block  # before the next one is made
         ctx.kept = kept
+        sharding.leave(layer.shard, again=any(ctx.needs_input_grad))
         assert out_TD is not None
         return out_TD
 
@@ -150,6 +153,7 @@ class _LayerNode(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         kept, ctx.kept = ctx.kept or _Kept(), None
         layer, rows, keeping = ctx.layer, ctx.rows, ctx.keeping
+        sharding.enter(layer.shard, backward=True)
         if ctx.host is None:
             (hidden_TD,) = ctx.saved_tensors
         else:
@@ -175,6 +179,7 @@ class _LayerNode(torch.autograd.Function):
                 grads,
                 before_attention_backward(layer, hidden_TD[chunk], dturned, of_chunk, dstream_TD[chunk], wanted),
             )
+        sharding.leave(layer.shard, backward=True)
         return dstream_TD if wanted else None, None, None, None, None, *(grads.get(p) for p in ctx.trained)
 
 

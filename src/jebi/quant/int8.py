@@ -60,6 +60,14 @@ class Int8Weight(nn.Module):
         shape = (weight_NK.shape[0], weight_NK.shape[1])
         return cls(codes, scales_B, shape=shape, dtype=weight_NK.dtype, block=block)
 
+    @classmethod
+    def blank(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, block: int = 64) -> "Int8Weight":
+        """Room for what `quantize` makes of a matrix of that shape; its numbers are anything."""
+        values = shape[0] * shape[1]
+        codes = torch.empty(values, dtype=torch.int8, device=device)
+        scales_B = torch.empty(-(-values // block), dtype=torch.float32, device=device)
+        return cls(codes, scales_B, shape=shape, dtype=dtype, block=block)
+
     @torch.no_grad()
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return the matrix [N, K] in ``dtype``: code times scale in float32, then rounded once.

@@ -96,6 +96,16 @@ class NF4Weight(nn.Module):
         shape = (weight_NK.shape[0], weight_NK.shape[1])
         return cls(packed_P, absmax_B, nested_absmax_D, offset, shape=shape, dtype=weight_NK.dtype, block=block)
 
+    @classmethod
+    def blank(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, block: int = 64) -> "NF4Weight":
+        """Room for what `quantize` makes of a matrix of that shape; its bytes are anything."""
+        values = shape[0] * shape[1]
+        blocks = -(-values // block)
+        packed_P, absmax_B = (torch.empty(n, dtype=torch.uint8, device=device) for n in ((values + 1) // 2, blocks))
+        nested_absmax_D = torch.empty(-(-blocks // dynamic8.BLOCK), dtype=torch.float32, device=device)
+        offset = torch.empty((), dtype=torch.float32, device=device)
+        return cls(packed_P, absmax_B, nested_absmax_D, offset, shape=shape, dtype=dtype, block=block)
+
     @torch.no_grad()
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return the matrix [N, K] in ``dtype``: level times block scale in float32, then rounded once.

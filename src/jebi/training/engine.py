@@ -22,6 +22,7 @@ from jebi.models.device import free_bytes
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import movable, place, placed, resolve
 from jebi.nn.fp8_product import Fp8Product
+from jebi.nn.sharding import WHOLE_LAYERS, divisible
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, TRAINED_BYTES, PassPlan, Room, choose, head_cost
 from jebi.plan.places import Relief, reliefs
 from jebi.training.flat import FlatGradients
@@ -126,13 +127,23 @@ def _room(model: JebiForCausalLM, fp8: bool) -> Room:
     if fp8:
         free -= Fp8Product.BYTES * sum(layer.dense_values() for layer in backbone.decoder_layers())
     packed = model.packed_values()
-    if device.type == "cpu" or not packed:
+    if device.type == "cpu" or not (packed or backbone.sharded):
         return Room(free, host=0 if device.type == "cpu" else free_bytes(torch.device("cpu")))
     element, layer = model.dtype.itemsize, backbone.shape.layer
     # The largest group is gate and up.
     scratch = 2 * layer.ffn * layer.width * (1 if fp8 else element)
     weights = packed * (Fp8Product.BYTES if fp8 else element)
+    if backbone.sharded:
+        return Room(free - _gathered(model), 0, scratch, free_bytes(torch.device("cpu")))
     return Room(free, weights, scratch, free_bytes(torch.device("cpu")))
+
+
+def _gathered(model: JebiForCausalLM) -> int:
+    """Bytes of layers that are there whole, beside this process's part."""
+    layer = next(model.model.decoder_layers())
+    return WHOLE_LAYERS * sum(
+        part.numel() * part.element_size() for _, m in layer.projections() for part in divisible(m)
+    )
 
 
 def _reliefs(model: JebiForCausalLM) -> list[Relief]:

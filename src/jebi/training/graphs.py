@@ -97,6 +97,7 @@ class PassGraphs:
             ),
             "RoPE follows each row's length": any(r.reach is not None for r in model.model.rotary.values()),
             "attention scores are capped": any(s.attention.softcap is not None for s in model.model.shape.layers),
+            "layers that several processes share come and go": model.model.sharded,
             "host memory could not be page-locked": any(not module.locked for module in hosts),
         }
         return next((reason for reason, holds in reasons.items() if holds), None)

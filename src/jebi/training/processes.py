@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.data_loader import DataLoaderShard, prepare_data_loader
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import TrainingArguments
@@ -36,14 +36,15 @@ def suit(args: TrainingArguments, model: JebiForCausalLM) -> None:
     args.logging_nan_inf_filter = False  # Such a loss stops the run; to look for it at every batch waits for the card.
     if args.n_gpu > 1:
         args._n_gpu = 1  # One process trains on one card; Trainer would copy the model to all of them each step.
-    if args.world_size == 1:
-        return
-    if not args.average_tokens_across_devices:
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ConfigError(
+            "train_sampling_strategy 'batch_rebalance' has nothing left to do: there is no padding, and rows are dealt "
+            "to processes by their tokens. Leave it 'random'."
+        )
+    if args.world_size > 1 and not args.average_tokens_across_devices:
         raise ConfigError(
             "average_tokens_across_devices=False would weigh a row by the process that it is dealt to: leave it True."
         )
-    if args.train_sampling_strategy == "batch_rebalance":
-        raise ConfigError("train_sampling_strategy 'batch_rebalance' has nothing left to do: rows are dealt by tokens.")
 
 
 def ranks_of(args: TrainingArguments, model: JebiForCausalLM) -> Ranks:
@@ -96,17 +97,12 @@ def require_same_rows(accelerator: Accelerator, batches: list[Batch]) -> None:
         )
 
 
-def on_host(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A loader whose batches stay on the host, where they are cut; from the card they would be fetched back."""
-    if isinstance(loader, DataLoaderShard):
-        loader.device = None
-    return loader
-
-
 def whole_loader(
     dataset: Any, batch_size: int, sampler_of: Callable[[Any], Sampler[int] | None] | None, args: TrainingArguments
 ) -> DataLoader[Any]:
     """A loader that gives every process the rows of all of them, ``batch_size`` in all, in the order that one has.
+
+    Batches stay on the host, where they are cut; from the card they would be fetched back.
 
     Args:
         dataset: token rows, or a stream of them.

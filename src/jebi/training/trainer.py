@@ -174,12 +174,9 @@ class SFTTrainer(Trainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def _get_dataloader(
-        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *args: Any, **kwargs: Any
+        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *_: Any, **__: Any
     ) -> DataLoader[Any]:
-        """As Trainer's; rows stay on the host until they are cut, and every process reads those of all processes."""
-        if self._ranks.count == 1:
-            loader = super()._get_dataloader(dataset, description, batch_size, sampler_fn, *args, **kwargs)
-            return processes.on_host(loader)
+        """As Trainer's; but every process reads the rows of all of them, which stay on the host until they are cut."""
         if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset, description)
         return processes.whole_loader(dataset, batch_size * self._ranks.count, sampler_fn, self.args)

@@ -1,0 +1,121 @@
+"""Trainings of several processes on the CPU, each forked from this one, so that jebi is imported once for all.
+
+    python ranks.py JOBS.json
+
+The file holds a list of jobs, run one after the other. What a process of a job knows afterwards lies in its output
+folder: ``rank-N.safetensors`` (its adapter) and ``rank-N.json``. A launcher's environment is all that the processes
+have of one; launchers themselves are `tests/ecosystem`'s and `test_launchers`'.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from jebi import FastLanguageModel, SFTConfig, SFTTrainer
+from jebi.adapters.peft_files import adapter_tensors
+from jebi.errors import JebiError
+
+
+class CtrlC(TrainerCallback):
+    """Sends this process Ctrl-C as a step begins."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def train(job: dict[str, Any], rank: int) -> dict[str, Any]:
+    """One process of a job; what it knows afterwards."""
+    args = SFTConfig(**job["settings"])
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        job["model"], 128, torch.float32, device="cpu", **job.get("load", {})
+    )
+    FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, value in adapter_tensors(model).items():
+            # With B at zero the gradient of A is nothing but rounding, which Adam would blow up to whole steps.
+            if "lora_B" in name:
+                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+    texts = job["rows"][1:] if rank and job.get("differ") else job["rows"]
+    rows: Any = Dataset.from_dict({"text": texts})
+    if job.get("stream"):
+        rows = rows.to_iterable_dataset()
+        assert isinstance(rows, IterableDataset)
+    callbacks = [CtrlC(job["ctrl_c"])] if rank == 1 and "ctrl_c" in job else []
+    heldout = Dataset.from_dict({"text": job["heldout"]})
+    trainer = SFTTrainer(model, tokenizer, rows, heldout, args=args, callbacks=callbacks)
+    known: dict[str, Any] = {"bytes": held_bytes(model)}
+    try:
+        trainer.train(resume_from_checkpoint=job.get("resume"))
+    except (KeyboardInterrupt, JebiError) as error:
+        known["error"] = f"{type(error).__name__}: {error}"
+    known |= {"log": trainer.state.log_history, "step": trainer.state.global_step}
+    if trainer.report is not None:
+        known["tokens"] = trainer.report.tokens
+        known["by_rank"] = [one.tokens for one in trainer.report.ranks]
+    save_file(adapter_tensors(model), Path(str(args.output_dir)) / f"rank-{rank}.safetensors")
+    return known
+
+
+def held_bytes(model: Any) -> int:
+    """What this process holds of the layers' frozen weights."""
+    weights = [linear.weight for _, linear in model.linears() if linear is not model.lm_head]
+    tensors = []
+    for weight in weights:
+        tensors += [weight] if isinstance(weight, torch.Tensor) else [*weight.parameters(), *weight.buffers()]
+    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def child(job: dict[str, Any], rank: int, port: int) -> None:
+    """A forked process: never returns."""
+    ranks = job["ranks"]
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    code = 1
+    try:
+        known = train(job, rank)
+        path = Path(job["settings"]["output_dir"]) / f"rank-{rank}.json"
+        path.write_text(json.dumps(known), encoding="utf-8")
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        # Not Python's own way out: that is its parent's.
+        os._exit(code)
+
+
+def main(path: Path) -> None:
+    """Run every job; the first that fails ends it."""
+    for job in json.loads(path.read_text(encoding="utf-8")):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        pids = []
+        for rank in range(job["ranks"]):
+            pid = os.fork()
+            if pid == 0:
+                child(job, rank, port)
+            pids.append(pid)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        assert not any(codes), f"{job['settings']['output_dir']}: {codes}"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
