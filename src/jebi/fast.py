@@ -82,8 +82,8 @@ class FastLanguageModel:
                 "nf4", which changes what is computed.
             compute: "fp8" multiplies the frozen base in 8-bit floats while training, scaled by rows, on cards of
                 compute capability 9.0 and newer; "auto" multiplies in ``dtype``.
-            shard: divide the frozen layers among the processes that torchrun or accelerate has started, for a model
-                that one card does not hold; a process alone holds everything as ever.
+            shard: divide the frozen layers among the processes that torchrun or accelerate has started on this machine,
+                for a model that one card does not hold; a process alone holds everything as ever.
 
         Raises:
             ConfigError: settings exclude each other, or ``compute`` cannot be had here.
@@ -113,9 +113,9 @@ class FastLanguageModel:
             if notice := scale_context(config, max_seq_length, rope_scaling):
                 logger.warning(notice)
             tokenizer = files.tokenizer()
-        shared = shard and join(place) > 1
+        mesh = join(place) if shard else None
         dtype = dtype or default_dtype(place)
-        model = load_model(files, config, dtype, place, asked.storage, asked.places, shared)
+        model = load_model(files, config, dtype, place, asked.storage, asked.places, mesh)
         model.compute = compute
         if generation := files.generation_config():
             model.generation_config = generation

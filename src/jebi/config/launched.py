@@ -1,4 +1,4 @@
-"""Which of several processes this is, by what torchrun and accelerate put into the environment, before torch is there."""
+"""Which of several processes this is: by the environment that torchrun and accelerate make, before torch is loaded."""
 
 import os
 

@@ -67,7 +67,7 @@ class ModelConfig:
     """``fp8`` multiplies the frozen base in 8-bit floats while training, faster and less exact, on compute capability
     9.0 and newer; ``auto`` multiplies in `dtype`."""
     shard: bool = False
-    """Divide the frozen layers among the processes that a launcher has started, where one card does not hold them."""
+    """Divide the frozen layers among the processes of a machine, where one card does not hold them."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
@@ -57,7 +58,7 @@ def load_model(
     device: torch.device,
     storage: Storage,
     places: Places = Places(),  # noqa: B008  (frozen)
-    shared: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> JebiForCausalLM:
     """Build the model of ``config`` and fill it from ``files``.
 
@@ -72,7 +73,7 @@ def load_model(
             float32 and trained, and cast to ``dtype`` where it is used.
         places: where embedding and head are, dense but for a head that is to be quantised. What is to lie in host
             memory is never on the card.
-        shared: whether the layers are divided among the processes that a launcher has started, which have met.
+        mesh: the processes among which the layers are divided; None for none.
 
     Raises:
         ModelError: the family or the checkpoint's quantisation is not supported, or the places contradict each other;
@@ -95,7 +96,7 @@ def load_model(
     # Where a checkpoint in the form asked for has a dense projection, its makers had their reasons.
     form: _Form = "as stored" if scheme and scheme.as_stored and storage == "nf4" else storage
     tensors: Iterable[StoredTensor] = (stored for stored in files.tensors() if not stored.name.endswith(_HARMLESS))
-    shares = Shares(model, divided=scheme is None) if shared else None
+    shares = Shares(model, mesh, divided=scheme is None) if mesh is not None else None
     if scheme is not None:
         tensors = joined(tensors, scheme)
     elif device.type == "cuda":

@@ -5,11 +5,13 @@ arrived they are sent around, packed as they are, and every process keeps its pa
 read once by all of them together, and no process ever holds more than its parts and a layer or two.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from jebi.kernels.dequantize import PackedWeight
 from jebi.nn.host_weight import HostWeight
@@ -21,24 +23,35 @@ if TYPE_CHECKING:
     from jebi.models.shell import JebiPreTrainedModel
 
 
-def join(device: torch.device) -> int:
-    """Meet the other processes that a launcher has started, as Trainer would later; how many there are."""
+def join(device: torch.device) -> DeviceMesh | None:
+    """Meet the other processes that a launcher has started, as Trainer would later; those of this machine.
+
+    None where a process has its machine, or all machines, to itself.
+    """
     from accelerate import PartialState
 
-    return int(PartialState(cpu=device.type == "cpu").num_processes)
+    count = int(PartialState(cpu=device.type == "cpu").num_processes)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    if here == 1:
+        return None
+    # Machines with different numbers of processes share as one.
+    sizes = (count // here, here) if count % here == 0 else (1, count)
+    return init_device_mesh(device.type, sizes, mesh_dim_names=("machines", "cards"))["cards"]
 
 
 class Shares:
     """What this process reads of a model that is being loaded, and which of its layers are whole already."""
 
-    def __init__(self, model: "JebiPreTrainedModel", divided: bool):
+    def __init__(self, model: "JebiPreTrainedModel", mesh: DeviceMesh, divided: bool):
         """Nothing has arrived yet.
 
         Args:
             model: on the meta device.
+            mesh: the processes that share it.
             divided: whether the processes share the reading too. Where the checkpoint says how each weight is held,
                 all of them read everything.
         """
+        self._mesh = mesh
         self._layers = list(model.model.decoder_layers())
         self._missing = [len(list(layer.parameters())) for layer in self._layers]
         self._readers: dict[str, int] = {}
@@ -46,12 +59,13 @@ class Shares:
         if divided:
             for index, layer in enumerate(self._layers):
                 for number, (name, _) in enumerate(layer.projections()):
-                    self._readers[f"model.layers.{index}.{name}.weight"] = number % dist.get_world_size()
+                    self._readers[f"model.layers.{index}.{name}.weight"] = number % mesh.size()
         self._shards: list[Shard | None] = [None] * len(self._layers)
 
     def reads(self, name: str) -> bool:
         """Whether this process reads the tensor of that name."""
-        return self._readers.get(name, dist.get_rank()) == dist.get_rank()
+        own = self._mesh.get_local_rank()
+        return self._readers.get(name, own) == own
 
     def arrived(self, name: str) -> None:
         """A tensor is in its place, or room for it; with a layer's last one, the layer is divided."""
@@ -67,8 +81,8 @@ class Shares:
             if reader is not None:
                 assert not isinstance(linear.weight, HostWeight), "only a head is there"
                 for tensor in _tensors(linear.weight):
-                    dist.broadcast(tensor, src=reader)
-        layer.shard = self._shards[index] = Shard(layer)
+                    dist.broadcast(tensor, group=self._mesh.get_group(), group_src=reader)
+        layer.shard = self._shards[index] = Shard(layer, self._mesh)
 
     def finish(self) -> None:
         """All layers are there."""

@@ -5,14 +5,15 @@ layer (norms, biases, scales of scales: a thousandth) and its adapter every proc
 it does is said here, since its own hooks follow modules that are called, and a hand-written layer is one autograd node
 that reads its weights twice. While a layer is computed the next one, in the backward the one before it, is on its way.
 
-All processes must go through the layers in step.
+All processes must go through the layers in step. Those that share them are the ones of one machine: what crosses a slow
+network is the adapter's gradients alone.
 """
 
 from itertools import pairwise
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from jebi.nn.linear import Linear
 
@@ -23,13 +24,13 @@ WHOLE_LAYERS = 3
 class Shard:
     """A layer's part here, and the way to the whole of it."""
 
-    def __init__(self, layer: Any):
+    def __init__(self, layer: Any, mesh: DeviceMesh):
         """Divide a layer of which this process has the whole, as every other one has; it keeps its part.
 
         Args:
             layer: its weights frozen, on this process's device.
+            mesh: the processes that share it.
         """
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         self._layer = layer
@@ -40,8 +41,6 @@ class Shard:
         linears = [module for module in layer.modules() if isinstance(module, Linear)]
         divided = {id(part) for linear in linears for part in divisible(linear)}
         others = {parameter for parameter in layer.parameters() if id(parameter) not in divided}
-        device = linears[0].device()
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=others)
 
     def gather(self) -> None:

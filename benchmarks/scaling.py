@@ -1,0 +1,242 @@
+"""Tokens a second of one and of several cards: data parallel, and a model divided among them. Random weights.
+
+    python benchmarks/scaling.py --ranks 1,2 --workloads full,chat,large --limit 30 --json scaling.json
+
+Every figure is a training of its own under torchrun, of as many processes on this machine. Rows are 2 x 4 a process and
+step: of 2,048 tokens (full, large), or log-normal with a median of about 180 (chat). Llama 3.1 8B's shape (full, chat)
+is whole on every card; 70B's (large) is divided, each card's memory limited to ``--limit`` GiB. The weights are drawn
+where they are held, so no checkpoint is needed. Losses must be those of one process with as many rows a step, or no
+speed is printed. ``--tiny`` does the same with a model for CPUs, to try it out.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+SHAPES = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 8},
+}
+AGREEMENT = 0.01
+"""Largest relative difference of the first steps' losses, as in `vs_peers`."""
+BATCH, ACCUMULATION = 2, 4
+CHECKED = 3
+"""Steps whose losses are compared."""
+
+
+def rows(workload: str, count: int, longest: int) -> list[list[int]]:
+    """Drawn rows, the same in every process."""
+    drawn = random.Random(0)
+    made = []
+    for _ in range(count):
+        length = int(min(max(drawn.lognormvariate(5.2, 0.6), 24), longest)) if workload == "chat" else longest
+        made.append([1] + [drawn.randrange(3, 250) for _ in range(length - 2)] + [2])
+    return made
+
+
+class Drawn:
+    """A checkpoint of random weights: each is drawn where it is to be, from its name, so by whoever reads it."""
+
+    path = Path("random weights")
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], device: Any, dtype: Any):
+        self._shapes, self._device, self._dtype = shapes, device, dtype
+
+    def tensors(self) -> Iterator[Any]:
+        """All of them, layer after layer."""
+        from jebi.models.files import StoredTensor
+
+        for name, shape in self._shapes.items():
+            yield StoredTensor(name, shape, self.path, lambda name=name, shape=shape: self._draw(name, shape))
+
+    def _draw(self, name: str, shape: tuple[int, ...]) -> Any:
+        import torch
+
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=self._dtype, device=self._device)
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
+        return torch.empty(shape, dtype=self._dtype, device=self._device).normal_(0, 0.02, generator=generator)
+
+
+def build(arguments: argparse.Namespace, longest: int) -> tuple[Any, Any]:
+    """The model, divided where it is large, with an adapter; a tokenizer that knows where rows end."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    from jebi import FastLanguageModel
+    from jebi.models.device import default_device, default_dtype
+    from jebi.models.families import read_config
+    from jebi.models.hf import JebiForCausalLM
+    from jebi.models.loading import load_model
+    from jebi.models.rope import read_rotary
+    from jebi.models.shares import join
+
+    device = default_device()
+    dtype = torch.float32 if device.type == "cpu" else default_dtype(device)
+    sizes = SHAPES["tiny" if arguments.tiny else "70b" if arguments.workload == "large" else "8b"]
+    config = LlamaConfig(
+        **sizes,
+        num_key_value_heads=8,
+        vocab_size=512 if arguments.tiny else 128256,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+    )
+    empty = JebiForCausalLM(config, read_config(config), dtype, read_rotary(config, device))
+    shapes = {name: tuple(value.shape) for name, value in empty.named_parameters()}
+    mesh = join(device) if arguments.workload == "large" else None
+    model = load_model(Drawn(shapes, device, dtype), config, dtype, device, "nf4", mesh=mesh)
+    model.max_seq_length = longest
+    FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16)
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, 256)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+    )
+    return model, tokenizer
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train as one process of several; the first one writes what came of it."""
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    from jebi import SFTConfig, SFTTrainer
+
+    on_card = torch.cuda.is_available()
+    longest = 64 if arguments.tiny else 2048
+    settings = SFTConfig(
+        per_device_train_batch_size=BATCH,
+        gradient_accumulation_steps=arguments.accumulation,
+        max_steps=arguments.steps,
+        learning_rate=2e-4,
+        bf16=on_card,
+        use_cpu=not on_card,
+        logging_steps=1,
+        optim="adamw_8bit",
+        output_dir=str(arguments.out),
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        allow=["missing-eos", "masked-eos", "pad-is-eos", "duplicates", "repetitive"],  # rows of drawn tokens
+    )
+    if arguments.limit and on_card:
+        total = torch.cuda.get_device_properties(settings.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(arguments.limit * 2**30 / total, settings.device)
+    began = time.time()
+    model, tokenizer = build(arguments, longest)
+    loaded = time.time() - began
+    step_rows = BATCH * arguments.accumulation * settings.world_size
+    data = rows(arguments.workload, step_rows * arguments.steps, longest)
+    marks: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if on_card:
+                torch.cuda.synchronize()
+            marks.append(time.time())
+
+    dataset = Dataset.from_dict({"input_ids": data})
+    trainer = SFTTrainer(model, tokenizer, dataset, max_seq_length=longest, args=settings, callbacks=[Clock()])
+    trainer.train()
+    report = trainer.report
+    assert report is not None
+    warm = marks[2:] if len(marks) > 4 else marks
+    step_s = statistics.median(after - before for before, after in pairwise(warm))
+    result = {
+        "workload": arguments.workload,
+        "ranks": settings.world_size,
+        "device": report.before.device,
+        "step_s": round(step_s, 4),
+        "tokens_per_s": round(sum(map(len, data)) / arguments.steps / step_s),
+        "load_s": round(loaded, 1),
+        "peak_gib": [round(rank.peak_gb, 2) for rank in report.ranks] or [round(report.peak_gb, 2)],
+        "tokens_by_rank": [rank.tokens for rank in report.ranks],
+        "loss": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry][:CHECKED],
+        "plan": report.plan,
+    }
+    if settings.process_index == 0:
+        (arguments.out / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def measure(arguments: argparse.Namespace, workload: str, ranks: int, accumulation: int, steps: int) -> dict[str, Any]:
+    """One training of ``ranks`` processes."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += [__file__, "--process", "--workload", workload, "--accumulation", str(accumulation)]
+        command += ["--steps", str(steps), "--limit", str(arguments.limit if workload == "large" else 0), "--out", out]
+        command += ["--tiny"] if arguments.tiny else []
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{workload} on {ranks}: {(done.stdout + done.stderr)[-4000:]}")
+        return dict(json.loads((Path(out) / "result.json").read_text(encoding="utf-8")))
+
+
+def require_agreement(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    """End where one process with as many rows a step has other losses."""
+    ranks = result["ranks"]
+    alone = measure(arguments, result["workload"], 1, ACCUMULATION * ranks, CHECKED)
+    apart = max(abs(one - other) / one for one, other in zip(alone["loss"], result["loss"], strict=True))
+    if apart > AGREEMENT:
+        sys.exit(f"{result['workload']}: losses {result['loss']} on {ranks}, {alone['loss']} on one: no speed counts.")
+
+
+def main() -> None:
+    """Measure everything, or be one process of a training."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", default="1,2", help="numbers of processes")
+    parser.add_argument("--workloads", default="full,chat,large")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--limit", type=float, default=30, help="GiB of each card for the divided model")
+    parser.add_argument("--tiny", action="store_true", help="a model for CPUs")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--process", action="store_true", help="be one process of a training; the rest is the driver")
+    parser.add_argument("--workload", default="full")
+    parser.add_argument("--accumulation", type=int, default=ACCUMULATION)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.process:
+        train(arguments)
+        return
+    print(
+        "| rows | processes | step s | tokens/s | times one | peak GiB each | losses |\n|---|---|---|---|---|---|---|"
+    )
+    results = []
+    for workload in arguments.workloads.split(","):
+        alone = None
+        for ranks in map(int, arguments.ranks.split(",")):
+            if workload == "large" and ranks == 1 and not arguments.tiny:
+                continue  # no card holds it
+            result = measure(arguments, workload, ranks, ACCUMULATION, arguments.steps)
+            if ranks > 1 and (workload != "large" or arguments.tiny):
+                require_agreement(arguments, result)
+            alone = result if ranks == 1 else alone
+            times = f"{result['tokens_per_s'] / alone['tokens_per_s']:.2f}" if alone else ""
+            cells = [workload, ranks, result["step_s"], f"{result['tokens_per_s']:,}", times]
+            cells += [" ".join(map(str, result["peak_gib"])), " ".join(map(str, result["loss"]))]
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+            results.append(result)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
