@@ -40,6 +40,7 @@ FIELDS = {
         "rope_scaling",
         *("embedding", "head"),
         "compute",
+        "shard",
     ],
     LoraConfig: [
         "r",

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def train(job: dict[str, Any], rank: int) -> dict[str, Any]:
     model, tokenizer = FastLanguageModel.from_pretrained(
         job["model"], 128, torch.float32, device="cpu", **job.get("load", {})
     )
+    known: dict[str, Any] = {"bytes": held_bytes(model), "numbers": model.trainable_parameters()}
+    if job.get("load", {}).get("shard"):
+        known["refused"] = [
+            refusal(lambda: FastLanguageModel.get_peft_model(model, use_dora=True)),
+            refusal(lambda: FastLanguageModel.get_peft_model(model, init_lora_weights="pissa")),
+            refusal(lambda: model.save_base(str(args.output_dir))),
+        ]
     FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -59,7 +67,6 @@ def train(job: dict[str, Any], rank: int) -> dict[str, Any]:
     callbacks = [CtrlC(job["ctrl_c"])] if rank == 1 and "ctrl_c" in job else []
     heldout = Dataset.from_dict({"text": job["heldout"]})
     trainer = SFTTrainer(model, tokenizer, rows, heldout, args=args, callbacks=callbacks)
-    known: dict[str, Any] = {"bytes": held_bytes(model)}
     try:
         trainer.train(resume_from_checkpoint=job.get("resume"))
     except (KeyboardInterrupt, JebiError) as error:
@@ -68,8 +75,20 @@ def train(job: dict[str, Any], rank: int) -> dict[str, Any]:
     if trainer.report is not None:
         known["tokens"] = trainer.report.tokens
         known["by_rank"] = [one.tokens for one in trainer.report.ranks]
+    FastLanguageModel.for_inference(model)
+    asked = tokenizer("### a template:\nabc", return_tensors="pt")
+    known["answer"] = model.generate(**asked, max_new_tokens=6, do_sample=False)[0].tolist()
     save_file(adapter_tensors(model), Path(str(args.output_dir)) / f"rank-{rank}.safetensors")
     return known
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """What a call is refused with."""
+    try:
+        call()
+    except JebiError as error:
+        return str(error)
+    raise AssertionError("not refused")
 
 
 def held_bytes(model: Any) -> int:

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from jebi.training.flat import lay_flat, starts_of, stretch_of
+from jebi.training.flat import FlatGradients, lay_flat, starts_of, stretch_of
 from jebi.training.optimizer import AdamW8bit, _laid_flat
 
 SHAPES = [(5, 1000), (256, 32), (1, 4097), (4, 4)]
@@ -57,3 +57,19 @@ def test_the_optimizer_makes_the_same_step_in_place() -> None:
     assert flat[1].data_ptr() == place
     assert all(p._version > version for p, version in zip(flat, versions))
     assert grads_T.abs().sum() > 0
+
+
+def test_gradients_begin_at_zero_where_they_were_dropped_and_stay_otherwise() -> None:
+    trained = parameters()
+    flat = FlatGradients(trained, spare=2)
+    assert flat.whole_T.numel() == starts_of(trained)[1] + 2
+    for dropped in (False, True):
+        flat.begin()
+        sum((p * p).sum() for p in trained).backward()
+        if not dropped:
+            flat.begin()
+            assert all(torch.equal(p.grad, 2 * p) for p in trained if p.grad is not None)
+            for p in trained:
+                p.grad = None
+    assert all(p.grad is not None and torch.equal(p.grad, 2 * p) for p in trained)
+    assert torch.isclose(flat.whole_T.norm(), torch.cat([2 * p.detach().flatten() for p in trained]).norm())

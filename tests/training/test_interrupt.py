@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import TrainerControl
 
+from jebi.training import interrupt
 from jebi.training.interrupt import StopOnInterrupt
 
 
@@ -51,6 +52,29 @@ def test_the_second_stops_at_once() -> None:
         ctrl_c()
         with pytest.raises(KeyboardInterrupt):
             ctrl_c()
+
+
+def test_the_launcher_s_echo_is_not_a_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with StopOnInterrupt().listening(ranks=2):
+        ctrl_c()
+        ctrl_c()
+        monkeypatch.setattr(interrupt, "ECHO_SECONDS", 0.0)
+    with StopOnInterrupt().listening(ranks=2):
+        ctrl_c()
+        with pytest.raises(KeyboardInterrupt):
+            ctrl_c()
+
+
+def test_several_processes_stop_when_all_do() -> None:
+    """One that heard nothing stops as the others do, and takes what it hears later for the same Ctrl-C."""
+    heard: list[bool] = []
+    stop = StopOnInterrupt()
+    with stop.listening(lambda asked: heard.append(asked) or len(heard) == 2, ranks=2):
+        assert not ask(stop).should_training_stop
+        assert ask(stop).should_training_stop
+        ctrl_c()
+    assert heard == [False, False]
+    assert stop.interrupted
 
 
 def test_outside_it_ctrl_c_is_pythons() -> None:

@@ -127,6 +127,7 @@ def test_several_processes_make_the_adapter_of_one(
         there, alone_there = figures(known), figures(expected)
         assert {5, "loss"} <= {part for key in there for part in key}
         assert there == pytest.approx({key: alone_there[key] for key in there}, rel=LOSS)
+        assert known["answer"] == expected["answer"]
         first = runs(name, 0)[1]
         assert all(same[tensor].equal(first[tensor]) for tensor in first), "processes hold the same bits"
 
@@ -143,10 +144,13 @@ def test_rows_are_dealt_evenly_and_all_are_counted(runs: Callable[..., Run]) -> 
 
 def test_a_divided_base_is_held_in_parts(runs: Callable[..., Run]) -> None:
     for kind in ("", " int8", " dense"):
-        whole = runs(f"one{kind}", 0)[0]["bytes"]
+        whole = runs(f"one{kind}", 0)[0]
         for rank in range(2):
+            known = runs(f"two{kind} divided", rank)[0]
             # Beside its half every process has the scales that are floating point numbers: of int8 a seventeenth.
-            assert whole / 2 <= runs(f"two{kind} divided", rank)[0]["bytes"] <= 0.54 * whole
+            assert whole["bytes"] / 2 <= known["bytes"] <= 0.54 * whole["bytes"]
+            assert known["numbers"] == whole["numbers"], "parts are not counted for the whole, nor codes for numbers"
+            assert ["shard=True" in refused for refused in known["refused"]] == [True] * 3
 
 
 def test_one_ctrl_c_stops_all_after_the_same_step(runs: Callable[..., Run]) -> None:

@@ -26,7 +26,7 @@ from jebi.models.families import read_config
 from jebi.models.files import Folder, ModelFiles, StoredTensor
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import fitting, place, resolve
-from jebi.models.prequantised import joined, read_scheme
+from jebi.models.prequantised import Scheme, joined, read_scheme
 from jebi.models.rope import read_rotary
 from jebi.models.shares import Shares, room_for
 from jebi.models.staging import staged
@@ -95,16 +95,11 @@ def load_model(
     dense: _Form = "masters" if storage == "masters" else "dense"
     # Where a checkpoint in the form asked for has a dense projection, its makers had their reasons.
     form: _Form = "as stored" if scheme and scheme.as_stored and storage == "nf4" else storage
-    tensors: Iterable[StoredTensor] = (stored for stored in files.tensors() if not stored.name.endswith(_HARMLESS))
     shares = Shares(model, mesh, divided=scheme is None) if mesh is not None else None
-    if scheme is not None:
-        tensors = joined(tensors, scheme)
-    elif device.type == "cuda":
-        past = {f"{name}.weight" for name, where in tables.items() if where == "host"}
-        if shares is not None:
-            past |= {name for name in awaited if not shares.reads(name)}
-        tensors = staged((dataclasses.replace(s, span=None) if s.name in past else s for s in tensors), device)
-    for stored in _progress(tensors, total):
+    # What does not go to the card through staging's buffers: it stays on the host, or another process reads it.
+    past = {f"{name}.weight" for name, where in tables.items() if where == "host"}
+    past |= {name for name in awaited if shares is not None and not shares.reads(name)}
+    for stored in _progress(_arriving(files, scheme, device, past), total):
         _check(stored, awaited.pop(stored.name, None), config)
         owner_name, _, leaf = stored.name.rpartition(".")
         owner = model.get_submodule(owner_name)
@@ -135,6 +130,16 @@ def load_model(
     model.source = files if scheme is None else None
     model.eval()
     return model
+
+
+def _arriving(files: ModelFiles, scheme: Scheme | None, device: torch.device, past: set[str]) -> Iterable[StoredTensor]:
+    """The checkpoint's tensors in the form the model knows them, on the way to a card but for those named ``past``."""
+    tensors = (stored for stored in files.tensors() if not stored.name.endswith(_HARMLESS))
+    if scheme is not None:
+        return joined(tensors, scheme)
+    if device.type != "cuda":
+        return tensors
+    return staged((dataclasses.replace(s, span=None) if s.name in past else s for s in tensors), device)
 
 
 def _bytes(model: JebiForCausalLM, storage: Storage) -> int:
