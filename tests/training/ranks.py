@@ -52,13 +52,8 @@ def train(job: dict[str, Any], rank: int) -> dict[str, Any]:
             refusal(lambda: FastLanguageModel.get_peft_model(model, init_lora_weights="pissa")),
             refusal(lambda: model.save_base(str(args.output_dir))),
         ]
-    FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, value in adapter_tensors(model).items():
-            # With B at zero the gradient of A is nothing but rounding, which Adam would blow up to whole steps.
-            if "lora_B" in name:
-                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+    if not job.get("load", {}).get("full_finetuning"):
+        adapt(model)
     texts = job["rows"][1:] if rank and job.get("differ") else job["rows"]
     rows: Any = Dataset.from_dict({"text": texts})
     if job.get("stream"):
@@ -78,8 +73,19 @@ def train(job: dict[str, Any], rank: int) -> dict[str, Any]:
     FastLanguageModel.for_inference(model)
     asked = tokenizer("### a template:\nabc", return_tensors="pt")
     known["answer"] = model.generate(**asked, max_new_tokens=6, do_sample=False)[0].tolist()
-    save_file(adapter_tensors(model), Path(str(args.output_dir)) / f"rank-{rank}.safetensors")
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    save_file(trained, Path(str(args.output_dir)) / f"rank-{rank}.safetensors")
     return known
+
+
+def adapt(model: Any) -> None:
+    """Put an adapter on it whose B is not zero: the gradient of A would be nothing but rounding else."""
+    FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, value in adapter_tensors(model).items():
+            if "lora_B" in name:
+                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
 
 
 def refusal(call: Callable[[], object]) -> str:

@@ -75,6 +75,8 @@ def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         job("four on one", 1, 4, 2, load=nf4, settings=without_saving, resume=str(folder / "four" / "checkpoint-4")),
         job("stopped", 2, 4, 1, load=nf4, settings=without_saving, ctrl_c=2),
         job("other rows", 2, 4, 1, load=nf4, settings=without_saving, differ=True),
+        job("one full", 1, 8, 1, load={"full_finetuning": True}, settings=without_saving),
+        job("two full", 2, 4, 1, load={"full_finetuning": True}, settings=without_saving),
         job("one stream", 1, 8, 1, load=nf4, settings=without_saving | {"max_steps": 5}, stream=True),
         job("two streams", 2, 4, 1, load=nf4, settings=without_saving | {"max_steps": 5}, stream=True),
     ]
@@ -113,6 +115,7 @@ def figures(known: dict[str, Any]) -> dict[tuple[int, str], float]:
         ("two dense divided", 2, "one dense"),
         ("two on four", 4, "one"),
         ("four on one", 1, "one"),
+        ("two full", 2, "one full"),
         ("two streams", 2, "one stream"),
     ],
 )

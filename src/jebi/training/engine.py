@@ -160,7 +160,9 @@ class Engine:
         self._model, self._plan, self._settings, self._accelerator = model, plan, settings, accelerator
         self._places, self._stacked = placed(model), self._count_stacked()
         self._ranks = accelerator.num_processes
-        self._reduction = Reduction(self._trained()) if self._ranks > 1 else None
+        # An adapter is small enough to be moved.
+        moved = model.adapter is not None
+        self._reduction = Reduction(self._trained(), moved) if self._ranks > 1 else None
         self._graphs: PassGraphs | None = None
         self._open_graphs()
 

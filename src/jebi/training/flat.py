@@ -31,10 +31,10 @@ def starts_of(tensors: list[Tensor]) -> tuple[list[int], int]:
 class FlatGradients:
     """Gradients of float32 parameters of one device in one buffer, where every pass finds them."""
 
-    def __init__(self, parameters: list[nn.Parameter], spare: int = 0):
-        """Lay parameters and gradients flat; ``spare`` values of the buffer lie behind the gradients."""
+    def __init__(self, parameters: list[nn.Parameter], spare: int = 0, values: bool = True):
+        """Lay gradients flat, and the parameters' ``values`` as well; ``spare`` values lie behind the gradients."""
         self.parameters = parameters
-        self.whole_T, self._parts = lay_flat(parameters, spare)
+        self.whole_T, self._parts = lay_flat(parameters, spare, values)
         """The buffer, spare values included."""
 
     def begin(self) -> None:
@@ -46,13 +46,14 @@ class FlatGradients:
             parameter.grad = part
 
 
-def lay_flat(parameters: list[nn.Parameter], spare: int = 0) -> tuple[Tensor, list[Tensor]]:
+def lay_flat(parameters: list[nn.Parameter], spare: int = 0, values: bool = True) -> tuple[Tensor, list[Tensor]]:
     """Move float32 parameters of one device into one buffer; a zeroed buffer for gradients (T), and its parts.
 
-    ``spare`` further values lie behind the gradients.
+    ``spare`` further values lie behind the gradients. Without ``values`` parameters stay where they are: for a moment
+    there would be two of each.
     """
     starts, size = starts_of([p.data for p in parameters])
-    if stretch_of([p.data for p in parameters], starts, size) is None:
+    if values and stretch_of([p.data for p in parameters], starts, size) is None:
         values_T = torch.zeros(size, dtype=torch.float32, device=parameters[0].device)
         for parameter, start in zip(parameters, starts):
             place = _part(values_T, parameter, start)

@@ -24,15 +24,19 @@ _LOSS, _STOP = -2, -1
 class Reduction:
     """Averages the gradients of everything trained over all processes."""
 
-    def __init__(self, trained: list[nn.Parameter]):
+    def __init__(self, trained: list[nn.Parameter], values: bool = True):
         """Lay the gradients flat, and start every process from the first one's values.
+
+        Args:
+            trained: everything that is trained.
+            values: whether to lay them flat too.
 
         Raises:
             ConfigError: something trained is not float32, or not on the device that the rest is on.
         """
         if any(p.dtype != torch.float32 or p.device != trained[0].device for p in trained):
             raise ConfigError("over several processes everything trained is float32 on one device: load it so.")
-        self.gradients = FlatGradients(trained, spare=2)
+        self.gradients = FlatGradients(trained, 2, values)
         self._asked: list[_Told] = []
         with torch.no_grad(), explained():
             for parameter in trained:
