@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from jebi.data.passes import Batch, collate
+from jebi.training.engine import Engine
 from jebi.training.prefetch import Prefetch
 
 Fixture = Callable[..., Any]
@@ -87,19 +88,21 @@ def test_reading_ahead_changes_no_bit(
     assert_equal(snapshot(ahead.model), snapshot(plain.model))
 
 
-def test_steps_are_prepared_before_they_begin_and_rows_beyond_the_last_stay_unread(make_trainer: Fixture) -> None:
+def test_steps_are_prepared_before_they_begin_and_rows_beyond_the_last_stay_unread(
+    make_trainer: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make_trainer(max_steps=3, **RUN)
     collated = []
     trainer.data_collator = lambda examples: collated.append(len(examples)) or collate(examples)
     seen, cuts = [], []
-    inner, cut = trainer.training_step, trainer._passes_of
+    inner, cut = trainer.training_step, Engine.passes
 
     def training_step(*args: Any, **kwargs: Any) -> Any:
         seen.append(len(cuts))
         return inner(*args, **kwargs)
 
     trainer.training_step = training_step
-    trainer._passes_of = lambda batches: cuts.append(len(batches)) or cut(batches)
+    monkeypatch.setattr(Engine, "passes", lambda engine, batches: cuts.append(len(batches)) or cut(engine, batches))
     trainer.train()
     assert cuts == [2, 2, 2]
     # The first step is cut as it runs, the others before their first micro-batch comes.

@@ -29,6 +29,7 @@ SETTINGS: dict[str, Any] = {
     "eval_steps": 3,
     "save_strategy": "steps",
     "save_steps": 2,
+    "include_num_input_tokens_seen": "all",
     "report_to": "none",
     "use_cpu": True,
     "disable_tqdm": True,
@@ -101,7 +102,7 @@ def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 def figures(known: dict[str, Any]) -> dict[tuple[int, str], float]:
     """What a run logged, by step and name."""
-    wanted = ("loss", "grad_norm", "eval_loss", "learning_rate")
+    wanted = ("loss", "grad_norm", "eval_loss", "learning_rate", "num_input_tokens_seen")
     return {(entry["step"], name): entry[name] for entry in known["log"] for name in wanted if name in entry}
 
 
@@ -143,6 +144,7 @@ def test_rows_are_dealt_evenly_and_all_are_counted(runs: Callable[..., Run]) -> 
         assert len(known["by_rank"]) == ranks
         # Of 8 rows of 9 to 61 tokens each gets 4 or 2.
         assert max(known["by_rank"]) < 1.2 * min(known["by_rank"])
+        assert known["log"][-1]["total_flos"] == pytest.approx(runs("one", 0)[0]["log"][-1]["total_flos"], rel=1e-6)
 
 
 def test_a_divided_base_is_held_in_parts(runs: Callable[..., Run]) -> None:

@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from jebi.data.dealing import Ranks, passes_of
 from jebi.data.heldout import inputs_of
-from jebi.data.passes import Pass
+from jebi.data.passes import Batch, Pass, longest
 from jebi.models.compute import require_card, require_layers
 from jebi.models.device import free_bytes
 from jebi.models.hf import JebiForCausalLM
@@ -156,13 +157,16 @@ def _reliefs(model: JebiForCausalLM) -> list[Relief]:
 class Engine:
     """Runs passes of one model, which `make_plan` has set up."""
 
-    def __init__(self, model: JebiForCausalLM, plan: PassPlan, settings: Settings, accelerator: Accelerator):
+    def __init__(
+        self, model: JebiForCausalLM, plan: PassPlan, settings: Settings, accelerator: Accelerator, ranks: Ranks
+    ):
         self._model, self._plan, self._settings, self._accelerator = model, plan, settings, accelerator
         self._places, self._stacked = placed(model), self._count_stacked()
-        self._ranks = accelerator.num_processes
+        self._ranks = ranks
+        self._drops_out = any(m.adapter is not None and m.adapter.dropout > 0 for _, m in model.linears())
         # An adapter is small enough to be moved.
         moved = model.adapter is not None
-        self._reduction = Reduction(self._trained(), moved) if self._ranks > 1 else None
+        self._reduction = Reduction(self._trained(), moved) if ranks.count > 1 else None
         self._graphs: PassGraphs | None = None
         self._open_graphs()
 
@@ -191,15 +195,18 @@ class Engine:
             lay_together(self._model, self._plan)
             self._open_graphs()
 
-    def prepare(self, passes: list[Pass]) -> list[Pass | Padded]:
-        """What the host can do for them beforehand: where graphs run, padding and pinning."""
+    def passes(self, batches: list[Batch]) -> list[Pass | Padded]:
+        """This process's passes of a step's rows, and what the host can do for them: where graphs run, pad and pin."""
+        # Tokens held once would also share one dropout mask.
+        share = not self._drops_out and self._model.shares_beginnings(longest(batches))
+        passes = passes_of(batches, self._plan.tokens, share, self._ranks)
         return [padded(part, pinned=True) for part in passes] if self._graphs is not None else [*passes]
 
     def run(self, passes: list[Pass | Padded], items: Tensor | int, loss_of: Loss, stop: bool = False) -> Tensor:
         """Forward and backward of a step's passes; the sum of their losses, over all processes, on the device.
 
         Args:
-            passes: of one step, as `prepare` made them.
+            passes: of one step, as `passes` made them.
             items: learnt tokens of the step, over all processes, by which the losses are divided.
             loss_of: the trainer's own way to a pass's loss, times the number of processes, over which it is averaged.
             stop: whether this process was asked to stop after the step.
@@ -212,7 +219,7 @@ class Engine:
         for part in passes:
             if isinstance(part, Padded):
                 assert self._graphs is not None, "padded for it"
-                total += self._graphs.run(part, items / self._ranks)
+                total += self._graphs.run(part, items / self._ranks.count)
                 continue
             inputs = inputs_of(part, device) | {"label_smoothing": self._settings.label_smoothing}
             loss = loss_of(self._model, inputs, items)

@@ -102,7 +102,7 @@ class PassGraphs:
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 
-    def run(self, part: Padded, items: Tensor | int) -> Tensor:
+    def run(self, part: Padded, items: Tensor | float) -> Tensor:
         """Forward and backward of a pass; its loss, which the next pass writes over."""
         self._begin()
         shape = part.shape
@@ -179,7 +179,7 @@ class PassGraph:
         learnt = Learnt(b["index"], b["labels"], b["counts"])
         return {"input_ids": b["ids"], "rows": rows, "learnt": learnt, "num_items_in_batch": b["items"]}
 
-    def fill(self, part: Padded, items: Tensor | int) -> None:
+    def fill(self, part: Padded, items: Tensor | float) -> None:
         """Put a pass into the buffers."""
         for name, value in part.values.items():
             self._buffers[name].copy_(value, non_blocking=True)

@@ -4,7 +4,8 @@ How a step's rows are dealt is `data.dealing`'s; what the processes make of them
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, IterableDataset, Sampler
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from jebi.data.dealing import Ranks, digest
-from jebi.data.passes import Batch, collate
+from jebi.data.passes import Batch
 from jebi.errors import ConfigError, RankError
 from jebi.models.hf import JebiForCausalLM
 from jebi.plan.passes import PassPlan
@@ -98,7 +99,11 @@ def require_same_rows(accelerator: Accelerator, batches: list[Batch]) -> None:
 
 
 def whole_loader(
-    dataset: Any, batch_size: int, sampler_of: Callable[[Any], Sampler[int] | None] | None, args: TrainingArguments
+    dataset: Any,
+    batch_size: int,
+    sampler_of: Callable[[Any], Sampler[int] | None] | None,
+    collate: Callable[[list[Any]], Batch],
+    args: TrainingArguments,
 ) -> DataLoader[Any]:
     """A loader that gives every process the rows of all of them, ``batch_size`` in all, in the order that one has.
 
@@ -108,6 +113,7 @@ def whole_loader(
         dataset: token rows, or a stream of them.
         batch_size: rows of a batch, of all processes.
         sampler_of: says in which order rows are read; a stream has its own.
+        collate: makes a batch of rows.
         args: how many workers read.
     """
     settings: dict[str, Any] = {
@@ -150,11 +156,19 @@ def random_states(ranks: Ranks, write: Callable[[str], None], folder: Path) -> N
             (folder / name).write_bytes(state)
 
 
-def of_all(report: Report, ranks: Ranks) -> Report:
-    """The report with what every process took, and the tokens of all."""
+@contextmanager
+def counted_once(state: TrainerState, ranks: Ranks) -> Iterator[None]:
+    """Within it every process counts the tokens of all, and Trainer adds these up."""
+    before = state.num_input_tokens_seen
+    yield
+    state.num_input_tokens_seen = before + (state.num_input_tokens_seen - before) // ranks.count
+
+
+def of_all(report: Report, ranks: Ranks, tokens: int) -> Report:
+    """The report with what every process took; this one has run so many ``tokens``."""
     if ranks.count == 1:
         return report
-    own = RankReport(report.before.device, report.peak_gb, report.tokens)
+    own = RankReport(report.before.device, report.peak_gb, tokens)
     with explained():
         each = [RankReport(**rank) for rank in gather_object([asdict(own)])]
-    return replace(report, tokens=sum(rank.tokens for rank in each), ranks=each)
+    return replace(report, ranks=each)

@@ -48,7 +48,7 @@ class RankReport:
     peak_gb: float
     """Most memory reserved at any time."""
     tokens: int
-    """Tokens of the rows that were dealt to it."""
+    """Tokens that it ran: of the rows that were dealt to it, and of passes that only keep step with the others."""
 
 
 @dataclass(frozen=True)

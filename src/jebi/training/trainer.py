@@ -18,10 +18,9 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, PredictionOutput, TrainOutput
 
 from jebi.data.control_tokens import as_ids
-from jebi.data.dealing import passes_of
 from jebi.data.findings import Report as DataReport
 from jebi.data.heldout import summed_loss
-from jebi.data.passes import Batch, Pass, collate, learnt_weight, longest
+from jebi.data.passes import Batch, collate, learnt_weight
 from jebi.data.preparation import FormattingFunc
 from jebi.errors import ConfigError
 from jebi.models.hf import JebiForCausalLM
@@ -30,7 +29,6 @@ from jebi.training import processes
 from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, learning_of, longest_row, own_fields
 from jebi.training.checkpoints import read_checkpoint, require_writable, staged
 from jebi.training.engine import Engine, Settings, chosen, make_plan, settings_of
-from jebi.training.graphs import Padded
 from jebi.training.half import exact_sums
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.loraplus import own_rates, split_rates
@@ -137,16 +135,15 @@ class SFTTrainer(Trainer):
         if self.train_dataset is None:
             raise ConfigError("train_dataset is missing.")
         self._bag: list[Batch] = []
-        self._trained_tokens = self._trained_steps = 0
+        self._trained_tokens = self._own_tokens = self._trained_steps = 0
         if self.data_report is None and self.is_world_process_zero():
             eos = as_ids(self.model.generation_config.eos_token_id)
             self.data_report = self.prepare.check(self.train_dataset, self.texts, self.eval_dataset, eos)
         plan = self._current_plan()
-        self._drops_out = any(m.adapter is not None and m.adapter.dropout > 0 for _, m in self.model.linears())
         self._losses = Losses()
         meter = Meter(self.model.device)
-        self._engine = Engine(self.model, plan, self._settings(), self.accelerator)
-        self._prefetch = Prefetch(self._passes_of)
+        self._engine = Engine(self.model, plan, self._settings(), self.accelerator, self._ranks)
+        self._prefetch = Prefetch(self._engine.passes)
         try:
             listening = self._interrupt.listening(self._engine.stopping, self._ranks.count)
             with listening, exact_sums(self.model.dtype):
@@ -157,7 +154,7 @@ class SFTTrainer(Trainer):
         self._losses.require_finite(self.args.output_dir)
         (interrupted,) = processes.summed(self.accelerator, self._interrupt.interrupted)
         report = meter.report(self._trained_steps, self._trained_tokens, chosen(self.model, plan))
-        self.report = processes.of_all(report, self._ranks)
+        self.report = processes.of_all(report, self._ranks, self._own_tokens)
         if self.args.should_save:
             self.report.write(Path(str(self.args.output_dir)) / "report.json", self.state.log_history)
         if interrupted:
@@ -166,20 +163,19 @@ class SFTTrainer(Trainer):
             raise KeyboardInterrupt
         return output
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """As Trainer's; rows given to `evaluate` itself are tokenised as the others were."""
-        raw = isinstance(eval_dataset, Dataset | IterableDataset)
-        if raw and "lengths" not in (eval_dataset.column_names or ()):
-            eval_dataset = self.prepare(eval_dataset)
-        return super().get_eval_dataloader(eval_dataset)
-
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *_: Any, **__: Any
     ) -> DataLoader[Any]:
-        """As Trainer's; but every process reads the rows of all of them, which stay on the host until they are cut."""
+        """As Trainer's; but every process reads the rows of all of them, which stay on the host until they are cut.
+
+        Rows given to `evaluate` itself are tokenised as the others were.
+        """
+        if isinstance(dataset, Dataset | IterableDataset) and "lengths" not in (dataset.column_names or ()):
+            dataset = self.prepare(dataset)
         if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset, description)
-        return processes.whole_loader(dataset, batch_size * self._ranks.count, sampler_fn, self.args)
+        rows = batch_size * self._ranks.count
+        return processes.whole_loader(dataset, rows, sampler_fn, self.data_collator, self.args)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -213,7 +209,8 @@ class SFTTrainer(Trainer):
         loss = self._engine.run(passes, num_items_in_batch, self._loss_of, self._interrupt.interrupted)
         if self.state.global_step + 1 < self.state.max_steps:
             self._prefetch.ahead(self.args.gradient_accumulation_steps)
-        self._trained_tokens += sum(part.tokens for part in passes)
+        self._own_tokens += sum(part.tokens for part in passes)
+        self._trained_tokens += sum(sum(batch["lengths"]) for batch in batches)
         self._trained_steps += 1
         rows = [row for batch in batches for row in batch["rows"]]
         self._losses.add(self.state.global_step + 1, loss, rows)
@@ -221,10 +218,14 @@ class SFTTrainer(Trainer):
             torch.cuda.empty_cache()
         return loss
 
-    def _passes_of(self, batches: list[Batch]) -> list[Pass | Padded]:
-        # Tokens held once would also share one dropout mask.
-        share = not self._drops_out and self.model.shares_beginnings(longest(batches))
-        return self._engine.prepare(passes_of(batches, self._current_plan().tokens, share, self._ranks))
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """As Trainer's, of this process's share of the rows."""
+        return int(super().floating_point_ops(inputs)) // self._ranks.count
+
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        """As Trainer's, which takes the rows of a batch for this process's, where they are those of all."""
+        with processes.counted_once(self.state, self._ranks):
+            super()._track_num_input_tokens(inputs)
 
     def _loss_of(self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int) -> Tensor:
         with self.compute_loss_context_manager():
