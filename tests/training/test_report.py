@@ -51,6 +51,7 @@ def test_the_file_holds_the_figures_and_the_loss_curve(tmp_path: Path) -> None:
         "steps": 60,
         "tokens": 107_232,
         "plan": {"pass_tokens": 4096, "checkpointing": "recompute"},
+        "ranks": [],
         "minutes": DONE.minutes,
         "training_gb": DONE.training_gb,
         "peak_percent": DONE.peak_percent,

@@ -149,7 +149,7 @@ def test_with_dropout_rows_share_no_tokens_and_so_no_mask(
         shared.append(share)
         return cut(batches, tokens, share)
 
-    monkeypatch.setattr("jebi.training.trainer.cut", watched)
+    monkeypatch.setattr("jebi.data.dealing.cut", watched)
     make_trainer(model=make_model(lora_dropout=0.1), max_steps=1).train()
     make_trainer(max_steps=1).train()
     assert shared == [False, True]

@@ -17,6 +17,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from jebi.data.dealing import Ranks, digest
 from jebi.data.passes import Batch
@@ -37,7 +38,7 @@ def suit(args: TrainingArguments, model: JebiForCausalLM) -> None:
     args.logging_nan_inf_filter = False  # Such a loss stops the run; to look for it at every batch waits for the card.
     if args.n_gpu > 1:
         args._n_gpu = 1  # One process trains on one card; Trainer would copy the model to all of them each step.
-    if args.train_sampling_strategy == "batch_rebalance":
+    if args.world_size > 1 and args.train_sampling_strategy == "batch_rebalance":
         raise ConfigError(
             "train_sampling_strategy 'batch_rebalance' has nothing left to do: there is no padding, and rows are dealt "
             "to processes by their tokens. Leave it 'random'."
@@ -122,11 +123,13 @@ def whole_loader(
         "multiprocessing_context": args.dataloader_multiprocessing_context,
         "prefetch_factor": args.dataloader_prefetch_factor,
         "in_order": args.dataloader_in_order,
-        "drop_last": args.dataloader_drop_last,
     }
-    if sampler_of is not None and not isinstance(dataset, IterableDataset):
-        settings["sampler"] = sampler_of(dataset)
-    loader: DataLoader[Any] = DataLoader(dataset, batch_size, collate_fn=collate, **settings)
+    sampler = None if sampler_of is None or isinstance(dataset, IterableDataset) else sampler_of(dataset)
+    if isinstance(sampler, BatchRebalanceSampler):
+        settings["batch_sampler"] = sampler  # of a process alone
+    else:
+        settings |= {"batch_size": batch_size, "sampler": sampler, "drop_last": args.dataloader_drop_last}
+    loader: DataLoader[Any] = DataLoader(dataset, collate_fn=collate, **settings)
     # One process to accelerate: nothing is left out of it. What is random about the order follows from the seed.
     whole: DataLoader[Any] = prepare_data_loader(
         loader, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=args.data_seed

@@ -163,15 +163,17 @@ class SFTTrainer(Trainer):
             raise KeyboardInterrupt
         return output
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As Trainer's; rows given to `evaluate` itself are tokenised as the others were."""
+        raw = isinstance(eval_dataset, Dataset | IterableDataset)
+        if raw and "lengths" not in (eval_dataset.column_names or ()):
+            eval_dataset = self.prepare(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *_: Any, **__: Any
     ) -> DataLoader[Any]:
-        """As Trainer's; but every process reads the rows of all of them, which stay on the host until they are cut.
-
-        Rows given to `evaluate` itself are tokenised as the others were.
-        """
-        if isinstance(dataset, Dataset | IterableDataset) and "lengths" not in (dataset.column_names or ()):
-            dataset = self.prepare(dataset)
+        """As Trainer's; but every process reads the rows of all of them, which stay on the host until they are cut."""
         if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset, description)
         rows = batch_size * self._ranks.count
