@@ -14,11 +14,19 @@ from jebi.adapters import pissa, reference
 from jebi.adapters.lora import attach, detach
 from jebi.adapters.peft_config import CONFIG_FILE, base_of, other_rope, read_config, takes_from_base
 from jebi.adapters.peft_files import read_weights, stored_vocabulary
-from jebi.config import TARGET_MODULES, Compute, EmbeddingPlace, HeadPlace, LoraConfig, ModelConfig, reject_unknown
+from jebi.config import (
+    TARGET_MODULES,
+    Checkpointing,
+    Compute,
+    EmbeddingPlace,
+    HeadPlace,
+    LoraConfig,
+    ModelConfig,
+    reject_unknown,
+)
 from jebi.errors import AdapterError, ConfigError
 from jebi.inference.generation import prepare
 from jebi.models.compute import require_card, require_layers
-from jebi.models.decoder import Checkpointing
 from jebi.models.device import default_device, default_dtype
 from jebi.models.files import find
 from jebi.models.hf import JebiForCausalLM

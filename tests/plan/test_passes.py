@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from jebi.adapters.lora import attach
-from jebi.config import LoraConfig
-from jebi.kernels.linear_cross_entropy import CHUNK_BYTES
-from jebi.models.decoder import Checkpointing
+from jebi.config import Checkpointing, LoraConfig
+from jebi.config.limits import CHUNK_BYTES
 from jebi.models.families import DecoderShape
 from jebi.models.hf import JebiForCausalLM
-from jebi.nn.attention import AttentionForm
-from jebi.nn.layer import DecoderLayer, LayerShape
+from jebi.nn.layer import DecoderLayer
 from jebi.nn.layer_node import Keep, run_layer
 from jebi.nn.rows import rows_from_lengths
+from jebi.nn.shape import AttentionForm, LayerShape
 from jebi.plan.passes import (
     CPU_PASS_TOKENS,
     PassPlan,

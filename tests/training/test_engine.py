@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from jebi.config import Places
-from jebi.kernels.linear_cross_entropy import CHUNK_BYTES
+from jebi.config.limits import CHUNK_BYTES, CHUNK_TOKENS
 from jebi.models import placement
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import place, placed, resolve
-from jebi.nn.layer_node import CHUNK_TOKENS
 from jebi.plan.passes import TRAINED_BYTES, kept_bytes_per_token, work_bytes
 from jebi.plan.places import Relief
 from jebi.training import engine

@@ -6,11 +6,9 @@ The count of bytes follows what `nn.layer_node` keeps and needs at a time. Rows 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from jebi.kernels.linear_cross_entropy import CHUNK_BYTES
-from jebi.models.decoder import Checkpointing
+from jebi.config import Checkpointing
+from jebi.config.limits import CHUNK_BYTES, CHUNK_TOKENS, TOKEN_HEADS
 from jebi.models.families import DecoderShape
-from jebi.nn.attention_pair import TOKEN_HEADS
-from jebi.nn.layer_node import CHUNK_TOKENS
 
 CPU_PASS_TOKENS = 2048
 """On a CPU longer passes gain nothing: a pass of this many tokens already runs its products at full rate."""

@@ -7,8 +7,8 @@ it once a few thousand learnt tokens (1 GiB in 20 ms at 50 GB/s). What a pass ma
 from dataclasses import dataclass
 
 from jebi.config import Places
+from jebi.config.limits import SLICE_BYTES
 from jebi.models.families import DecoderShape
-from jebi.nn.slices import SLICE_BYTES
 
 
 @dataclass(frozen=True)
