@@ -20,14 +20,12 @@ from jebi.nn.layer import DecoderLayer
 from jebi.nn.layer_node import Keep, run_layer
 from jebi.nn.rows import rows_from_lengths
 from jebi.nn.shape import AttentionForm, LayerShape
+from jebi.plan.inventory import host_bytes_per_token, kept_bytes_per_token, work_bytes
 from jebi.plan.passes import (
     CPU_PASS_TOKENS,
     PassPlan,
     Room,
     choose,
-    host_bytes_per_token,
-    kept_bytes_per_token,
-    work_bytes,
 )
 
 LLAMA_8B = DecoderShape((LayerShape(4096, 32, 8, 128, 14336, 1e-5, AttentionForm(128**-0.5)),) * 32, 128256, tied=False)
@@ -117,7 +115,7 @@ def test_long_rows_need_little_more_than_their_own_tensors() -> None:
     assert needed < 12 * GB
     # Nothing of the feed-forward width is counted for all tokens.
     assert work_bytes(LLAMA_8B, 2, "offload", 131072, 4096) > needed - 1.2 * GB
-    assert work_bytes(LLAMA_8B, 2, "none", 131072, 8192) > needed + 10 * GB
+    assert work_bytes(LLAMA_8B, 2, "none", 131072, 8192) > needed + 3 * GB
 
 
 def test_a_short_memory_makes_small_chunks_before_it_leaves_the_card() -> None:

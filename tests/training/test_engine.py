@@ -11,13 +11,13 @@ from jebi.config.limits import CHUNK_BYTES, CHUNK_TOKENS
 from jebi.models import placement
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import place, placed, resolve
-from jebi.plan.passes import TRAINED_BYTES, kept_bytes_per_token, work_bytes
+from jebi.plan.inventory import kept_bytes_per_token, trained, work_bytes
 from jebi.plan.places import Relief
 from jebi.training import engine
 from jebi.training.engine import Settings, make_plan
 
 SETTINGS = Settings(128, None, False, False, 0.0, False)
-TABLE = 10 * 2**20
+TABLE = 4 * 2**20
 
 
 @pytest.fixture
@@ -37,8 +37,9 @@ def planned(monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., JebiForCa
         shape = found.model.shape
         least = SETTINGS.longest
         activations = least * kept_bytes_per_token(shape, 4, "recompute")
-        activations += work_bytes(shape, 4, "recompute", least, CHUNK_TOKENS)
-        needed = (activations + 2 * CHUNK_BYTES) / 0.8 + TRAINED_BYTES * found.trainable_parameters()[0]
+        activations += work_bytes(shape, 4, "recompute", least, CHUNK_TOKENS, on_card=False)
+        sizes = [p.numel() for p in found.parameters() if p.requires_grad]
+        needed = (activations + 2 * CHUNK_BYTES) / 0.8 + trained(sizes, SETTINGS.optimizer, 0).bytes
         # What was moved already is free already.
         moved = TABLE if placed(found) == Places("host", "host") else 0
         monkeypatch.setattr(engine, "free_bytes", lambda device: int(needed) + 8 - lacking + moved)

@@ -61,11 +61,8 @@ class Attention(nn.Module):
 
     def __init__(self, shape: LayerShape, dtype: torch.dtype):
         super().__init__()
-        sizes = dict(zip(("q_proj", "k_proj", "v_proj"), shape.qkv_sizes))
-        sizes = {"qkv_proj": sum(shape.qkv_sizes)} if shape.fused else sizes
-        for name, outputs in sizes.items():
-            setattr(self, name, Linear(shape.width, outputs, shape.qkv_bias, dtype))
-        self.o_proj = Linear(shape.heads * shape.head_dim, shape.width, shape.o_bias, dtype)
+        for one in shape.attention_maps:
+            setattr(self, one.name, Linear(one.inputs, one.outputs, one.bias, dtype))
         self.q_norm = Norm(shape.head_dim, shape, dtype) if shape.qk_norm else None
         self.k_norm = Norm(shape.head_dim, shape, dtype) if shape.qk_norm else None
 
@@ -77,10 +74,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, shape: LayerShape, dtype: torch.dtype):
         super().__init__()
-        sizes = {"gate_up_proj": 2 * shape.ffn} if shape.fused else {"gate_proj": shape.ffn, "up_proj": shape.ffn}
-        for name, outputs in sizes.items():
-            setattr(self, name, Linear(shape.width, outputs, shape.mlp_bias, dtype))
-        self.down_proj = Linear(shape.ffn, shape.width, shape.mlp_bias, dtype)
+        for one in shape.feed_forward_maps:
+            setattr(self, one.name, Linear(one.inputs, one.outputs, one.bias, dtype))
 
 
 @dataclass(frozen=True)

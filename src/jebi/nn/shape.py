@@ -1,5 +1,6 @@
 """The sizes and flags of a decoder layer. What computes is `nn.layer`. No torch here."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +21,20 @@ class AttentionForm:
     """Tokens that a token sees, itself included (arXiv:2310.06825, section 2); None for all before it."""
     softcap: float | None = None
     """Scores become ``softcap * tanh(scores / softcap)`` (arXiv:2408.00118, section 2)."""
+
+
+@dataclass(frozen=True)
+class MapShape:
+    """The sizes of one linear map of a layer."""
+
+    name: str
+    """Its name in its block."""
+    outputs: int
+    """N."""
+    inputs: int
+    """K."""
+    bias: bool
+    """Whether it has one."""
 
 
 @dataclass(frozen=True)
@@ -64,3 +79,23 @@ class LayerShape:
         """Outputs of q, k and v."""
         inner = self.kv_heads * self.head_dim
         return [self.heads * self.head_dim, inner, inner]
+
+    @property
+    def attention_maps(self) -> list[MapShape]:
+        """The maps of block ``self_attn``."""
+        sizes = dict(zip(("q_proj", "k_proj", "v_proj"), self.qkv_sizes))
+        sizes = {"qkv_proj": sum(self.qkv_sizes)} if self.fused else sizes
+        maps = [MapShape(name, outputs, self.width, self.qkv_bias) for name, outputs in sizes.items()]
+        return [*maps, MapShape("o_proj", self.width, self.heads * self.head_dim, self.o_bias)]
+
+    @property
+    def feed_forward_maps(self) -> list[MapShape]:
+        """The maps of block ``mlp``."""
+        sizes = {"gate_up_proj": 2 * self.ffn} if self.fused else {"gate_proj": self.ffn, "up_proj": self.ffn}
+        maps = [MapShape(name, outputs, self.width, self.mlp_bias) for name, outputs in sizes.items()]
+        return [*maps, MapShape("down_proj", self.width, self.ffn, self.mlp_bias)]
+
+    def maps(self) -> Iterator[tuple[str, MapShape]]:
+        """Every map with its path in the layer."""
+        for block, found in (("self_attn", self.attention_maps), ("mlp", self.feed_forward_maps)):
+            yield from ((f"{block}.{one.name}", one) for one in found)

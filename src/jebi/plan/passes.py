@@ -1,22 +1,21 @@
 """How many tokens one pass may have, and whether layers keep their activations, from the memory there is.
 
-The count of bytes follows what `nn.layer_node` keeps and needs at a time. Rows are put into passes by `data.passes`.
+Bytes are counted by `plan.inventory`. Rows are put into passes by `data.passes`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from jebi.config import Checkpointing
-from jebi.config.limits import CHUNK_BYTES, CHUNK_TOKENS, TOKEN_HEADS
+from jebi.config.limits import CHUNK_BYTES, CHUNK_TOKENS
 from jebi.models.families import DecoderShape
+from jebi.plan.inventory import host_bytes_per_token, kept_bytes_per_token, work_bytes
 
 CPU_PASS_TOKENS = 2048
 """On a CPU longer passes gain nothing: a pass of this many tokens already runs its products at full rate."""
 GPU_PASS_TOKENS = 8192
 """On a card passes beyond this gain nothing either (Llama 8B, H100: 4,096 and 8,192 tokens run at the same rate), and
 their buffers only grow."""
-TRAINED_BYTES = 12
-"""What a trained number takes in training beside itself: its gradient and two moments in float32."""
 _SHARE = 0.8
 """Of the free memory; the rest is for the allocator's slack."""
 
@@ -30,6 +29,8 @@ layers; dequantising all weights, for each pass or chunk; a pass itself; a head 
 pass; layer inputs there; and recomputing attention's output of a row as long as that. Llama 8B's shape on an H100:
 16,500 tokens/s with everything kept, 12,200 recomputing; attention's forward over 65,536 tokens 28 us a token, all else
 57."""
+_LONGEST = 2**22
+"""Tokens beyond which no row is looked for."""
 _CHUNKS = (CHUNK_TOKENS, CHUNK_TOKENS // 2, CHUNK_TOKENS // 4, CHUNK_TOKENS // 8)
 """Sizes of chunks in the order they are tried: a smaller one dequantises 4-bit weights more often."""
 
@@ -66,68 +67,8 @@ class Room:
     """What one group of weights takes that is dequantised at every use."""
     host: int = 0
     """Host memory for activations; 0 where the model is in it too."""
-
-
-def kept_bytes_per_token(shape: DecoderShape, element: int, checkpointing: Checkpointing) -> int:
-    """Bytes of activations that one token leaves behind in all layers until its backward.
-
-    Args:
-        shape: the decoder.
-        element: bytes of one activation.
-        checkpointing: what layers keep; ``offload`` leaves nothing on the card.
-    """
-    layer = shape.layer
-    if checkpointing == "offload":
-        return 0
-    if checkpointing == "recompute":
-        return len(shape.layers) * layer.width * element
-    if checkpointing == "keep_attention":
-        return host_bytes_per_token(shape, element)
-    attention = (2 * layer.heads + 2 * layer.kv_heads) * layer.head_dim
-    # Norms within the blocks keep their inputs.
-    if layer.qk_norm:
-        attention += (layer.heads + layer.kv_heads) * layer.head_dim
-    normed = 2 * layer.width if layer.sandwich else 0
-    statistics = 4 * layer.heads
-    return len(shape.layers) * ((normed + 2 * layer.width + attention + 2 * layer.ffn) * element + statistics)
-
-
-def host_bytes_per_token(shape: DecoderShape, element: int) -> int:
-    """Bytes that one token has in host memory under ``offload``: each layer's input, attention's output, its sums."""
-    layer = shape.layer
-    return len(shape.layers) * ((layer.width + layer.heads * layer.head_dim) * element + 4 * layer.heads)
-
-
-def work_bytes(shape: DecoderShape, element: int, checkpointing: Checkpointing, tokens: int, chunk: int) -> int:
-    """Bytes of a pass, beside what layers keep, while a layer's backward is under way.
-
-    Args:
-        shape: the decoder.
-        element: bytes of one activation.
-        checkpointing: what layers keep.
-        tokens: of the pass.
-        chunk: tokens that layers take at a time, where they recompute.
-    """
-    layer = shape.layer
-    inner, keys = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-    # The stream's gradient, and that of attention's output.
-    whole = layer.width + inner
-    if checkpointing != "none":
-        # Queries, keys and values, which become their gradients, and attention's output.
-        whole += 2 * inner + 2 * keys + (inner + keys if layer.qk_norm else 0)
-    if checkpointing == "keep_attention":
-        whole -= inner
-    if checkpointing == "offload":
-        # The layer's input, and what comes for the next layer.
-        whole += 2 * layer.width + inner
-    # Of the heads that attention's backward takes at a time: copies, gradients, and the backend's own, partly float32.
-    share = layer.heads // layer.kv_heads
-    token_heads = min(tokens * layer.heads, max(tokens * share, TOKEN_HEADS))
-    attention = token_heads * layer.head_dim * (6 * element + 4)
-    # Gate, up, the gradient of their product and room for another; the norm's input, output and their gradients.
-    of_chunk = (4 * layer.ffn + 6 * layer.width) * element
-    at_once = tokens if checkpointing == "none" else min(tokens, chunk)
-    return tokens * whole * element + attention + at_once * of_chunk
+    on_card: bool = True
+    """Whether the device is a card."""
 
 
 def choose(
@@ -143,7 +84,7 @@ def choose(
         asked: what the user named, which is obeyed; None lets the plan choose.
         limit: most tokens worth having in a pass.
     """
-    size = _Size(shape, element, longest_row, limit)
+    size = _Size(shape, element, longest_row, limit, room.on_card)
     budget = int(room.card * _SHARE) - 2 * CHUNK_BYTES
     modes: list[Checkpointing] = ["none", "keep_attention", "recompute"]
     on_host = host_bytes_per_token(shape, element)
@@ -173,6 +114,7 @@ class _Size:
     element: int
     longest_row: int
     limit: int
+    on_card: bool = True
 
     @property
     def least(self) -> int:
@@ -203,9 +145,9 @@ class _Size:
         low, high = 0, max(self.limit, self.least)
         while low < high:
             middle = (low + high + 1) // 2
-            work = work_bytes(self.shape, self.element, mode, middle, chunk)
+            work = work_bytes(self.shape, self.element, mode, middle, chunk, self.on_card)
             if kept:
-                work = max(work, work_bytes(self.shape, self.element, "none", middle, chunk))
+                work = max(work, work_bytes(self.shape, self.element, "none", middle, chunk, self.on_card))
             low, high = (middle, high) if middle * each + work <= room else (low, middle - 1)
         return low
 
@@ -218,6 +160,19 @@ class _Size:
             again = _RECOMPUTING + attention + (_OFFLOADING if mode == "offload" else 0)
             cost += again * (1 - kept / len(self.shape.layers))
         return cost
+
+
+def longest_row(shape: DecoderShape, element: int, room: Room, asked: Checkpointing | None) -> int:
+    """Tokens of the longest row that a room holds, by the plan that takes the least; 0 where there is none."""
+    budget = int(room.card * _SHARE) - 2 * CHUNK_BYTES - room.scratch
+    modes: list[Checkpointing] = ["none", "keep_attention", "recompute", "offload"] if asked is None else [asked]
+    found = []
+    for mode in modes:
+        most = _Size(shape, element, 1, _LONGEST, room.on_card).most(mode, budget, _CHUNKS[-1], 0)
+        if mode == "offload":
+            most = min(most, int(room.host * _SHARE) // host_bytes_per_token(shape, element))
+        found.append(most)
+    return max(found)
 
 
 def head_cost(tokens: int) -> float:

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from jebi.data.heldout import inputs_of
 from jebi.data.passes import Pass
@@ -21,8 +22,9 @@ from jebi.models.device import free_bytes
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import movable, place, placed, resolve
 from jebi.nn.fp8_product import Fp8Product
-from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, TRAINED_BYTES, PassPlan, Room, choose, head_cost
-from jebi.plan.places import Relief, reliefs
+from jebi.plan.inventory import trained
+from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose
+from jebi.plan.places import Relief, best, reliefs
 from jebi.training.graphs import Padded, PassGraphs, padded
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,8 @@ class Settings:
     """Share of the target spread over the vocabulary."""
     graphs: bool
     """Whether passes may be captured."""
+    optimizer: str = "adamw_8bit"
+    """`TrainingArguments.optim`."""
 
 
 def settings_of(args: TrainingArguments, longest: int, pass_tokens: int | None, graphs: bool) -> Settings:
@@ -54,7 +58,8 @@ def settings_of(args: TrainingArguments, longest: int, pass_tokens: int | None, 
     recompute = args.gradient_checkpointing_kwargs or {}
     assert not isinstance(recompute, str), "TrainingArguments turns text into a dictionary"
     wanted, offload = bool(args.gradient_checkpointing), bool(recompute.get("offload"))
-    return Settings(longest, pass_tokens, wanted, offload, args.label_smoothing_factor, graphs)
+    optimizer = OptimizerNames(args.optim).value
+    return Settings(longest, pass_tokens, wanted, offload, args.label_smoothing_factor, graphs, optimizer)
 
 
 def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
@@ -73,20 +78,13 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
     if settings.recompute and asked in (None, "none"):
         asked = "offload" if settings.offload else "recompute"
     element, limit = model.dtype.itemsize, CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS
-    room, options = _room(model, fp8), _reliefs(model)
+    room, options = _room(model, settings, fp8), _reliefs(model)
     now = next((o.frees for o in options if resolve(o.places, backbone.shape.tied, device) == placed(model)), 0)
-    plans = []
-    for option in options:
-        freed = dataclasses.replace(room, card=room.card + option.frees - now)
-        plan = choose(backbone.shape, element, freed, settings.longest, asked, limit)
-        moved = option.places.head == "host" and options[0].places.head != "host"
-        plans.append((plan.cost + (head_cost(plan.tokens) if moved else 0), plan))
-    best = min(range(len(plans)), key=lambda number: plans[number][0])
-    if not plans[best][1].fits:
-        best = len(plans) - 1
-    plan = plans[best][1]
-    place(model, options[best].places)
-    if best:
+    chosen, plan = best(
+        options, now, room, lambda free: choose(backbone.shape, element, free, settings.longest, asked, limit)
+    )
+    place(model, chosen.places)
+    if chosen != options[0]:
         at = placed(model)
         logger.warning(f"training needs the room on the card, so: embedding='{at.embedding}', head='{at.head}'.")
     backbone.checkpointing, backbone.chunk_tokens = plan.checkpointing, plan.chunk
@@ -98,16 +96,18 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
     return dataclasses.replace(plan, tokens=settings.pass_tokens)
 
 
-def _room(model: JebiForCausalLM, fp8: bool) -> Room:
+def _room(model: JebiForCausalLM, settings: Settings, fp8: bool) -> Room:
     """Memory for training, and what weights would take of it."""
     backbone, device = model.model, model.device
-    trained, _ = model.trainable_parameters()
-    free = free_bytes(device) - TRAINED_BYTES * trained
+    cast = model.dtype.itemsize if device.type == "cuda" and model.adapter is not None else 0
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    free = free_bytes(device) - trained(sizes, settings.optimizer, cast).bytes
     if fp8:
         free -= Fp8Product.BYTES * sum(layer.dense_values() for layer in backbone.decoder_layers())
     packed = model.packed_values()
     if device.type == "cpu" or not packed:
-        return Room(free, host=0 if device.type == "cpu" else free_bytes(torch.device("cpu")))
+        on_card = device.type == "cuda"
+        return Room(free, host=free_bytes(torch.device("cpu")) if on_card else 0, on_card=on_card)
     element, layer = model.dtype.itemsize, backbone.shape.layer
     # The largest group is gate and up.
     scratch = 2 * layer.ffn * layer.width * (1 if fp8 else element)
