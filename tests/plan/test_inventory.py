@@ -70,13 +70,13 @@ def test_the_adapter_and_its_moments_are_as_large_as_they_are_counted(
     attach(model, lora)
     matrices = [p for p in model.parameters() if p.requires_grad]
     held = Held(model.model.shape, "dense", 4, lora=lora, on_card=False)
-    assert sorted(held.matrices()) == sorted(p.numel() for p in matrices)
+    assert sorted(held.matrices) == sorted(p.numel() for p in matrices)
     optimizer = AdamW8bit(matrices)
     for matrix in matrices:
         matrix.grad = torch.zeros_like(matrix)
     optimizer.step()
     moments = storages([value for s in optimizer.state.values() for value in s.values() if torch.is_tensor(value)])
-    assert trained(held.matrices(), "adamw_8bit", 0).moments == moments
+    assert trained(held.matrices, "adamw_8bit", 0).moments == moments
     assert total(adapter_items(held)) >= sum(4 * p.numel() for p in matrices) * 2 + moments
 
 

@@ -8,6 +8,7 @@ Shapes: N outputs and K inputs of a map, r rank, D width, F feed-forward width.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from jebi.adapters.targets import resolve_paths
@@ -84,11 +85,12 @@ class Held:
             for path, one in layer.maps():
                 yield f"model.layers.{number}.{path}", one
 
-    @property
+    @cached_property
     def projected(self) -> int:
         """Values of all projections."""
         return sum(one.outputs * one.inputs for _, one in self.maps())
 
+    @cached_property
     def matrices(self) -> list[int]:
         """Values of every trained matrix, in the adapter or, where all is trained, in the model."""
         if self.storage == "masters":
@@ -186,7 +188,7 @@ def trained(sizes: list[int], optimizer: str, cast: int) -> Trained:
 
 def adapter_items(held: Held) -> list[Item]:
     """What is trained: float32 masters, gradients, moments and, on a card, casts."""
-    sizes = held.matrices()
+    sizes = held.matrices
     masters = held.storage == "masters"
     more = trained(sizes, held.optimizer, held.element if held.on_card and not masters else 0)
     items = [
@@ -355,7 +357,7 @@ def slack_bytes(allocated: int) -> int:
 
 def checkpoint_items(held: Held, checkpoints: int) -> list[Item]:
     """Files of a run: adapter and optimizer of each checkpoint, and the adapter at its end."""
-    sizes = held.matrices()
+    sizes = held.matrices
     masters, moments = 4 * sum(sizes), trained(sizes, held.optimizer, 0).moments
     return [Item("adapter and checkpoints", "checkpoint", masters + checkpoints * (masters + moments), "disk")]
 

@@ -142,13 +142,19 @@ class _Size:
         layers = len(self.shape.layers)
         each = kept_bytes_per_token(self.shape, self.element, mode) * (layers - kept)
         each = (each + kept_bytes_per_token(self.shape, self.element, "none") * kept) // layers
+
+        def fits(tokens: int) -> bool:
+            work = work_bytes(self.shape, self.element, mode, tokens, chunk, self.on_card)
+            if kept:
+                work = max(work, work_bytes(self.shape, self.element, "none", tokens, chunk, self.on_card))
+            return tokens * each + work <= room
+
         low, high = 0, max(self.limit, self.least)
+        if fits(high):
+            return high
         while low < high:
             middle = (low + high + 1) // 2
-            work = work_bytes(self.shape, self.element, mode, middle, chunk, self.on_card)
-            if kept:
-                work = max(work, work_bytes(self.shape, self.element, "none", middle, chunk, self.on_card))
-            low, high = (middle, high) if middle * each + work <= room else (low, middle - 1)
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return low
 
     def _cost(self, mode: Checkpointing, tokens: int, chunk: int, kept: int, dense: bool) -> float:

@@ -79,7 +79,7 @@ def step_time(held: Held, made: Pass, load: Load, card: Card) -> StepTime:
     shape, layer, layers = held.shape, held.shape.layer, len(held.shape.layers)
     mode, again = made.checkpointing, 1 - made.kept_layers / layers
     recomputed = 0.0 if mode == "none" else again
-    weights, adapter = held.projected, sum(held.matrices())
+    weights, adapter = held.projected, sum(held.matrices)
     # Recomputing leaves out the last product, which no gradient needs.
     without_last = weights - layers * layer.ffn * layer.width
     base = load.tokens * (4 * weights + recomputed * 2 * without_last)

@@ -1,0 +1,25 @@
+"""A plan in words, for the command and for the line at the start of a training."""
+
+from jebi.config import Checkpointing, Places
+from jebi.plan.inventory import Held
+from jebi.plan.passes import PassPlan
+
+_KEPT: dict[Checkpointing, str] = {
+    "none": "all activations kept",
+    "keep_attention": "attention's output kept, the rest recomputed",
+    "recompute": "activations recomputed",
+    "offload": "activations recomputed from host memory",
+}
+
+
+def words(plan: PassPlan, places: Places, held: Held, layers: int) -> str:
+    """What was chosen."""
+    parts = [f"passes of {plan.tokens:,} tokens", _KEPT[plan.checkpointing]]
+    if plan.kept_layers:
+        parts[-1] += f" but in {plan.kept_layers} of {layers} layers"
+    if held.packed and held.on_card:
+        parts.append("weights dequantised once" if plan.keep_weights else "weights dequantised at every use")
+    moved = [name for name, at in (("embedding", places.embedding), ("head", places.head)) if at == "host"]
+    if moved:
+        parts.append(f"{' and '.join(moved)} in host memory")
+    return ", ".join(parts)
