@@ -32,8 +32,8 @@ from jebi.inference.compare import Questions, compare_models
 from jebi.inference.comparison import Comparison
 from jebi.inference.page import render
 from jebi.models.device import default_device, default_dtype
-from jebi.models.files import EMBEDDED
 from jebi.models.hf import JebiForCausalLM
+from jebi.models.sizes import EMBEDDED
 from jebi.models.tokenizer import beside
 from jebi.training.arguments import SFTConfig, refuse
 from jebi.training.checkpoints import require_writable, write_whole

@@ -42,7 +42,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., JebiForCa
         needed = (activations + 2 * CHUNK_BYTES) / 0.8 + trained(sizes, SETTINGS.optimizer, 0).bytes
         # What was moved already is free already.
         moved = TABLE if placed(found) == Places("host", "host") else 0
-        monkeypatch.setattr(engine, "free_bytes", lambda device: int(needed) + 8 - lacking + moved)
+        monkeypatch.setattr(engine, "allowed_bytes", lambda device, budget: int(needed) + 8 - lacking + moved)
         return make_plan(found, SETTINGS), found
 
     return plan

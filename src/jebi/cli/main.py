@@ -37,6 +37,8 @@ def run() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    # What a training will take is told as it begins.
+    logging.getLogger("jebi.training.planning").setLevel(logging.INFO)
     try:
         app()
     except JebiError as error:

@@ -40,6 +40,7 @@ def command(
     """Tell how much memory a training takes, how long, and what would be chosen; exit code 2 if it does not fit."""
     from jebi.cli.machine import device_for
     from jebi.models.sizes import read_sizes
+    from jebi.plan.budget import budget_bytes
     from jebi.plan.cards import CARDS
     from jebi.plan.prediction import predict
 
@@ -50,7 +51,8 @@ def command(
     sized = read_sizes(name, run.model.token)
     device = device_for(gpu, memory)
     job = _job(sized.shape, run, rows or _rows_of(run, config), bfloat16=device.bfloat16)
-    current = predict(job, device.card, device.budget, device.host)
+    budget = min(device.budget, budget_bytes(run.train.get("memory_budget"), device.card.memory))
+    current = predict(job, device.card, budget, device.host)
     others = [predict(job, card, card.memory, card.memory) for card in CARDS.values() if card.name != device.card.name]
     title = f"{name}{', its shape alone' if sized.built_in else ''}: {_settings(run, job)}"
     if json_:

@@ -16,6 +16,7 @@ from jebi.models.gguf_config import Fields, settings_of
 from jebi.models.known_shapes import KNOWN
 
 EMBEDDED = "smollm2"
+"""Short name of the model that comes as a Python package: SmolLM2-135M-Instruct, Apache-2.0."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jebi.data.findings import require_codes
 from jebi.data.long_rows import require_choice
 from jebi.data.preparation import Learn
 from jebi.errors import ConfigError
+from jebi.plan.budget import budget_bytes
 
 
 @dataclass
@@ -31,6 +32,9 @@ class SFTConfig(TrainingArguments):
     overlap: int = field(default=0, metadata={"help": "Tokens that a piece of a split row repeats of the last one."})
     allow: list[str] = field(default_factory=list, metadata={"help": "Codes of the check that shall not stop."})
     pass_tokens: int | None = field(default=None, metadata={"help": "Most tokens of a pass; None plans it."})
+    memory_budget: float | str | None = field(
+        default=None, metadata={"help": "Memory a training may take: bytes, '16GB', a share; None for all there is."}
+    )
     loraplus_lr_ratio: float | None = field(
         default=None, metadata={"help": "Learning rate of the matrices B as a multiple of A's (LoRA+); 16 is usual."}
     )
@@ -102,6 +106,7 @@ def refuse(args: TrainingArguments) -> None:
     if isinstance(args, SFTConfig):
         if args.pass_tokens is not None and args.pass_tokens < 1:
             raise ConfigError(f"pass_tokens must be at least 1, not {args.pass_tokens}; None plans it.")
+        budget_bytes(args.memory_budget, 2**50)
         require_choice(args.long, args.overlap, args.max_seq_length)
         require_codes(args.allow, "allow")
 

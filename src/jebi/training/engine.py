@@ -17,15 +17,18 @@ from transformers.training_args import OptimizerNames
 
 from jebi.data.heldout import inputs_of
 from jebi.data.passes import Pass
+from jebi.errors import ConfigError
 from jebi.models.compute import require_card, require_layers
 from jebi.models.device import free_bytes
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import movable, place, placed, resolve
 from jebi.nn.fp8_product import Fp8Product
 from jebi.plan.inventory import trained
-from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose
+from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose, longest_row
 from jebi.plan.places import Relief, best, reliefs
+from jebi.training.arguments import SFTConfig
 from jebi.training.graphs import Padded, PassGraphs, padded
+from jebi.training.planning import allowed_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +54,18 @@ class Settings:
     """Whether passes may be captured."""
     optimizer: str = "adamw_8bit"
     """`TrainingArguments.optim`."""
+    budget: float | str | None = None
+    """Memory that the training may take, as `plan.budget` reads it; None for all that is free."""
 
 
-def settings_of(args: TrainingArguments, longest: int, pass_tokens: int | None, graphs: bool) -> Settings:
+def settings_of(args: TrainingArguments, longest: int, graphs: bool) -> Settings:
     """The trainer's arguments as they concern passes."""
     recompute = args.gradient_checkpointing_kwargs or {}
     assert not isinstance(recompute, str), "TrainingArguments turns text into a dictionary"
     wanted, offload = bool(args.gradient_checkpointing), bool(recompute.get("offload"))
     optimizer = OptimizerNames(args.optim).value
-    return Settings(longest, pass_tokens, wanted, offload, args.label_smoothing_factor, graphs, optimizer)
+    tokens, budget = (args.pass_tokens, args.memory_budget) if isinstance(args, SFTConfig) else (None, None)
+    return Settings(longest, tokens, wanted, offload, args.label_smoothing_factor, graphs, optimizer, budget)
 
 
 def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
@@ -68,7 +74,7 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
     Where nothing else fits, embedding and head leave the card, as far as the model leaves that open.
 
     Raises:
-        ConfigError: the model's ``compute`` cannot be had with this device or adapter.
+        ConfigError: the model's ``compute`` cannot be had with this device or adapter, or the budget is too small.
     """
     backbone, device, fp8 = model.model, model.device, model.compute == "fp8"
     if fp8:
@@ -83,6 +89,14 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
     chosen, plan = best(
         options, now, room, lambda free: choose(backbone.shape, element, free, settings.longest, asked, limit)
     )
+    if settings.budget is not None and not plan.fits:
+        freed = dataclasses.replace(room, card=room.card + chosen.frees - now)
+        longest = longest_row(backbone.shape, element, freed, asked)
+        shorter = f"lower max_seq_length to {longest}, " if longest else ""
+        raise ConfigError(
+            f"memory_budget {settings.budget!r} does not hold a row of {settings.longest} tokens beside the model: "
+            f"{shorter}raise it, or hold the model in fewer bits."
+        )
     place(model, chosen.places)
     if chosen != options[0]:
         at = placed(model)
@@ -101,7 +115,7 @@ def _room(model: JebiForCausalLM, settings: Settings, fp8: bool) -> Room:
     backbone, device = model.model, model.device
     cast = model.dtype.itemsize if device.type == "cuda" and model.adapter is not None else 0
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
-    free = free_bytes(device) - trained(sizes, settings.optimizer, cast).bytes
+    free = allowed_bytes(device, settings.budget) - trained(sizes, settings.optimizer, cast).bytes
     if fp8:
         free -= Fp8Product.BYTES * sum(layer.dense_values() for layer in backbone.decoder_layers())
     packed = model.packed_values()

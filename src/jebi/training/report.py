@@ -8,7 +8,7 @@ import dataclasses
 import json
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class Report:
     """Tokens of the rows trained on, by all processes; there is no padding to leave out."""
     plan: dict[str, Any]
     """What was chosen: tokens a pass, what layers keep, where embedding and head are."""
+    predicted: dict[str, Any] = field(default_factory=dict)
+    """What was predicted at the beginning: the peak, its parts, and on a known card seconds of a step."""
 
     @property
     def minutes(self) -> float:
@@ -83,7 +85,7 @@ class Report:
 
     def text(self) -> str:
         """The tutorial's lines."""
-        return (
+        lines = (
             f"{self.seconds:.1f} seconds used for training.\n"
             f"{self.minutes:.2f} minutes used for training.\n"
             f"{self.tokens_per_second:,.0f} tokens a second ({self.tokens:,} tokens, {self.steps} steps).\n"
@@ -92,6 +94,9 @@ class Report:
             f"Peak reserved memory % of max memory = {self.peak_percent:.3f} %.\n"
             f"Peak reserved memory for training % of max memory = {self.training_percent:.3f} %."
         )
+        if "peak_gb" not in self.predicted:
+            return lines
+        return f"{lines}\nPredicted peak reserved memory = {self.predicted['peak_gb']:.3f} GB."
 
     def write(self, path: Path, log_history: list[dict[str, Any]]) -> None:
         """Write ``report.json``: the figures, the derived ones, and the trainer's log with the loss curve."""
@@ -110,10 +115,10 @@ class Meter:
         self.before = memory_before(device)
         self._started = time.perf_counter()
 
-    def report(self, steps: int, tokens: int, plan: dict[str, Any]) -> Report:
+    def report(self, steps: int, tokens: int, plan: dict[str, Any], predicted: dict[str, Any]) -> Report:
         """The figures until now."""
         seconds = time.perf_counter() - self._started
-        return Report(self.before, seconds, _peak_bytes(self._device) / _GB, steps, tokens, plan)
+        return Report(self.before, seconds, _peak_bytes(self._device) / _GB, steps, tokens, plan, predicted)
 
 
 def memory_before(device: torch.device) -> MemoryBefore:

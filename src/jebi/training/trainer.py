@@ -8,7 +8,6 @@ at all. Everything else (schedules, logging, callbacks, saving strategies, resum
 import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from jebi.data.passes import Batch, Pass, collate, cut, learnt_weight, longest
 from jebi.data.preparation import FormattingFunc, Preparation
 from jebi.errors import ConfigError
 from jebi.models.hf import JebiForCausalLM
-from jebi.models.placement import placed
 from jebi.plan.passes import PassPlan
 from jebi.training import processes
 from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, learning_of, longest_row
@@ -38,6 +36,7 @@ from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.loraplus import own_rates, split_rates
 from jebi.training.losses import Losses
 from jebi.training.optimizer import AdamW8bit, adam_settings, set_mode
+from jebi.training.planning import described, predict, within
 from jebi.training.prefetch import Prefetch
 from jebi.training.prepared import Prepare
 from jebi.training.report import Meter, Report
@@ -112,7 +111,6 @@ class SFTTrainer(Trainer):
         self.given = train_dataset, eval_dataset
         self.texts = [train_dataset]
         self._longest = row_limit
-        self._pass_tokens = config.pass_tokens if config else None
         self._rates = own_rates(config, optimizers[0] is not None)
         self._bag: list[Batch] = []
         self._trained_tokens = self._trained_steps = 0
@@ -155,14 +153,13 @@ class SFTTrainer(Trainer):
         meter = Meter(self.model.device)
         self._engine = Engine(self.model, self._settings(), self.accelerator)
         self._prefetch = Prefetch(self._passes_of)
-        with self._interrupt.listening(), exact_sums(self.model.dtype):
+        predicted = predict(self.model, plan, self.args, self.train_dataset)
+        kept = within(self.model.device, self._settings().budget)
+        with self._interrupt.listening(), exact_sums(self.model.dtype), kept:
             output = super().train(*args, **kwargs)
         self._losses.require_finite(self.args.output_dir)
-        compute = str(self.model.dtype)[6:] if self.model.compute == "auto" else self.model.compute
-        chosen = {"pass_tokens": plan.tokens, "checkpointing": plan.checkpointing, "compute": compute}
-        chosen |= asdict(placed(self.model))
         (tokens,) = processes.summed(self.accelerator, self._trained_tokens)
-        self.report = meter.report(self._trained_steps, int(tokens), chosen)
+        self.report = meter.report(self._trained_steps, int(tokens), described(self.model, plan), predicted)
         if self.args.should_save:
             self.report.write(Path(str(self.args.output_dir)) / "report.json", self.state.log_history)
         if self._interrupt.interrupted:
@@ -279,7 +276,7 @@ class SFTTrainer(Trainer):
 
     def _settings(self) -> Settings:
         # A loss of the user's own is computed his way.
-        return settings_of(self.args, self._longest, self._pass_tokens, type(self).compute_loss is Trainer.compute_loss)
+        return settings_of(self.args, self._longest, type(self).compute_loss is Trainer.compute_loss)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As Trainer's; LoRA+ and trained embeddings have learning rates of their own."""
