@@ -20,7 +20,7 @@ from jebi.nn.layer import DecoderLayer
 from jebi.nn.layer_node import Keep, run_layer
 from jebi.nn.rows import rows_from_lengths
 from jebi.nn.shape import AttentionForm, LayerShape
-from jebi.plan.inventory import host_bytes_per_token, kept_bytes_per_token, work_bytes
+from jebi.plan.activations import host_bytes_per_token, kept_bytes_per_token, work_bytes
 from jebi.plan.passes import (
     CPU_PASS_TOKENS,
     PassPlan,

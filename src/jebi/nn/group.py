@@ -14,9 +14,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from jebi.kernels.glu import carries
 from jebi.kernels.low_rank import LowRank, product32
+from jebi.kernels.rope import adjacent
 from jebi.nn.base_product import BaseProduct
 from jebi.nn.linear import Grads, Linear, Share, backward_input, backward_trained, project
+from jebi.nn.lora import Lora
 
 
 class Group(Protocol):
@@ -33,10 +36,6 @@ class Group(Protocol):
 
     def thin(self, kept: "Kept", sizes: list[int]) -> list[LowRank | None]:
         """What is still to be added to each part, of these sizes, after a forward without ``whole``."""
-        ...
-
-    def places(self, sizes: list[int], dtype: torch.dtype, tokens: int) -> list[Tensor] | None:
-        """Where gradients of the parts are best written: columns of one matrix; None where it is all the same."""
         ...
 
     def backward_input(
@@ -76,6 +75,8 @@ class Shares:
     """Each map's share, or one for all."""
     thin: LowRank | None = None
     """What is still to be added to the gradient of the input."""
+    dxa_TR: Tensor | None = None
+    """Gradient of all maps' ``x A^T`` where it is one product."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,6 @@ class Separate:
     def thin(self, kept: Kept, sizes: list[int]) -> list[LowRank | None]:
         """See `Group`."""
         return [None] * len(sizes)
-
-    def places(self, sizes: list[int], dtype: torch.dtype, tokens: int) -> None:
-        """See `Group`."""
 
     def backward_input(
         self, dparts: list[Tensor], wanted: bool = True, whole: bool = True
@@ -166,10 +164,16 @@ class Stacked:
         self.columns = maps[0].in_features
         self.dtype = maps[0].dtype
         self._state: list[object] = []
+        self._adapters: list[Lora | None] | None = None
+        """Those that the casts are arranged for."""
+        self._rooms: dict[int, tuple[Tensor, Tensor]] = {}
+        """Room for the casts by their rank; it stays, since captured passes read it (`training.graphs`)."""
         self._down_RK: Tensor | None = None
         self._up_NR: Tensor | None = None
         self._columns: list[slice | None] = []
         """Of each map's adapter, where it has one, the rows in A and columns in B of all adapters."""
+        self._thin = True
+        """Whether their shares may be left out for the kernel behind to add."""
 
     def forward(self, x_TK: Tensor, residual_TN: Tensor | None = None, whole: bool = True) -> tuple[list[Tensor], Kept]:
         """See `Group`."""
@@ -179,14 +183,14 @@ class Stacked:
             if linear.bias is not None:
                 y_TN[:, start:end] += linear.bias.to(y_TN.dtype)
         xa_TR = self._compress(x_TK)
-        if whole and xa_TR is not None and self._up_NR is not None:
+        if (whole or not self._thin) and xa_TR is not None and self._up_NR is not None:
             y_TN.addmm_(xa_TR, self._up_NR.t())
         return [y_TN], Kept([xa_TR])
 
     def thin(self, kept: Kept, sizes: list[int]) -> list[LowRank | None]:
         """See `Group`."""
         xa_TR, up_NR = kept.xa[0], self._up_NR
-        if xa_TR is None or up_NR is None:
+        if xa_TR is None or up_NR is None or not self._thin:
             return [None] * len(sizes)
         if len(sizes) != len(self.maps):
             return [LowRank(xa_TR, up_nR.t()) for up_nR in up_NR.split(sizes)]
@@ -195,11 +199,6 @@ class Stacked:
             if columns is not None:
                 shares[number] = LowRank(xa_TR[:, columns], up_NR[start:end, columns].t())
         return shares
-
-    def places(self, sizes: list[int], dtype: torch.dtype, tokens: int) -> list[Tensor]:
-        """See `Group`."""
-        whole_TN = torch.empty(tokens, self._outputs, dtype=dtype, device=self.maps[0].device())
-        return list(whole_TN.split(sizes, dim=1))
 
     def backward_input(
         self, dparts: list[Tensor], wanted: bool = True, whole: bool = True
@@ -210,17 +209,17 @@ class Stacked:
         dx_TK = self._base.backward(dy_TN) if wanted else None
         thin = None
         if dx_TK is not None and dxa_TR is not None and self._down_RK is not None:
-            if whole:
+            if whole or not self._thin:
                 dx_TK.addmm_(dxa_TR, self._down_RK)
             else:
                 thin = LowRank(dxa_TR, self._down_RK)
-        return dx_TK, Shares([dy_TN], [Share(dy_TN, dxa_TR, None)], thin)
+        return dx_TK, Shares([dy_TN], [Share(dy_TN, dxa_TR, None)], thin, dxa_TR)
 
     def backward_trained(
         self, shares: Shares, x_TK: Tensor | None, kept: Kept | None, grads: Grads, sums: Sums | None = None
     ) -> None:
         """See `Group`."""
-        dy_TN, dxa_TR = shares.dy[0], shares.maps[0].dxa_TR
+        dy_TN, dxa_TR = shares.dy[0], shares.dxa_TR
         for linear, start, end in self._spans:
             if linear.bias is not None and linear.bias.requires_grad:
                 grads[linear.bias] = dy_TN[:, start:end].sum(0, dtype=torch.float32)
@@ -258,12 +257,12 @@ class Stacked:
     def refresh(self) -> None:
         """Cast the adapters' matrices anew where they have changed since."""
         if self._now() != self._state:
-            self._arrange()
-            self.cast()
             self.note()
+            self.cast()
 
     def note(self) -> None:
         """Take what is cast for what the matrices are now."""
+        self._arrange()
         self._state = self._now()
 
     def _now(self) -> list[object]:
@@ -272,19 +271,22 @@ class Stacked:
 
     def _arrange(self) -> None:
         """Find which maps have adapters, and make room for these."""
-        self._columns, rank = [], 0
-        for linear in self.maps:
-            lora = linear.adapter
+        adapters = [linear.adapter for linear in self.maps]
+        if adapters == self._adapters:
+            return
+        self._adapters, self._columns, rank = adapters, [], 0
+        for lora in adapters:
             self._columns.append(slice(rank, rank + lora.rank) if lora is not None else None)
             rank += lora.rank if lora is not None else 0
-        if not rank:
-            self._down_RK = self._up_NR = None
-        elif self._down_RK is None or self._down_RK.shape[0] != rank:
+        ranks = [lora.rank for lora in adapters if lora is not None]
+        self._thin = all(carries(one, self.dtype, self.maps[0].device()) for one in ranks)
+        if rank and rank not in self._rooms:
             device = self.maps[0].device()
-            self._down_RK = torch.zeros(rank, self.columns, dtype=self.dtype, device=device)
-            self._up_NR = torch.zeros(self._outputs, rank, dtype=self.dtype, device=device)
-        elif self._up_NR is not None:
-            self._up_NR.zero_()  # of what other maps' adapters left beside the new ones
+            down_RK = torch.empty(rank, self.columns, dtype=self.dtype, device=device)
+            self._rooms[rank] = down_RK, torch.empty(self._outputs, rank, dtype=self.dtype, device=device)
+        self._down_RK, self._up_NR = self._rooms.get(rank, (None, None))
+        if self._up_NR is not None:
+            self._up_NR.zero_()  # beside each map's own part
 
     @torch.no_grad()
     def cast(self) -> None:
@@ -301,9 +303,7 @@ class Stacked:
 
 def joined(dparts: list[Tensor]) -> Tensor:
     """The parts side by side: the matrix whose columns they are, or a new one."""
-    first, widths = dparts[0], [part.shape[1] for part in dparts]
-    offsets = [(part.data_ptr() - first.data_ptr()) // first.element_size() for part in dparts]
-    adjacent = all(offset == sum(widths[:n]) for n, offset in enumerate(offsets))
-    if adjacent and all(part.stride() == first.stride() for part in dparts) and first.stride(0) >= sum(widths):
-        return first.as_strided((first.shape[0], sum(widths)), first.stride())
-    return torch.cat(dparts, dim=1) if len(dparts) > 1 else first
+    whole = adjacent(dparts)
+    if whole is not None:
+        return whole
+    return torch.cat(dparts, dim=1) if len(dparts) > 1 else dparts[0]

@@ -1,4 +1,4 @@
-"""How many tokens one pass may have, and whether layers keep their activations, from the memory there is.
+"""How many tokens one pass may have, and what layers keep: the fastest that the memory there is allows.
 
 Bytes are counted by `plan.inventory`. Rows are put into passes by `data.passes`.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from jebi.config import Checkpointing
 from jebi.config.limits import CHUNK_BYTES, CHUNK_TOKENS
 from jebi.models.families import DecoderShape
-from jebi.plan.inventory import host_bytes_per_token, kept_bytes_per_token, work_bytes
+from jebi.plan.activations import host_bytes_per_token, kept_bytes_per_token, work_bytes
 
 CPU_PASS_TOKENS = 2048
 """On a CPU longer passes gain nothing: a pass of this many tokens already runs its products at full rate."""

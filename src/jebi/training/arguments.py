@@ -4,6 +4,7 @@ Every field of `TrainingArguments` either works or is refused here by name; none
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
@@ -129,6 +130,8 @@ def _precision(args: TrainingArguments, dtype: torch.dtype, device: torch.device
     asked = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     if asked is None and dtype == torch.float16 and device.type != "cpu":
         raise ConfigError("a model in float16 needs its loss scaled, or gradients vanish: set fp16=True.")
+    if dtype == torch.float16 and device.type == "cpu":
+        return "float16 is slow on a CPU, and its loss is not scaled there: load the model with dtype=torch.float32."
     if asked is None or asked == dtype:
         return None
     flag = "bf16" if args.bf16 else "fp16"
@@ -142,6 +145,11 @@ def _precision(args: TrainingArguments, dtype: torch.dtype, device: torch.device
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def first_given(*values: Any) -> Any:
+    """The first value that was given."""
+    return next((value for value in values if value is not None), None)
 
 
 def longest_row(model: PreTrainedModel, asked: int | None) -> int:

@@ -248,6 +248,19 @@ def adam_settings(args: TrainingArguments) -> dict[str, Any]:
     return {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 
 
+def tell_of_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Raise the versions of parameters that a step changed, for those who cast them once a step (`nn.group`).
+
+    torch's fused optimizers and bitsandbytes' write into memory without raising them.
+    """
+
+    def tell(stepped: torch.optim.Optimizer, *_: Any) -> None:
+        changed = [p for group in stepped.param_groups for p in group["params"] if p.grad is not None]
+        torch.autograd.graph.increment_version(changed)
+
+    optimizer.register_step_post_hook(tell)
+
+
 def set_mode(optimizer: Any, mode: str) -> None:
     """Optimizers without a schedule have a mode for training and one for evaluation; others have none."""
     if callable(switch := getattr(optimizer, mode, None)):

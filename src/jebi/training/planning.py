@@ -7,7 +7,6 @@ import contextlib
 import logging
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import psutil
@@ -71,13 +70,6 @@ def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total)
-
-
-def described(model: JebiForCausalLM, plan: PassPlan) -> dict[str, Any]:
-    """What was chosen, for the report."""
-    compute = str(model.dtype)[6:] if model.compute == "auto" else model.compute
-    chosen = {"pass_tokens": plan.tokens, "checkpointing": plan.checkpointing, "compute": compute}
-    return chosen | asdict(placed(model))
 
 
 def held_of(model: JebiForCausalLM, optimizer: str) -> Held:

@@ -27,16 +27,16 @@ from jebi.errors import ConfigError
 from jebi.models.hf import JebiForCausalLM
 from jebi.plan.passes import PassPlan
 from jebi.training import processes
-from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, learning_of, longest_row
+from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, first_given, learning_of, longest_row
 from jebi.training.checkpoints import complete_checkpoint, note_best, read_checkpoint, require_writable
-from jebi.training.engine import Engine, Settings, make_plan, settings_of
+from jebi.training.engine import Engine, Settings, chosen, make_plan, settings_of
 from jebi.training.graphs import Padded
 from jebi.training.half import exact_sums
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.loraplus import own_rates, split_rates
 from jebi.training.losses import Losses
-from jebi.training.optimizer import AdamW8bit, adam_settings, set_mode
-from jebi.training.planning import described, predict, within
+from jebi.training.optimizer import AdamW8bit, adam_settings, set_mode, tell_of_steps
+from jebi.training.planning import predict, within
 from jebi.training.prefetch import Prefetch
 from jebi.training.prepared import Prepare
 from jebi.training.report import Meter, Report
@@ -96,27 +96,23 @@ class SFTTrainer(Trainer):
         require_writable(Path(str(args.output_dir)))
         tokenizer = processing_class if processing_class is not None else tokenizer
         config = args if isinstance(args, SFTConfig) else None
-        row_limit = longest_row(model, _first(max_seq_length, config and config.max_seq_length))
+        row_limit = longest_row(model, first_given(max_seq_length, config and config.max_seq_length))
         how = Preparation(
             max_length=row_limit,
-            text_field=_first(dataset_text_field, config and config.dataset_text_field, "text"),
+            text_field=first_given(dataset_text_field, config and config.dataset_text_field, "text"),
             formatting_func=formatting_func,
             learn=learning_of(args),
-            workers=_first(dataset_num_proc, config and config.dataset_num_proc),
+            workers=first_given(dataset_num_proc, config and config.dataset_num_proc),
         )
-        packed = bool(_first(packing, config and config.packing))
+        packed = bool(first_given(packing, config and config.packing))
         own = (config.long, config.overlap, tuple(config.allow)) if config else ()
-        prepare = Prepare(tokenizer, how, packed, *own)
-        self.prepare = prepare
+        self.prepare = prepare = Prepare(tokenizer, how, packed, *own)
         self.given = train_dataset, eval_dataset
         self.texts = [train_dataset]
         self._longest = row_limit
         self._rates = own_rates(config, optimizers[0] is not None)
-        self._bag: list[Batch] = []
-        self._trained_tokens = self._trained_steps = 0
         self._interrupt = StopOnInterrupt()
         self._plan: PassPlan | None = None
-        self._losses = Losses()
         self._staging: Path | None = None
         self.report = self.data_report = None
         super().__init__(
@@ -129,6 +125,8 @@ class SFTTrainer(Trainer):
             callbacks=[*(callbacks or []), self._interrupt],
             optimizers=optimizers,
         )
+        if self.optimizer is not None:
+            tell_of_steps(self.optimizer)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as Trainer does, measure it, and write ``report.json``.
@@ -140,26 +138,28 @@ class SFTTrainer(Trainer):
         """
         if self.train_dataset is None:
             raise ConfigError("train_dataset is missing.")
-        self._bag = []
-        self._interrupt.interrupted = self._interrupt.saved = False
+        self._bag: list[Batch] = []
         self._trained_tokens = self._trained_steps = 0
         if self.data_report is None and self.is_world_process_zero():
             eos = as_ids(self.model.generation_config.eos_token_id)
             self.data_report = self.prepare.check(self.train_dataset, self.texts, self.eval_dataset, eos)
-        self._plan = None
         plan = self._current_plan()
         self._drops_out = any(m.adapter is not None and m.adapter.dropout > 0 for _, m in self.model.linears())
-        self._losses.clear()
+        self._losses = Losses()
         meter = Meter(self.model.device)
-        self._engine = Engine(self.model, self._settings(), self.accelerator)
+        self._engine = Engine(self.model, plan, self._settings(), self.accelerator)
         self._prefetch = Prefetch(self._passes_of)
         predicted = predict(self.model, plan, self.args, self.train_dataset)
         kept = within(self.model.device, self._settings().budget)
-        with self._interrupt.listening(), exact_sums(self.model.dtype), kept:
-            output = super().train(*args, **kwargs)
+        try:
+            with self._interrupt.listening(), exact_sums(self.model.dtype), kept:
+                output = super().train(*args, **kwargs)
+        finally:
+            del self._engine, self._prefetch
+            self._take_apart()
         self._losses.require_finite(self.args.output_dir)
         (tokens,) = processes.summed(self.accelerator, self._trained_tokens)
-        self.report = meter.report(self._trained_steps, int(tokens), described(self.model, plan), predicted)
+        self.report = meter.report(self._trained_steps, int(tokens), chosen(self.model, plan), predicted)
         if self.args.should_save:
             self.report.write(Path(str(self.args.output_dir)) / "report.json", self.state.log_history)
         if self._interrupt.interrupted:
@@ -261,6 +261,8 @@ class SFTTrainer(Trainer):
         total, learnt = summed_loss(
             self.model, counted(), self._current_plan().tokens, self.args.label_smoothing_factor
         )
+        if not self.is_in_train:
+            self._take_apart()
         all_loss, all_learnt, all_rows = processes.summed(self.accelerator, total, learnt, seen)
         metrics = {f"{metric_key_prefix}_loss": all_loss / all_learnt if all_learnt else 0.0}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(all_rows))  # type: ignore[arg-type]
@@ -274,6 +276,11 @@ class SFTTrainer(Trainer):
             self._plan = make_plan(self.model, self._settings())
         return self._plan
 
+    def _take_apart(self) -> None:
+        """Leave the model as it was found: memory for what comes next, and no copies that another's training misses."""
+        self._plan = None
+        self.model.model.unstack()
+
     def _settings(self) -> Settings:
         # A loss of the user's own is computed his way.
         return settings_of(self.args, self._longest, type(self).compute_loss is Trainer.compute_loss)
@@ -284,6 +291,7 @@ class SFTTrainer(Trainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(*([] if model is None else [model]))
         if fresh:
             split_rates(optimizer, self.model, self._rates)
+            tell_of_steps(optimizer)
         return optimizer
 
     @staticmethod
@@ -337,8 +345,3 @@ class SFTTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         read_checkpoint(self.model, Path(self.state.best_model_checkpoint))
-
-
-def _first(*values: Any) -> Any:
-    """The first value that was given."""
-    return next((value for value in values if value is not None), None)
