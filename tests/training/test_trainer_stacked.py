@@ -85,7 +85,7 @@ def test_layers_that_a_callback_took_apart_are_laid_together_again(
 ) -> None:
     """With graphs anew: those before read weights and casts that are gone."""
     asked = []
-    monkeypatch.setattr(engine.PassGraphs, "serves", lambda model: bool(asked.append(laid(model))))
+    monkeypatch.setattr(engine.PassGraphs, "hindrance", lambda model: f"asked, {asked.append(laid(model))}")
     plain, answering, callback = make_trainer(max_steps=4), None, Answer()
     plain.train()
     asked.clear()

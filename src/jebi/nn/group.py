@@ -8,7 +8,6 @@ Shapes: T tokens, K inputs, N outputs of all maps, R ranks of all adapters.
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from jebi.kernels.glu import carries
 from jebi.kernels.low_rank import LowRank, product32
 from jebi.kernels.rope import adjacent
-from jebi.nn.base_product import BaseProduct
+from jebi.nn.base_product import BaseProduct, spans
 from jebi.nn.linear import Grads, Linear, Share, backward_input, backward_trained, project
 from jebi.nn.lora import Lora
 
@@ -72,7 +71,7 @@ class Shares:
     dy: list[Tensor]
     """Gradients of the outputs, one tensor a map, or one for all."""
     maps: list[Share]
-    """Each map's share, or one for all."""
+    """Each map's share; none where one product makes them all."""
     thin: LowRank | None = None
     """What is still to be added to the gradient of the input."""
     dxa_TR: Tensor | None = None
@@ -156,11 +155,9 @@ class Stacked:
             base: their weights as one.
         """
         self.maps = maps
-        ends = list(accumulate(linear.out_features for linear in maps))
-        self._spans = list(zip(maps, [0, *ends], ends))
-        """Each map with its first row and the one behind its last."""
+        self._spans = spans(maps)
         self._base = base
-        self._outputs = ends[-1]
+        self._outputs = self._spans[-1][2]
         self.columns = maps[0].in_features
         self.dtype = maps[0].dtype
         self._state: list[object] = []
@@ -213,7 +210,7 @@ class Stacked:
                 dx_TK.addmm_(dxa_TR, self._down_RK)
             else:
                 thin = LowRank(dxa_TR, self._down_RK)
-        return dx_TK, Shares([dy_TN], [Share(dy_TN, dxa_TR, None)], thin, dxa_TR)
+        return dx_TK, Shares([dy_TN], [], thin, dxa_TR)
 
     def backward_trained(
         self, shares: Shares, x_TK: Tensor | None, kept: Kept | None, grads: Grads, sums: Sums | None = None
@@ -251,8 +248,8 @@ class Stacked:
             xa_TR = self._compress(x_TK)
         assert xa_TR is not None
         dup_NR = product32(dy_TN.t(), xa_TR)
-        spans = zip(self._spans, self._columns)
-        return [dup_NR[start:end, slice(0) if columns is None else columns] for (_, start, end), columns in spans]
+        places = zip(self._spans, self._columns)
+        return [dup_NR[start:end, slice(0) if columns is None else columns] for (_, start, end), columns in places]
 
     def refresh(self) -> None:
         """Cast the adapters' matrices anew where they have changed since."""

@@ -165,13 +165,14 @@ class Engine:
         self._open_graphs()
 
     def _open_graphs(self) -> None:
-        if not self._settings.graphs or self._accelerator.num_processes > 1 or self._model.device.type == "cpu":
+        if not self._settings.graphs or self._accelerator.num_processes > 1:
             return
-        if hindrance := PassGraphs.hindrance(self._model):
+        hindrance = PassGraphs.hindrance(self._model)
+        if hindrance is None:
+            keywords = {"label_smoothing": self._settings.label_smoothing}
+            self._graphs = PassGraphs(self._model, self._accelerator.backward, keywords)
+        elif self._model.device.type != "cpu":
             logger.warning(f"passes are launched kernel by kernel, which short rows feel: {hindrance}.")
-            return
-        keywords = {"label_smoothing": self._settings.label_smoothing}
-        self._graphs = PassGraphs(self._model, self._accelerator.backward, keywords)
 
     def _count_stacked(self) -> int:
         return sum(layer.stacked is not None for layer in self._model.model.decoder_layers())

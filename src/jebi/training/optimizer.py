@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from jebi.errors import ConfigError
 from jebi.kernels import adamw8bit
 from jebi.kernels.adamw8bit import BLOCK, Moments8, Moments32, Rates
-from jebi.training.flat import starts_of, stretch_of
+from jebi.training.flat import padded, starts_of, stretch_of
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -126,13 +126,13 @@ class AdamW8bit(torch.optim.Optimizer):
             state = self.state[param]
             for name, whole in vars(moments).items():
                 if name.startswith("absmax"):
-                    part = whole[start // BLOCK : (start + _padded(param)) // BLOCK]
+                    part = whole[start // BLOCK : (start + padded(param)) // BLOCK]
                 else:
                     part = whole[start : start + param.numel()].view(param.shape)
                 if name in state:
                     part.copy_(state[name])
                 state[name] = part
-        padding = [torch.arange(start + param.numel(), start + _padded(param)) for param, start in zip(params, starts)]
+        padding = [torch.arange(start + param.numel(), start + padded(param)) for param, start in zip(params, starts)]
         views = [self.state[param]["state1"] for param in params]
         return _Bucket(params, starts, size, moments, torch.cat(padding).to(params[0].device), views)
 
@@ -210,17 +210,13 @@ def _batches(params: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
     batch: list[Tensor] = []
     filled = 0
     for param in params:
-        if batch and filled + _padded(param) > size:
+        if batch and filled + padded(param) > size:
             yield batch
             batch, filled = [], 0
         batch.append(param)
-        filled += _padded(param)
+        filled += padded(param)
     if batch:
         yield batch
-
-
-def _padded(param: Tensor) -> int:
-    return -(-param.numel() // BLOCK) * BLOCK
 
 
 def _stretch(device: torch.device) -> int:
