@@ -36,7 +36,7 @@ def test_what_does_not_fit_ends_with_2_and_the_way_out() -> None:
     shown = plan("llama-3.1-8b", "--gpu", "t4", "--set", "model.load_in_4bit=false", code=2).stdout
     assert "does not fit t4" in shown
     assert "GB too much" in shown
-    assert "would fit      model.load_in_4bit: true" in shown
+    assert "would fit      --set model.load_in_4bit=true" in shown
 
 
 def test_programs_get_bytes_and_seconds() -> None:

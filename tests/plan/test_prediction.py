@@ -9,7 +9,8 @@ from jebi.config import LoraConfig, Places
 from jebi.models.sizes import read_sizes
 from jebi.plan.cards import CARDS, processor
 from jebi.plan.inventory import GIB, Held, total
-from jebi.plan.prediction import Job, next_faster, predict, remedies, smallest
+from jebi.plan.jobs import Job
+from jebi.plan.prediction import next_faster, predict, remedies, smallest
 
 JOB = Job(Held(read_sizes("llama-3.1-8b").shape, "nf4", 2, lora=LoraConfig()), 2048, 8, 60)
 SMALL = Job(Held(read_sizes("llama-3.2-1b").shape, "nf4", 2, lora=LoraConfig()), 1024, 8, 60)
@@ -66,11 +67,11 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     found = predict(dense, CARDS["t4"], CARDS["t4"].memory)
     assert not found.fits
     assert found.missing > 2 * GIB
-    assert [text for text, _ in remedies(found, 0)] == ["model.load_in_4bit: true"]
+    assert [settings for settings, _ in remedies(found, 0)] == [("model.load_in_4bit=true",)]
     long = dataclasses.replace(JOB, longest=200_000)
-    texts = [text for text, _ in remedies(predict(long, CARDS["t4"], CARDS["t4"].memory), 0)]
-    assert len(texts) == 1
-    assert texts[0].startswith("model.max_seq_length: ")
+    settings = [each for each, _ in remedies(predict(long, CARDS["t4"], CARDS["t4"].memory), 0)]
+    assert len(settings) == 1
+    assert settings[0][0].startswith("model.max_seq_length=")
 
 
 def test_other_cards() -> None:
@@ -112,3 +113,13 @@ def test_the_demo_on_a_cpu() -> None:
     found = predict(job, processor(2, 24 * GIB), 16 * GIB)
     assert found.fits
     assert found.peak / GIB == pytest.approx(1.490, rel=0.1)
+
+
+def test_where_no_setting_is_enough_by_itself_those_that_are_together_are_told() -> None:
+    held = dataclasses.replace(JOB.held, storage="masters", lora=None, optimizer="adamw_torch")
+    found = predict(dataclasses.replace(JOB, held=held, longest=30_000), CARDS["rtx3060-12gb"], 7 * GIB)
+    ((settings, fitting),) = remedies(found, 0)
+    assert fitting.fits
+    assert settings[:2] == ("model.full_finetuning=false", "train.optim=adamw_8bit")
+    assert settings[2].startswith("model.max_seq_length=")
+    assert remedies(predict(JOB, CARDS["t4"], GIB), 0) == [], "nothing makes 8B fit into 1 GB"

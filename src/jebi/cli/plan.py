@@ -12,7 +12,8 @@ from jebi.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from jebi.plan.prediction import Job, Prediction
+    from jebi.plan.jobs import Job
+    from jebi.plan.prediction import Prediction
 
 WIDTH = 60
 """Columns of the bar."""
@@ -42,6 +43,7 @@ def command(
     from jebi.models.sizes import read_sizes
     from jebi.plan.budget import budget_bytes
     from jebi.plan.cards import CARDS
+    from jebi.plan.jobs import job_of, rows_of
     from jebi.plan.prediction import predict
 
     run = _run(config, set_)
@@ -50,7 +52,7 @@ def command(
         raise ConfigError("name a model, such as: jebi plan llama-3.1-8b --gpu t4; or a run's file with --config.")
     sized = read_sizes(name, run.model.token)
     device = device_for(gpu, memory)
-    job = _job(sized.shape, run, rows or _rows_of(run, config), bfloat16=device.bfloat16)
+    job = job_of(run, sized.shape, device.bfloat16, rows or rows_of(run))
     budget = min(device.budget, budget_bytes(run.train.get("memory_budget"), device.card.memory))
     current = predict(job, device.card, budget, device.host)
     others = [predict(job, card, card.memory, card.memory) for card in CARDS.values() if card.name != device.card.name]
@@ -80,40 +82,6 @@ def _run(config: Path | None, settings: list[str] | None) -> RunConfig:
     return run_from_dict(apply_settings(sections, settings or []))
 
 
-def _rows_of(run: RunConfig, config: Path | None) -> Path | None:
-    """The file that the run trains on, where there is one that can be looked at."""
-    if config is None or not isinstance(run.data.train, str):
-        return None
-    path = Path(run.data.train)
-    return path if path.is_file() and path.suffix in (".jsonl", ".json", ".csv") else None
-
-
-def _job(shape: object, run: RunConfig, rows: Path | None, bfloat16: bool) -> "Job":
-    from jebi.models.families import DecoderShape
-    from jebi.plan.budget import checkpointing_of
-    from jebi.plan.inventory import Held
-    from jebi.plan.prediction import Job
-    from jebi.plan.rows import estimate
-
-    assert isinstance(shape, DecoderShape)
-    train, model = run.train, run.model
-    batch = int(train.get("per_device_train_batch_size", 8)) * int(train.get("gradient_accumulation_steps", 1))
-    element = 4 if model.dtype == "float32" or not bfloat16 else 2
-    held = Held(
-        shape, model.storage, element, lora=None if model.full_finetuning else run.lora,
-        optimizer=str(train.get("optim", "adamw_torch")), fp8=model.compute == "fp8",
-    )  # fmt: skip
-    steps = int(train.get("max_steps", -1))
-    asked = checkpointing_of(train)
-    if rows is None:
-        return Job(held, model.max_seq_length, batch, steps if steps > 0 else 60, asked, model.places)
-    lengths = estimate(rows, model.max_seq_length, shape.vocabulary)
-    if steps <= 0:
-        steps = -(-int(lengths.rows * float(train.get("num_train_epochs", 3))) // batch)
-    longest = min(model.max_seq_length, lengths.longest)
-    return Job(held, longest, batch, steps, asked, model.places, row=lengths.mean, spread=lengths.deviation)
-
-
 def _settings(run: RunConfig, job: "Job") -> str:
     form = {"nf4": "4-bit", "int8": "8-bit", "dense": "16-bit", "masters": "full fine-tuning"}[job.held.storage]
     adapter = "" if job.held.lora is None else f", LoRA r={run.lora.r}"
@@ -128,6 +96,7 @@ def _table(current: "Prediction", others: list["Prediction"], host: int) -> "Ren
 
     from jebi.plan.inventory import by_part, total
     from jebi.plan.prediction import next_faster, remedies, smallest
+    from jebi.plan.words import pasted
 
     items = list(current.items)
     word = Text("fits", "bold green") if current.fits else Text("does not fit", "bold red")
@@ -154,8 +123,8 @@ def _table(current: "Prediction", others: list["Prediction"], host: int) -> "Ren
         "largest batch", f"any: {rows:,} full {plural} in one pass, more in several; the gradient is the same"
     )
     table.add_row("beside", f"{_gb(total(items, 'host'))} GB of host memory, {_gb(total(items, 'disk'))} GB on disk")
-    for text, found in remedies(current, host) if not current.fits else ():
-        table.add_row("would fit", f"{text}  ({_gb(found.peak)} GB)")
+    for settings, found in remedies(current, host) if not current.fits else ():
+        table.add_row("would fit", f"{pasted(settings)}  ({_gb(found.peak)} GB)")
     for name, other in (("smallest card", smallest(current, others)), ("next faster", next_faster(current, others))):
         if other is not None and (current.timed or name == "smallest card"):
             speed = f"{other.tokens_per_second:,.0f} tokens/s"

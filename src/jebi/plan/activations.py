@@ -82,5 +82,5 @@ def work_bytes(
 
 def loss_bytes(shape: DecoderShape, element: int, tokens: int, on_card: bool) -> int:
     """Bytes while the loss is made: a chunk's logits and their slopes, the last hidden states and their gradient."""
-    logits = chunk_tokens(shape.vocabulary, on_card) * shape.vocabulary * (element if on_card else 4)
+    logits = min(tokens, chunk_tokens(shape.vocabulary, on_card)) * shape.vocabulary * (element if on_card else 4)
     return 2 * logits + 3 * tokens * shape.layer.width * element

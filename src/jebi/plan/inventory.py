@@ -17,6 +17,7 @@ from jebi.config.limits import DYNAMIC_BLOCK, SLICE_BYTES
 from jebi.models.families import DecoderShape
 from jebi.nn.shape import LayerShape, MapShape
 from jebi.plan.activations import host_bytes_per_token, kept_bytes_per_token, loss_bytes, work_bytes
+from jebi.quant.footprint import weight_bytes
 
 Where = Literal["card", "host", "disk"]
 """The device's memory, which without a card is the host's; host memory beside it; files."""
@@ -35,7 +36,6 @@ OPTIMIZERS_8BIT = ("adamw_8bit", "adamw_bnb_8bit")
 """Names of the optimizer whose moments are in 8 bits; every other one is counted as Adam in float32."""
 _LEAST_8BIT = 4096
 """Values of a matrix below which its moments are float32 (`training.optimizer`)."""
-_NF4_BLOCK, _INT8_BLOCK = 64, 64
 _FP8_BYTES = 2
 """A weight's bytes in 8-bit floats: held by rows and by columns."""
 
@@ -119,16 +119,6 @@ def total(items: list[Item], where: Where = "card", part: Part | None = None) ->
 def norms_of(layer: LayerShape) -> int:
     """Norm weights of a layer, as wide as the stream each; those of heads are too small to be counted."""
     return 4 if layer.sandwich else 2
-
-
-def weight_bytes(storage: Storage, values: int, element: int) -> int:
-    """Bytes of a projection: NF4 has a byte of scale in 64 values and a float32 in 256 of these (`quant.nf4`)."""
-    if storage == "nf4":
-        scales = -(-values // _NF4_BLOCK)
-        return -(-values // 2) + scales + 4 * -(-scales // DYNAMIC_BLOCK) + 4
-    if storage == "int8":
-        return values + 4 * -(-values // _INT8_BLOCK)
-    return values * (4 if storage == "masters" else element)
 
 
 def model_items(held: Held) -> list[Item]:

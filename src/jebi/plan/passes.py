@@ -7,18 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from jebi.config import Checkpointing
-from jebi.config.limits import CHUNK_BYTES, CHUNK_TOKENS
+from jebi.config.limits import CHUNK_TOKENS
 from jebi.models.families import DecoderShape
-from jebi.plan.activations import host_bytes_per_token, kept_bytes_per_token, work_bytes
+from jebi.plan.activations import host_bytes_per_token, kept_bytes_per_token, loss_bytes, work_bytes
 
 CPU_PASS_TOKENS = 2048
 """On a CPU longer passes gain nothing: a pass of this many tokens already runs its products at full rate."""
 GPU_PASS_TOKENS = 8192
 """On a card passes beyond this gain nothing either (Llama 8B, H100: 4,096 and 8,192 tokens run at the same rate), and
 their buffers only grow."""
-_SHARE = 0.8
-"""Of the free memory; the rest is for the allocator's slack."""
-
+_SHARE, _SHARE_SHARED = 0.92, 0.8
+"""Of the room that is used: on a card for what a prediction may be off; of a host's memory, which others use too."""
 
 _RECOMPUTING = 0.3
 _DEQUANTISING, _PASS, _HEAD_ON_HOST = 250, 30, 400
@@ -60,7 +59,7 @@ class Room:
     """Memory that training may take beside the loaded model; bytes."""
 
     card: int
-    """On the device."""
+    """On the device, less what its allocator will keep beside."""
     weights: int = 0
     """What keeping packed weights dequantised would take of it; 0 where none are packed."""
     scratch: int = 0
@@ -69,6 +68,16 @@ class Room:
     """Host memory for activations; 0 where the model is in it too."""
     on_card: bool = True
     """Whether the device is a card."""
+
+    @property
+    def usable(self) -> int:
+        """What a plan may take of the device."""
+        return int(self.card * (_SHARE if self.on_card else _SHARE_SHARED))
+
+    @property
+    def usable_host(self) -> int:
+        """What a plan may take of host memory."""
+        return int(self.host * _SHARE_SHARED)
 
 
 def choose(
@@ -85,10 +94,10 @@ def choose(
         limit: most tokens worth having in a pass.
     """
     size = _Size(shape, element, longest_row, limit, room.on_card)
-    budget = int(room.card * _SHARE) - 2 * CHUNK_BYTES
+    budget = room.usable
     modes: list[Checkpointing] = ["none", "keep_attention", "recompute"]
     on_host = host_bytes_per_token(shape, element)
-    if asked is None and size.least * on_host <= room.host * _SHARE:
+    if asked is None and size.least * on_host <= room.usable_host:
         modes.append("offload")
     found: list[PassPlan] = []
     for mode in modes if asked is None else [asked]:
@@ -97,7 +106,7 @@ def choose(
             for plan in size.plans(mode, left, keep or not room.weights, asked is None):
                 tokens = plan.tokens
                 if asked is None and mode == "offload":
-                    tokens = min(tokens, int(room.host * _SHARE) // on_host)
+                    tokens = min(tokens, room.usable_host // on_host)
                 found.append(replace(plan, tokens=tokens, keep_weights=keep and bool(room.weights)))
     if found:
         return min(found, key=lambda plan: plan.cost)
@@ -147,7 +156,7 @@ class _Size:
             work = work_bytes(self.shape, self.element, mode, tokens, chunk, self.on_card)
             if kept:
                 work = max(work, work_bytes(self.shape, self.element, "none", tokens, chunk, self.on_card))
-            return tokens * each + work <= room
+            return tokens * each + max(work, loss_bytes(self.shape, self.element, tokens, self.on_card)) <= room
 
         low, high = 0, max(self.limit, self.least)
         if fits(high):
@@ -170,13 +179,13 @@ class _Size:
 
 def longest_row(shape: DecoderShape, element: int, room: Room, asked: Checkpointing | None) -> int:
     """Tokens of the longest row that a room holds, by the plan that takes the least; 0 where there is none."""
-    budget = int(room.card * _SHARE) - 2 * CHUNK_BYTES - room.scratch
+    budget = room.usable - room.scratch
     modes: list[Checkpointing] = ["none", "keep_attention", "recompute", "offload"] if asked is None else [asked]
     found = []
     for mode in modes:
         most = _Size(shape, element, 1, _LONGEST, room.on_card).most(mode, budget, _CHUNKS[-1], 0)
         if mode == "offload":
-            most = min(most, int(room.host * _SHARE) // host_bytes_per_token(shape, element))
+            most = min(most, room.usable_host // host_bytes_per_token(shape, element))
         found.append(most)
     return max(found)
 

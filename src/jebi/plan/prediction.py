@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from jebi.config import Checkpointing, Places
+from jebi.config import LoraConfig, Places
 from jebi.plan.cards import Card
 from jebi.plan.inventory import (
     CONTEXT_BYTES,
+    OPTIMIZERS_8BIT,
     PROCESS_BYTES,
     Held,
     Item,
@@ -20,48 +21,13 @@ from jebi.plan.inventory import (
     kept_weight_bytes,
     model_items,
     scratch_bytes,
+    slack_bytes,
     total,
 )
+from jebi.plan.jobs import Job
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose, longest_row
 from jebi.plan.places import best, reliefs
 from jebi.plan.time import Load, StepTime, step_time
-
-
-@dataclass(frozen=True)
-class Job:
-    """A training, as settings and rows say it."""
-
-    held: Held
-    """The model and its adapter."""
-    longest: int
-    """``max_seq_length``."""
-    batch: int
-    """Rows of an optimizer step: batch size times accumulation."""
-    steps: int
-    """Optimizer steps."""
-    asked: Checkpointing | None = None
-    """What layers keep, where the user says so."""
-    places: Places = Places()  # noqa: RUF009  (frozen)
-    """Where embedding and head are to be, as far as that is said."""
-    row: float | None = None
-    """Mean tokens of a row; None where all are as long as may be."""
-    spread: float = 0.0
-    """Standard deviation of a row's tokens."""
-    learnt: float = 1.0
-    """Share of the tokens that are learnt."""
-    checkpoints: int = 0
-    """Checkpoints that lie on disk."""
-
-    @property
-    def step_tokens(self) -> float:
-        """Mean tokens of a step."""
-        return self.batch * (self.row or self.longest)
-
-    @property
-    def most_tokens(self) -> int:
-        """Tokens of a large step: two standard deviations above the mean."""
-        most = self.step_tokens + 2 * self.spread * math.sqrt(self.batch)
-        return max(1, min(self.batch * self.longest, math.ceil(most)))
 
 
 @dataclass(frozen=True)
@@ -133,12 +99,10 @@ def predict(job: Job, card: Card, budget: int, host: int = 0) -> Prediction:
     start = _placed(held, job.places, on_card)
     held = replace(held, places=start)
     free = budget - total(model_items(held)) - total(adapter_items(held))
-    free -= CONTEXT_BYTES if on_card else PROCESS_BYTES
+    free -= CONTEXT_BYTES + slack_bytes(budget) if on_card else PROCESS_BYTES
     weights = kept_weight_bytes(held) if on_card else 0
     room = Room(free, weights, scratch_bytes(held), host if on_card else 0, on_card)
-    limit = GPU_PASS_TOKENS if on_card else CPU_PASS_TOKENS
-    # A step's rows are all that a pass can have.
-    limit = min(limit, max(job.longest, _round(job.most_tokens)))
+    limit = job.pass_limit(GPU_PASS_TOKENS if on_card else CPU_PASS_TOKENS)
 
     def plan_of(free: Room) -> PassPlan:
         return choose(held.shape, held.element, free, job.longest, job.asked, limit)
@@ -149,9 +113,8 @@ def predict(job: Job, card: Card, budget: int, host: int = 0) -> Prediction:
         held = replace(held, places=_placed(held, relief.places, on_card))
     else:
         plan = plan_of(room)
-    made = Pass(
-        _filled(replace(job, held=held), plan), plan.checkpointing, plan.chunk, plan.keep_weights, plan.kept_layers
-    )
+    tokens = replace(job, held=held).filled(plan.tokens, plan.fits)
+    made = Pass(tokens, plan.checkpointing, plan.chunk, plan.keep_weights, plan.kept_layers)
     if not plan.fits:
         plan = replace(plan, tokens=made.tokens)
     items = everything(held, made, job.checkpoints)
@@ -177,22 +140,70 @@ def next_faster(current: Prediction, others: Iterable[Prediction]) -> Prediction
     return max(found, key=lambda each: each.step.seconds, default=None)
 
 
-def remedies(current: Prediction, host: int) -> list[tuple[str, Prediction]]:
-    """Settings, ready to paste, with which a job that does not fit would; the least change first."""
-    job, held = current.job, current.job.held
-    changes: list[tuple[str, Job]] = []
-    if held.storage in ("dense", "int8"):
-        changes.append(("model.load_in_4bit: true", replace(job, held=replace(held, storage="nf4"))))
-    if job.asked is not None:
-        changes.append(('use_gradient_checkpointing="auto"', replace(job, asked=None)))
-    if job.places != Places():
-        changes.append(("model.embedding: auto, model.head: auto", replace(job, places=Places())))
-    if 128 <= current.longest < job.longest:
-        length = current.longest // 128 * 128
-        row = None if job.row is None else min(job.row, length)
-        changes.append((f"model.max_seq_length: {length}", replace(job, longest=length, row=row)))
-    tried = [(text, predict(changed, current.card, current.budget, host)) for text, changed in changes]
-    return [(text, found) for text, found in tried if found.fits]
+def remedies(current: Prediction, host: int) -> list[tuple[tuple[str, ...], Prediction]]:
+    """Settings ``section.key=value`` with which a job that does not fit would, the least change first.
+
+    Each by itself; where none is enough by itself, the first of them that are enough together.
+    """
+    made: list[tuple[tuple[str, ...], Prediction]] = []
+    together, settings = current, tuple[str, ...]()
+    for change in (_fewer_bits, _adapter, _small_optimizer, _own_choice, _own_places, _shorter):
+        if (found := change(current)) is not None:
+            tried = predict(found[1], current.card, current.budget, host)
+            made += [(found[0], tried)] if tried.fits else []
+        # After those before it, which may have made room for longer rows.
+        if not together.fits and (more := change(together)) is not None:
+            together = predict(more[1], current.card, current.budget, host)
+            settings += more[0]
+    return made or ([(settings, together)] if together.fits else [])
+
+
+_Change = tuple[tuple[str, ...], Job] | None
+
+
+def _fewer_bits(found: Prediction) -> _Change:
+    job = found.job
+    if job.held.storage not in ("dense", "int8"):
+        return None
+    # Both settings, since they exclude each other.
+    before = ("model.load_in_8bit=false",) if job.held.storage == "int8" else ()
+    return (*before, "model.load_in_4bit=true"), replace(job, held=replace(job.held, storage="nf4"))
+
+
+def _adapter(found: Prediction) -> _Change:
+    job = found.job
+    if job.held.storage != "masters":
+        return None
+    held = replace(job.held, storage="nf4", lora=LoraConfig())
+    return ("model.full_finetuning=false",), replace(job, held=held)
+
+
+def _small_optimizer(found: Prediction) -> _Change:
+    job = found.job
+    if job.held.optimizer in OPTIMIZERS_8BIT:
+        return None
+    return ("train.optim=adamw_8bit",), replace(job, held=replace(job.held, optimizer="adamw_8bit"))
+
+
+def _own_choice(found: Prediction) -> _Change:
+    if found.job.asked is None:
+        return None
+    return ("train.gradient_checkpointing=false",), replace(found.job, asked=None)
+
+
+def _own_places(found: Prediction) -> _Change:
+    if found.job.places == Places() or not found.job.held.on_card:
+        return None
+    return ("model.embedding=auto", "model.head=auto"), replace(found.job, places=Places())
+
+
+def _shorter(found: Prediction) -> _Change:
+    job = found.job
+    length = found.longest // 128 * 128
+    if not 128 <= length < job.longest:
+        return None
+    row = None if job.row is None else min(job.row, length)
+    return (f"model.max_seq_length={length}",), replace(job, longest=length, row=row)
 
 
 def _placed(held: Held, places: Places, on_card: bool) -> Places:
@@ -203,16 +214,3 @@ def _placed(held: Held, places: Places, on_card: bool) -> Places:
     if held.shape.tied and head not in ("nf4", "int8") and "host" in (embedding, head):
         return Places("host", "host")
     return Places("host" if embedding == "host" else "card", "card" if head == "auto" else head)
-
-
-def _filled(job: Job, plan: PassPlan) -> int:
-    """Tokens that a pass really has: whole rows, no more than a step's."""
-    if job.row is None and plan.tokens >= job.longest:
-        return min(plan.tokens // job.longest, job.batch) * job.longest
-    most = _round(job.most_tokens) if job.held.on_card else job.most_tokens
-    return min(max(plan.tokens, job.longest if not plan.fits else 1), most)
-
-
-def _round(tokens: int) -> int:
-    """Passes of a card are padded to multiples of 256."""
-    return -(-tokens // 256) * 256

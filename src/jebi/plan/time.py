@@ -8,7 +8,8 @@ of which products 325, attention 41, the rest 105; 16,500 tokens/s, recomputing 
 from dataclasses import dataclass
 
 from jebi.plan.cards import Card
-from jebi.plan.inventory import Held, Pass, weight_bytes
+from jebi.plan.inventory import Held, Pass
+from jebi.quant.footprint import weight_bytes
 
 _HOST_SECONDS = 0.045
 """Of a step: optimizer, logging, launches (49 ms measured beside the passes of 16,384 tokens)."""

@@ -1,5 +1,7 @@
 """A plan in words, for the command and for the line at the start of a training."""
 
+from collections.abc import Iterable
+
 from jebi.config import Checkpointing, Places
 from jebi.plan.inventory import Held
 from jebi.plan.passes import PassPlan
@@ -23,3 +25,8 @@ def words(plan: PassPlan, places: Places, held: Held, layers: int) -> str:
     if moved:
         parts.append(f"{' and '.join(moved)} in host memory")
     return ", ".join(parts)
+
+
+def pasted(settings: Iterable[str]) -> str:
+    """Settings as they are put behind ``jebi train`` and ``jebi plan``."""
+    return " ".join(f"--set {setting}" for setting in settings)
