@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from jebi.config import LoraConfig
-from jebi.errors import ConfigError
+from jebi.errors import OutOfMemoryError
 from jebi.models.hf import JebiForCausalLM
 from jebi.plan.inventory import model_items, total
-from jebi.training import engine, planning
-from jebi.training.engine import Settings, make_plan
-from jebi.training.planning import allowed_bytes, held_of, within
+from jebi.training import budget, engine
+from jebi.training.budget import allowed_bytes, within
+from jebi.training.engine import make_plan
+from jebi.training.pass_settings import Settings
+from jebi.training.planning import held_of
 
 CPU = torch.device("cpu")
 
@@ -46,11 +48,11 @@ def test_the_prediction_is_told_and_reported(
 
 def test_a_budget_is_what_is_left_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     total_memory = psutil.virtual_memory().total
-    monkeypatch.setattr(planning, "free_bytes", lambda device: total_memory)
+    monkeypatch.setattr(budget, "free_bytes", lambda device: total_memory)
     held = psutil.Process().memory_info().rss
     assert allowed_bytes(CPU, None) == total_memory
     assert allowed_bytes(CPU, 0.5) == pytest.approx(total_memory // 2 - held, rel=0.01)
-    monkeypatch.setattr(planning, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(budget, "free_bytes", lambda device: 1000)
     assert allowed_bytes(CPU, 0.5) == 1000
 
 
@@ -58,7 +60,9 @@ def test_a_budget_too_small_is_told_before_a_step(
     make_model: Callable[..., JebiForCausalLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "allowed_bytes", lambda device, budget: 2**20)
-    with pytest.raises(ConfigError, match="memory_budget '1MB' does not hold a row of 128 tokens"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"memory_budget '1MB' does not hold a row of 128 tokens: .* raise it to"
+    ):
         make_plan(make_model(), Settings(128, None, False, False, 0.0, False, budget="1MB"))
     assert not make_plan(make_model(), Settings(128, None, False, False, 0.0, False)).fits, "only a budget is a promise"
 

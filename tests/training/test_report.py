@@ -46,6 +46,18 @@ def test_what_was_predicted_stands_beside_it() -> None:
     told = dataclasses.replace(DONE, predicted={"peak_gb": 6.5}).text().splitlines()
     assert told[:-1] == DONE.text().splitlines()
     assert told[-1] == "Predicted peak reserved memory = 6.500 GB."
+    timed = dataclasses.replace(DONE, predicted={"peak_gb": 6.5, "step_seconds": 7.5}, step_seconds=7.841).text()
+    assert timed.splitlines()[-1] == "A step took 7.841 s; predicted were 7.500 s."
+    assert dataclasses.replace(DONE, step_seconds=7.841).text().endswith("\nA step took 7.841 s.")
+
+
+def test_a_step_is_timed_by_the_median_of_those_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([0.0, 20.0, 21.0, 22.0, 30.0, 31.0, 32.0])
+    monkeypatch.setattr(report.time, "perf_counter", lambda: next(moments))
+    meter = Meter(CPU)
+    for _ in range(7):
+        meter.step()
+    assert meter.report(7, 0, {}, {}).step_seconds == 1.0
 
 
 def test_the_file_holds_the_figures_and_the_loss_curve(tmp_path: Path) -> None:
@@ -59,6 +71,7 @@ def test_the_file_holds_the_figures_and_the_loss_curve(tmp_path: Path) -> None:
         "tokens": 107_232,
         "plan": {"pass_tokens": 4096, "checkpointing": "recompute"},
         "predicted": {},
+        "step_seconds": None,
         "minutes": DONE.minutes,
         "training_gb": DONE.training_gb,
         "peak_percent": DONE.peak_percent,

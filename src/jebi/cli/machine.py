@@ -1,14 +1,14 @@
 """The card or processor that `jebi plan` plans for: the one that is named, or this machine's, read without torch."""
 
 import math
-import os
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from jebi.plan.budget import budget_bytes
-from jebi.plan.cards import Card, find_card, present_card, processor
+from jebi.plan.cards import Card, find_card
+from jebi.plan.measured import known, known_processor
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def device_for(gpu: str | None, memory: str | None) -> Device:
     free = int(psutil.virtual_memory().available)
     if (found := _present()) is not None:
         return Device(found[0], found[1], free)
-    return Device(processor(os.cpu_count() or 1, psutil.virtual_memory().total), free, 0)
+    return Device(known_processor(psutil.virtual_memory().total), free, 0)
 
 
 def _present() -> tuple[Card, int] | None:
@@ -66,8 +66,7 @@ def _present() -> tuple[Card, int] | None:
         memory, left = int(total) * 2**20, int(free) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
-    card = present_card(name, memory) or Card(name.strip(), memory, math.nan, None, math.nan, math.nan)
-    return card, left
+    return known(name.strip(), memory), left
 
 
 def _processor_has_bfloat16() -> bool:

@@ -1,4 +1,4 @@
-"""How much memory a run may take, as people say it: bytes, "16GB", a share of the card, or nothing for all there is."""
+"""How much memory a run may take, as people say it: bytes, "16GB", a share of the card, or "free" for all there is."""
 
 import re
 from collections.abc import Mapping
@@ -8,21 +8,23 @@ from jebi.config import Checkpointing
 from jebi.errors import ConfigError
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+FREE = "free"
+"""All that is free, as where nothing is said."""
 
 
 def budget_bytes(budget: float | str | None, total: int) -> int:
     """Bytes of a budget; gigabytes are 2**30 bytes, as in the report.
 
     Args:
-        budget: bytes, a text such as "16GB" or "900 MiB", a share of ``total`` up to 1, or None for all of it.
+        budget: bytes, a text such as "16GB" or "900 MiB", a share of ``total`` up to 1; "free" and None are all of it.
         total: bytes there are.
 
     Raises:
         ConfigError: it is none of these, or more than there is.
     """
-    if budget is None:
+    if budget in (None, FREE):
         return total
-    way_out = 'use bytes, a text such as "16GB", a share such as 0.5, or null for all there is.'
+    way_out = 'use bytes, a text such as "16GB", a share such as 0.5, or "free" for all there is.'
     if isinstance(budget, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", budget.lower())
         if match is None:

@@ -1,4 +1,5 @@
-"""Known cards: their memory and the rates that a training reaches on them. The present machine is read by `cli.plan`.
+"""Known cards: their memory and the rates that a training reaches on them. What was measured of the present
+machine is `measured`'s.
 
 Peaks are the vendors' for dense products with float32 sums. What is reached of them was measured on H100 and H200 with
 the products of Llama 8B's shape (750 TFLOP/s of 989 in 16 bits, 1,350 of 1,979 in 8, 3.0 of 3.35 TB/s; torch 2.11); of
@@ -29,6 +30,8 @@ class Card:
     """Bytes a second to and from host memory."""
     bfloat16: bool = True
     """Whether it computes in bfloat16; else in float16."""
+    attention: float | None = None
+    """FLOP/s of attention, forward and backward, in rows of 2,048 tokens, where it was measured."""
     spread: float = 0.3
     """Predicted times are within this share of what is measured, as far as is known."""
 

@@ -13,6 +13,7 @@ from jebi.models.families import DecoderShape
 from jebi.plan.budget import checkpointing_of
 from jebi.plan.inventory import Held
 from jebi.plan.rows import estimate
+from jebi.plan.time import Load
 
 _TABLES = (".jsonl", ".json", ".csv")
 
@@ -47,22 +48,26 @@ class Job:
         """Mean tokens of a step."""
         return self.batch * (self.row or self.longest)
 
-    @property
-    def most_tokens(self) -> int:
-        """Tokens of a large step: two standard deviations above the mean."""
-        most = self.step_tokens + 2 * self.spread * math.sqrt(self.batch)
+    def most_tokens(self, deviations: int) -> int:
+        """Tokens of a large step, so many standard deviations above the mean."""
+        most = self.step_tokens + deviations * self.spread * math.sqrt(self.batch)
         return max(1, min(self.batch * self.longest, math.ceil(most)))
 
     def pass_limit(self, most: int) -> int:
-        """Most tokens that a pass needs, where ``most`` are worth having: a step's rows are all that it can have."""
-        return min(most, max(self.longest, padded(self.most_tokens)))
+        """Most tokens that a pass needs, where ``most`` are worth having: all rows of about any step."""
+        return min(most, max(self.longest, padded(self.most_tokens(4))))
 
     def filled(self, tokens: int, fits: bool = True) -> int:
-        """Tokens that the largest pass really has, of those that a plan allows: whole rows, no more than a step's."""
+        """Tokens that a run's largest pass has, of those that a plan allows: whole rows, no more than a step's."""
         if self.row is None and tokens >= self.longest:
             return min(tokens // self.longest, self.batch) * self.longest
-        most = padded(self.most_tokens) if self.held.on_card else self.most_tokens
-        return min(max(tokens, 1 if fits else self.longest), most)
+        large = self.most_tokens(2)
+        return min(max(tokens, 1 if fits else self.longest), padded(large) if self.held.on_card else large)
+
+    def load(self, pass_tokens: int) -> Load:
+        """A step's rows, in passes of so many tokens."""
+        passes = math.ceil(self.step_tokens / max(1, pass_tokens))
+        return Load(self.step_tokens, self.row or self.longest, self.learnt, passes)
 
 
 def padded(tokens: int) -> int:

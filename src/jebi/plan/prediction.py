@@ -27,7 +27,7 @@ from jebi.plan.inventory import (
 from jebi.plan.jobs import Job
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose, longest_row
 from jebi.plan.places import best, reliefs
-from jebi.plan.time import Load, StepTime, step_time
+from jebi.plan.time import StepTime, step_time
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,9 @@ def predict(job: Job, card: Card, budget: int, host: int = 0) -> Prediction:
         plan = replace(plan, tokens=made.tokens)
     items = everything(held, made, job.checkpoints)
     fits = plan.fits and total(items) <= budget
-    passes = math.ceil(job.step_tokens / max(1, made.tokens))
-    load = Load(job.step_tokens, job.row or job.longest, job.learnt, passes)
     longest = longest_row(held.shape, held.element, room, job.asked)
-    return Prediction(
-        job, card, budget, fits, plan, held.places, tuple(items), longest, step_time(held, made, load, card)
-    )
+    step = step_time(held, made, job.load(made.tokens), card)
+    return Prediction(replace(job, held=held), card, budget, fits, plan, held.places, tuple(items), longest, step)
 
 
 def smallest(current: Prediction, others: Iterable[Prediction]) -> Prediction | None:

@@ -20,6 +20,8 @@ _QUANTISED = 10
 _ATTENTION, _ATTENTION_ROW = 0.8, 1200
 """Attention reaches 0.8 n / (n + 1,200) of the products' rate in rows of n tokens: 376 TFLOP/s at 2,048, 542 at
 16,384."""
+_MEASURED_ROW = 2048
+"""Tokens of the rows in which `Card.attention` is measured."""
 _BACKWARD = 2.5
 """Attention's backward has five products for its forward's two."""
 
@@ -92,17 +94,24 @@ def step_time(held: Held, made: Pass, load: Load, card: Card) -> StepTime:
     )
     remade = recomputed if mode == "recompute" else 0.0
     attention = load.tokens * scores * (1 + _BACKWARD + remade)
-    efficiency = _ATTENTION * load.row / (load.row + _ATTENTION_ROW)
+    scoring = card.products * _efficiency(load.row)
+    if card.attention is not None:
+        scoring *= card.attention / (card.products * _efficiency(_MEASURED_ROW))
     head = 4 * shape.vocabulary * layer.width * load.tokens * load.learnt
     return StepTime(
         products=base / rate + thin / card.products,
-        attention=attention / (card.products * efficiency),
+        attention=attention / scoring,
         head=head / card.products,
         traffic=_traffic(held, made, load, recomputed) / card.bandwidth,
         bus=_bus(held, made, load) / card.bus,
         host=_HOST_SECONDS,
         spread=card.spread,
     )
+
+
+def _efficiency(row: float) -> float:
+    """Share of the products' rate that attention reaches in rows of so many tokens."""
+    return _ATTENTION * row / (row + _ATTENTION_ROW)
 
 
 def _traffic(held: Held, made: Pass, load: Load, recomputed: float) -> float:

@@ -30,3 +30,15 @@ def words(plan: PassPlan, places: Places, held: Held, layers: int) -> str:
 def pasted(settings: Iterable[str]) -> str:
     """Settings as they are put behind ``jebi train`` and ``jebi plan``."""
     return " ".join(f"--set {setting}" for setting in settings)
+
+
+def keywords(settings: Iterable[str]) -> str:
+    """The same as a script passes them."""
+    texts = []
+    for setting in settings:
+        name, _, value = setting.rpartition(".")[2].partition("=")
+        if name == "gradient_checkpointing":
+            name, value = "use_gradient_checkpointing", "auto"
+        python = {"true": "True", "false": "False"}.get(value) or (value if value.isdigit() else f'"{value}"')
+        texts.append(f"{name}={python}")
+    return ", ".join(texts)

@@ -14,6 +14,7 @@ from jebi.data.findings import require_codes
 from jebi.data.long_rows import require_choice
 from jebi.data.preparation import Learn
 from jebi.errors import ConfigError
+from jebi.models.hf import JebiForCausalLM
 from jebi.plan.budget import budget_bytes
 
 
@@ -85,6 +86,14 @@ def check(args: TrainingArguments, dtype: torch.dtype, device: torch.device) -> 
         if getattr(args, name) and dtype != cast:
             raise ConfigError(f"{name} would cast the model; load it with dtype=torch.{_name(cast)} instead.")
     return _precision(args, dtype, device)
+
+
+def require_trainable(model: object) -> None:
+    """Refuse what is no model of jebi's, or has nothing to train."""
+    if not isinstance(model, JebiForCausalLM):
+        raise ConfigError("model must come from FastLanguageModel.from_pretrained; for others use TRL's SFTTrainer.")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("nothing is trainable: call FastLanguageModel.get_peft_model(model, ...) first.")
 
 
 def learning_of(args: TrainingArguments) -> Learn:

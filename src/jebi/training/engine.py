@@ -7,66 +7,32 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import TrainingArguments
-from transformers.training_args import OptimizerNames
 
 from jebi.data.heldout import inputs_of
 from jebi.data.passes import Pass
-from jebi.errors import ConfigError
 from jebi.models.compute import require_card, require_layers
 from jebi.models.device import free_bytes
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import movable, place, placed, resolve
 from jebi.nn.fp8_product import Fp8Product
-from jebi.plan.inventory import trained
-from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose, longest_row
+from jebi.plan.inventory import slack_bytes, trained
+from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose
 from jebi.plan.places import Relief, best, reliefs
-from jebi.training.arguments import SFTConfig
+from jebi.training.budget import allowed_bytes
 from jebi.training.graphs import Padded, PassGraphs, padded
-from jebi.training.planning import allowed_bytes
+from jebi.training.pass_settings import Settings
+from jebi.training.planning import job_of
+from jebi.training.room import require_room
 
 logger = logging.getLogger(__name__)
 
 Loss = Callable[[nn.Module, dict[str, object], Tensor | int], Tensor]
 """The trainer's own way from the model's keywords to the loss of a pass."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the trainer's arguments say of passes."""
-
-    longest: int
-    """Tokens of the longest row."""
-    pass_tokens: int | None
-    """Most tokens of a pass, where the user says so."""
-    recompute: bool
-    """Whether activations are to be recomputed, whatever the model says."""
-    offload: bool
-    """And from layer inputs in host memory."""
-    label_smoothing: float
-    """Share of the target spread over the vocabulary."""
-    graphs: bool
-    """Whether passes may be captured."""
-    optimizer: str = "adamw_8bit"
-    """`TrainingArguments.optim`."""
-    budget: float | str | None = None
-    """Memory that the training may take, as `plan.budget` reads it; None for all that is free."""
-
-
-def settings_of(args: TrainingArguments, longest: int, graphs: bool) -> Settings:
-    """The trainer's arguments as they concern passes."""
-    recompute = args.gradient_checkpointing_kwargs or {}
-    assert not isinstance(recompute, str), "TrainingArguments turns text into a dictionary"
-    wanted, offload = bool(args.gradient_checkpointing), bool(recompute.get("offload"))
-    optimizer = OptimizerNames(args.optim).value
-    tokens, budget = (args.pass_tokens, args.memory_budget) if isinstance(args, SFTConfig) else (None, None)
-    return Settings(longest, tokens, wanted, offload, args.label_smoothing_factor, graphs, optimizer, budget)
 
 
 def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
@@ -75,35 +41,24 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
     Where nothing else fits, embedding and head leave the card, as far as the model leaves that open.
 
     Raises:
-        ConfigError: the model's ``compute`` cannot be had with this device or adapter, or the budget is too small.
+        ConfigError: the model's ``compute`` cannot be had with this device or adapter.
+        OutOfMemoryError: the budget is too small, or the longest row surely does not fit.
     """
     backbone, device, fp8 = model.model, model.device, model.compute == "fp8"
     if fp8:
         require_card(device, model.dtype)
         require_layers(backbone)
-    asked = None if getattr(model, "auto_checkpointing", False) else backbone.checkpointing
-    if settings.recompute and asked in (None, "none"):
-        asked = "offload" if settings.offload else "recompute"
-    element, limit = model.dtype.itemsize, CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS
+    job = job_of(model, settings)
+    element = model.dtype.itemsize
+    limit = job.pass_limit(CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS)
     room, options = _room(model, settings, fp8), _reliefs(model)
     now = next((o.frees for o in options if resolve(o.places, backbone.shape.tied, device) == placed(model)), 0)
     relief, plan = best(
-        options, now, room, lambda free: choose(backbone.shape, element, free, settings.longest, asked, limit)
+        options, now, room, lambda free: choose(backbone.shape, element, free, settings.longest, job.asked, limit)
     )
-    if settings.budget is not None and not plan.fits:
-        freed = dataclasses.replace(room, card=room.card + relief.frees - now)
-        longest = longest_row(backbone.shape, element, freed, asked)
-        shorter = f"lower max_seq_length to {longest}, " if longest else ""
-        raise ConfigError(
-            f"memory_budget {settings.budget!r} does not hold a row of {settings.longest} tokens beside the model: "
-            f"{shorter}raise it, or hold the model in fewer bits."
-        )
     if not plan.fits:
-        ways = "lower it, or " + ("" if asked in (None, "offload") else "leave use_gradient_checkpointing 'auto', or ")
-        logger.warning(
-            f"rows of max_seq_length={settings.longest} tokens may not fit into the {room.card / 2**30:.2f} GiB that "
-            f"are free for training: {ways}free memory."
-        )
+        places = resolve(relief.places, backbone.shape.tied, device)
+        require_room(model, settings, plan, room.card + relief.frees - now, places)
     place(model, relief.places)
     if relief != options[0]:
         at = placed(model)
@@ -134,7 +89,10 @@ def _room(model: JebiForCausalLM, settings: Settings, fp8: bool) -> Room:
     backbone, device = model.model, model.device
     cast = model.dtype.itemsize if device.type == "cuda" and model.adapter is not None else 0
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
-    free = allowed_bytes(device, settings.budget) - trained(sizes, settings.optimizer, cast).bytes
+    free = allowed_bytes(device, settings.budget)
+    if device.type == "cuda":
+        free -= slack_bytes(free + torch.cuda.memory_allocated(device))
+    free -= trained(sizes, settings.optimizer, cast).bytes
     if fp8:
         free -= Fp8Product.BYTES * sum(layer.dense_values() for layer in backbone.decoder_layers())
     packed = model.packed_values()
@@ -162,6 +120,8 @@ class Engine:
         self._model, self._plan, self._settings, self._accelerator = model, plan, settings, accelerator
         self._places, self._stacked = placed(model), self._count_stacked()
         self._graphs: PassGraphs | None = None
+        self.passing = False
+        """Whether a step's passes are under way, which leave the weights as the last step made them."""
         self._open_graphs()
 
     def _open_graphs(self) -> None:
@@ -198,6 +158,7 @@ class Engine:
             items: learnt tokens of the step, over all processes, by which the losses are divided.
             loss_of: the trainer's own way to a pass's loss.
         """
+        self.passing = True
         self._restore()
         device = self._accelerator.device
         total = torch.zeros((), device=device)
@@ -212,4 +173,5 @@ class Engine:
                 loss = loss_of(model, inputs, items)
                 self._accelerator.backward(loss)
             total += loss.detach()
+        self.passing = False
         return total
