@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from jebi.kernels.rope import rope_tables
-from jebi.nn.attention import AttentionForm
 from jebi.nn.base_product import DenseProduct, Scratch
 from jebi.nn.host_memory import HostMemory
-from jebi.nn.layer import DecoderLayer, LayerShape
+from jebi.nn.layer import DecoderLayer
 from jebi.nn.layer_node import Keeping, run_layer
 from jebi.nn.lora import Lora
 from jebi.nn.rows import rows_from_lengths
+from jebi.nn.shape import AttentionForm, LayerShape
 from jebi.quant.nf4 import NF4Weight
 
 CARD = torch.device("cuda", 0)

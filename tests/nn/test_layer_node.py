@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jebi.kernels.rope import rope_tables
-from jebi.nn.attention import AttentionForm, attend_rows
+from jebi.nn.attention import attend_rows
 from jebi.nn.base_product import DenseProduct, Scratch
 from jebi.nn.host_memory import HostMemory
 from jebi.nn.layer import DecoderLayer, LayerShape, Norm
 from jebi.nn.layer_node import Keep, Keeping, run_layer, serves
 from jebi.nn.lora import Lora
 from jebi.nn.rows import Rows, rows_from_lengths
+from jebi.nn.shape import AttentionForm
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
 

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from jebi.cli import chat, compare, demo, inspect, models, train, version
+from jebi.cli import chat, compare, demo, inspect, models, plan, train, version
 from jebi.errors import JebiError
 
 INTERRUPTED = 130
@@ -17,6 +17,7 @@ INTERRUPTED = 130
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("demo")(demo.command)
+app.command("plan")(plan.command)
 app.command("train")(train.command)
 app.command("inspect")(inspect.command)
 app.command("chat")(chat.command)
@@ -36,6 +37,8 @@ def run() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    # What a training will take is told as it begins.
+    logging.getLogger("jebi.training.planning").setLevel(logging.INFO)
     try:
         app()
     except JebiError as error:

@@ -8,7 +8,6 @@ Shapes: T tokens of all rows, B batch, S new tokens, L cached length, D width.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +15,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
+from jebi.config import Checkpointing
+from jebi.config.limits import CHUNK_TOKENS
 from jebi.models.families import DecoderShape
-from jebi.nn.attention import AttentionForm, attend_cached, attend_rows, seen
+from jebi.nn.attention import attend_cached, attend_rows, seen
 from jebi.nn.base_product import DenseProduct, Scratch
 from jebi.nn.embedding import Embedding
 from jebi.nn.fp8_product import Fp8Product
 from jebi.nn.group import Stacked
 from jebi.nn.host_memory import HostMemory
 from jebi.nn.layer import DecoderLayer, Norm, stream_scale
-from jebi.nn.layer_node import CHUNK_TOKENS, Keep, Keeping, run_layer, serves
+from jebi.nn.layer_node import Keep, Keeping, run_layer, serves
 from jebi.nn.rotary import Rotary, Tables
 from jebi.nn.rows import Rows
-
-Checkpointing = Literal["none", "keep_attention", "recompute", "offload"]
-"""Keep every layer's activations; recompute them from the layer's input and attention's output; from the input alone;
-from input and attention's output, both in host memory."""
+from jebi.nn.shape import AttentionForm
 
 _KEEP: dict[Checkpointing, Keep] = {
     "none": "all",

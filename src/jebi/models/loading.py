@@ -30,6 +30,7 @@ from jebi.models.rope import read_rotary
 from jebi.models.staging import staged
 from jebi.nn.host_weight import HostWeight, matrix
 from jebi.nn.linear import Linear
+from jebi.quant.footprint import weight_bytes
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
 
@@ -126,12 +127,12 @@ def load_model(
 
 def _bytes(model: JebiForCausalLM, storage: Storage) -> int:
     """What all weights take on a card, and what making the largest of them takes beside."""
-    each = {"nf4": 0.52, "int8": 1.07, "masters": 4.0}.get(storage, model.dtype.itemsize)
     layers = [linear.in_features * linear.out_features for name, linear in model.linears() if name != "lm_head"]
     tables = (2 - model.model.shape.tied) * model.model.shape.vocabulary * model.model.shape.layer.width
     # The original beside its float32 copy and codes.
     making = max(layers) * (model.dtype.itemsize + 4 + 2)
-    return int(sum(layers) * each) + tables * model.dtype.itemsize + making
+    projections = sum(weight_bytes(storage, values, model.dtype.itemsize) for values in layers)
+    return projections + tables * (4 if storage == "masters" else model.dtype.itemsize) + making
 
 
 def _tie(model: JebiForCausalLM, own_head: bool) -> None:

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from jebi.config.limits import CHUNK_TOKENS
 from jebi.nn.attention_pair import Attended, attention_backward, attention_forward
 from jebi.nn.host_memory import HostMemory
 from jebi.nn.layer import DecoderLayer
@@ -51,9 +52,6 @@ from jebi.nn.rows import Rows
 Keep = Literal["all", "input_and_attention", "input", "input_on_host"]
 """What a layer keeps from its forward: what its backward reads; its input and, where `attention_pair` can, attention's
 output; only its input; or input and attention's output in host memory, gate and up perhaps too (`Keeping.wide`)."""
-
-CHUNK_TOKENS = 8192
-"""Tokens of a chunk: enough for products at full rate and for one dequantisation of 4-bit weights to cost little."""
 
 
 def serves(layer: DecoderLayer) -> bool:

@@ -1,27 +1,23 @@
 """How many tokens one pass may have, and what layers keep: the fastest that the memory there is allows.
 
-The count of bytes follows what `nn.layer_node` keeps and needs at a time. Rows are put into passes by `data.passes`.
+Bytes are counted by `plan.inventory`. Rows are put into passes by `data.passes`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from jebi.kernels.linear_cross_entropy import CHUNK_BYTES
-from jebi.models.decoder import Checkpointing
+from jebi.config import Checkpointing
+from jebi.config.limits import CHUNK_TOKENS
 from jebi.models.families import DecoderShape
-from jebi.nn.attention_pair import TOKEN_HEADS
-from jebi.nn.layer_node import CHUNK_TOKENS
+from jebi.plan.activations import host_bytes_per_token, kept_bytes_per_token, loss_bytes, work_bytes
 
 CPU_PASS_TOKENS = 2048
 """On a CPU longer passes gain nothing: a pass of this many tokens already runs its products at full rate."""
 GPU_PASS_TOKENS = 8192
 """On a card passes beyond this gain nothing either (Llama 8B, H100: 4,096 and 8,192 tokens run at the same rate), and
 their buffers only grow."""
-TRAINED_BYTES = 12
-"""What a trained number takes in training beside itself: its gradient and two moments in float32."""
-_SHARE = 0.8
-"""Of the free memory; the rest is for the allocator's slack."""
-
+_SHARE, _SHARE_SHARED = 0.92, 0.8
+"""Of the room that is used: on a card for what a prediction may be off; of a host's memory, which others use too."""
 
 _RECOMPUTING = 0.3
 _DEQUANTISING, _PASS, _HEAD_ON_HOST = 250, 30, 400
@@ -32,6 +28,8 @@ layers; dequantising all weights, for each pass or chunk; a pass itself; a head 
 pass; layer inputs there; and recomputing attention's output of a row as long as that. Llama 8B's shape on an H100:
 16,500 tokens/s with everything kept, 12,200 recomputing; attention's forward over 65,536 tokens 28 us a token, all else
 57."""
+_LONGEST = 2**22
+"""Tokens beyond which no row is looked for."""
 _CHUNKS = (CHUNK_TOKENS, CHUNK_TOKENS // 2, CHUNK_TOKENS // 4, CHUNK_TOKENS // 8)
 """Sizes of chunks in the order they are tried: a smaller one dequantises 4-bit weights more often."""
 
@@ -61,76 +59,25 @@ class Room:
     """Memory that training may take beside the loaded model; bytes."""
 
     card: int
-    """On the device."""
+    """On the device, less what its allocator will keep beside."""
     weights: int = 0
     """What keeping packed weights dequantised would take of it; 0 where none are packed."""
     scratch: int = 0
     """What one group of weights takes that is dequantised at every use."""
     host: int = 0
     """Host memory for activations; 0 where the model is in it too."""
+    on_card: bool = True
+    """Whether the device is a card."""
 
+    @property
+    def usable(self) -> int:
+        """What a plan may take of the device."""
+        return int(self.card * (_SHARE if self.on_card else _SHARE_SHARED))
 
-def kept_bytes_per_token(shape: DecoderShape, element: int, checkpointing: Checkpointing) -> int:
-    """Bytes of activations that one token leaves behind in all layers until its backward.
-
-    Args:
-        shape: the decoder.
-        element: bytes of one activation.
-        checkpointing: what layers keep; ``offload`` leaves nothing on the card.
-    """
-    layer = shape.layer
-    if checkpointing == "offload":
-        return 0
-    if checkpointing == "recompute":
-        return len(shape.layers) * layer.width * element
-    if checkpointing == "keep_attention":
-        return host_bytes_per_token(shape, element)
-    attention = (2 * layer.heads + 2 * layer.kv_heads) * layer.head_dim
-    # Norms within the blocks keep their inputs.
-    if layer.qk_norm:
-        attention += (layer.heads + layer.kv_heads) * layer.head_dim
-    normed = 2 * layer.width if layer.sandwich else 0
-    # Of the norms and of attention.
-    statistics = 4 * (2 + layer.heads)
-    return len(shape.layers) * ((normed + 2 * layer.width + attention + 2 * layer.ffn) * element + statistics)
-
-
-def host_bytes_per_token(shape: DecoderShape, element: int) -> int:
-    """Bytes that one token has in host memory under ``offload``: each layer's input, attention's output, its sums."""
-    layer = shape.layer
-    return len(shape.layers) * ((layer.width + layer.heads * layer.head_dim) * element + 4 * layer.heads)
-
-
-def work_bytes(shape: DecoderShape, element: int, checkpointing: Checkpointing, tokens: int, chunk: int) -> int:
-    """Bytes of a pass, beside what layers keep, while a layer's backward is under way.
-
-    Args:
-        shape: the decoder.
-        element: bytes of one activation.
-        checkpointing: what layers keep.
-        tokens: of the pass.
-        chunk: tokens that layers take at a time, where they recompute.
-    """
-    layer = shape.layer
-    inner, keys = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-    # The stream's gradient, and that of attention's output.
-    whole = layer.width + inner
-    if checkpointing != "none":
-        # Queries, keys and values, which become their gradients, and attention's output.
-        whole += 2 * inner + 2 * keys + (inner + keys if layer.qk_norm else 0)
-    if checkpointing == "keep_attention":
-        whole -= inner
-    if checkpointing == "offload":
-        # The layer's input, and what comes for the next layer.
-        whole += 2 * layer.width + inner
-    # Of the heads that attention's backward takes at a time: copies, gradients, and the backend's own, partly float32.
-    share = layer.heads // layer.kv_heads
-    token_heads = min(tokens * layer.heads, max(tokens * share, TOKEN_HEADS))
-    attention = token_heads * layer.head_dim * (6 * element + 4)
-    # Gate, up, the gradient of their product and room for another; the norm's input, output and their gradients.
-    of_chunk = (4 * layer.ffn + 6 * layer.width) * element
-    at_once = tokens if checkpointing == "none" else min(tokens, chunk)
-    return tokens * whole * element + attention + at_once * of_chunk
+    @property
+    def usable_host(self) -> int:
+        """What a plan may take of host memory."""
+        return int(self.host * _SHARE_SHARED)
 
 
 def choose(
@@ -146,11 +93,11 @@ def choose(
         asked: what the user named, which is obeyed; None lets the plan choose.
         limit: most tokens worth having in a pass.
     """
-    size = _Size(shape, element, longest_row, limit)
-    budget = int(room.card * _SHARE) - 2 * CHUNK_BYTES
+    size = _Size(shape, element, longest_row, limit, room.on_card)
+    budget = room.usable
     modes: list[Checkpointing] = ["none", "keep_attention", "recompute"]
     on_host = host_bytes_per_token(shape, element)
-    if asked is None and size.least * on_host <= room.host * _SHARE:
+    if asked is None and size.least * on_host <= room.usable_host:
         modes.append("offload")
     found: list[PassPlan] = []
     for mode in modes if asked is None else [asked]:
@@ -159,7 +106,7 @@ def choose(
             for plan in size.plans(mode, left, keep or not room.weights, asked is None):
                 tokens = plan.tokens
                 if asked is None and mode == "offload":
-                    tokens = min(tokens, int(room.host * _SHARE) // on_host)
+                    tokens = min(tokens, room.usable_host // on_host)
                 found.append(replace(plan, tokens=tokens, keep_weights=keep and bool(room.weights)))
     if found:
         return min(found, key=lambda plan: plan.cost)
@@ -176,6 +123,7 @@ class _Size:
     element: int
     longest_row: int
     limit: int
+    on_card: bool = True
 
     @property
     def least(self) -> int:
@@ -203,13 +151,19 @@ class _Size:
         layers = len(self.shape.layers)
         each = kept_bytes_per_token(self.shape, self.element, mode) * (layers - kept)
         each = (each + kept_bytes_per_token(self.shape, self.element, "none") * kept) // layers
+
+        def fits(tokens: int) -> bool:
+            work = work_bytes(self.shape, self.element, mode, tokens, chunk, self.on_card)
+            if kept:
+                work = max(work, work_bytes(self.shape, self.element, "none", tokens, chunk, self.on_card))
+            return tokens * each + max(work, loss_bytes(self.shape, self.element, tokens, self.on_card)) <= room
+
         low, high = 0, max(self.limit, self.least)
+        if fits(high):
+            return high
         while low < high:
             middle = (low + high + 1) // 2
-            work = work_bytes(self.shape, self.element, mode, middle, chunk)
-            if kept:
-                work = max(work, work_bytes(self.shape, self.element, "none", middle, chunk))
-            low, high = (middle, high) if middle * each + work <= room else (low, middle - 1)
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return low
 
     def _cost(self, mode: Checkpointing, tokens: int, chunk: int, kept: int, dense: bool) -> float:
@@ -221,6 +175,19 @@ class _Size:
             again = _RECOMPUTING + attention + (_OFFLOADING if mode == "offload" else 0)
             cost += again * (1 - kept / len(self.shape.layers))
         return cost
+
+
+def longest_row(shape: DecoderShape, element: int, room: Room, asked: Checkpointing | None) -> int:
+    """Tokens of the longest row that a room holds, by the plan that takes the least; 0 where there is none."""
+    budget = room.usable - room.scratch
+    modes: list[Checkpointing] = ["none", "keep_attention", "recompute", "offload"] if asked is None else [asked]
+    found = []
+    for mode in modes:
+        most = _Size(shape, element, 1, _LONGEST, room.on_card).most(mode, budget, _CHUNKS[-1], 0)
+        if mode == "offload":
+            most = min(most, room.usable_host // host_bytes_per_token(shape, element))
+        found.append(most)
+    return max(found)
 
 
 def head_cost(tokens: int) -> float:

@@ -4,6 +4,7 @@ Every field of `TrainingArguments` either works or is refused here by name; none
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
@@ -13,6 +14,8 @@ from jebi.data.findings import require_codes
 from jebi.data.long_rows import require_choice
 from jebi.data.preparation import Learn
 from jebi.errors import ConfigError
+from jebi.models.hf import JebiForCausalLM
+from jebi.plan.budget import budget_bytes
 
 
 @dataclass
@@ -31,6 +34,9 @@ class SFTConfig(TrainingArguments):
     overlap: int = field(default=0, metadata={"help": "Tokens that a piece of a split row repeats of the last one."})
     allow: list[str] = field(default_factory=list, metadata={"help": "Codes of the check that shall not stop."})
     pass_tokens: int | None = field(default=None, metadata={"help": "Most tokens of a pass; None plans it."})
+    memory_budget: float | str | None = field(
+        default=None, metadata={"help": "Memory a training may take: bytes, '16GB', a share; None for all there is."}
+    )
     loraplus_lr_ratio: float | None = field(
         default=None, metadata={"help": "Learning rate of the matrices B as a multiple of A's (LoRA+); 16 is usual."}
     )
@@ -82,6 +88,14 @@ def check(args: TrainingArguments, dtype: torch.dtype, device: torch.device) -> 
     return _precision(args, dtype, device)
 
 
+def require_trainable(model: object) -> None:
+    """Refuse what is no model of jebi's, or has nothing to train."""
+    if not isinstance(model, JebiForCausalLM):
+        raise ConfigError("model must come from FastLanguageModel.from_pretrained; for others use TRL's SFTTrainer.")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("nothing is trainable: call FastLanguageModel.get_peft_model(model, ...) first.")
+
+
 def learning_of(args: TrainingArguments) -> Learn:
     """What is learnt, said in TRL's two settings."""
     if not isinstance(args, SFTConfig) or not (args.assistant_only_loss or args.completion_only_loss is not None):
@@ -102,6 +116,7 @@ def refuse(args: TrainingArguments) -> None:
     if isinstance(args, SFTConfig):
         if args.pass_tokens is not None and args.pass_tokens < 1:
             raise ConfigError(f"pass_tokens must be at least 1, not {args.pass_tokens}; None plans it.")
+        budget_bytes(args.memory_budget, 2**50)
         require_choice(args.long, args.overlap, args.max_seq_length)
         require_codes(args.allow, "allow")
 
@@ -139,6 +154,11 @@ def _precision(args: TrainingArguments, dtype: torch.dtype, device: torch.device
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def first_given(*values: Any) -> Any:
+    """The first value that was given."""
+    return next((value for value in values if value is not None), None)
 
 
 def longest_row(model: PreTrainedModel, asked: int | None) -> int:

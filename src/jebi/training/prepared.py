@@ -5,15 +5,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from jebi.data.check import Contract, check_rows
 from jebi.data.findings import Report
 from jebi.data.long_rows import fit
 from jebi.data.packing import pack
-from jebi.data.preparation import UNCUT, Preparation
+from jebi.data.preparation import UNCUT, FormattingFunc, Preparation
 from jebi.data.rows import Rows, tokenize
 from jebi.errors import ConfigError
+from jebi.training.arguments import SFTConfig, first_given, learning_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,3 +70,25 @@ class Prepare:
         parts = heldout.values() if isinstance(heldout, dict) else [heldout]
         contract = Contract(self.how.max_length, tuple(eos), ready, self.all_drawn)
         return check_rows(rows, self.tokenizer, contract, texts, [part for part in parts if part is not None])
+
+
+def preparing(
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: TrainingArguments,
+    max_length: int,
+    text_field: str | None,
+    formatting_func: FormattingFunc | None,
+    workers: int | None,
+    packing: bool | None,
+) -> Prepare:
+    """What a trainer's arguments make of rows; a keyword of its own, where given, wins over `SFTConfig`'s field."""
+    config = args if isinstance(args, SFTConfig) else None
+    how = Preparation(
+        max_length=max_length,
+        text_field=first_given(text_field, config and config.dataset_text_field, "text"),
+        formatting_func=formatting_func,
+        learn=learning_of(args),
+        workers=first_given(workers, config and config.dataset_num_proc),
+    )
+    own = (config.long, config.overlap, tuple(config.allow)) if config else ()
+    return Prepare(tokenizer, how, bool(first_given(packing, config and config.packing)), *own)

@@ -16,28 +16,32 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput, get_last_checkpoint
 
 from jebi.data.control_tokens import as_ids
 from jebi.data.findings import Report as DataReport
 from jebi.data.heldout import summed_loss
 from jebi.data.passes import Batch, Pass, collate, cut, learnt_weight, longest
-from jebi.data.preparation import FormattingFunc, Preparation
+from jebi.data.preparation import FormattingFunc
 from jebi.errors import ConfigError
 from jebi.models.hf import JebiForCausalLM
 from jebi.plan.passes import PassPlan
 from jebi.training import processes
-from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, learning_of, longest_row
+from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, first_given, longest_row, require_trainable
+from jebi.training.budget import within
 from jebi.training.checkpoints import complete_checkpoint, note_best, read_checkpoint, require_writable
-from jebi.training.engine import Engine, Settings, chosen, make_plan, settings_of
+from jebi.training.engine import Engine, chosen, make_plan
 from jebi.training.graphs import Padded
 from jebi.training.half import exact_sums
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.loraplus import own_rates, split_rates
 from jebi.training.losses import Losses
 from jebi.training.optimizer import AdamW8bit, adam_settings, set_mode, tell_of_steps
+from jebi.training.out_of_memory import Planned, explained
+from jebi.training.pass_settings import Settings, settings_of
+from jebi.training.planning import predict
 from jebi.training.prefetch import Prefetch
-from jebi.training.prepared import Prepare
+from jebi.training.prepared import Prepare, preparing
 from jebi.training.report import Meter, Report
 
 logger = logging.getLogger(__name__)
@@ -82,12 +86,7 @@ class SFTTrainer(Trainer):
             ConfigError: a setting is impossible, contradicts the model, or is one jebi does not serve.
             DataError: the rows cannot be used.
         """
-        if not isinstance(model, JebiForCausalLM):
-            raise ConfigError(
-                "model must come from FastLanguageModel.from_pretrained; for others use TRL's SFTTrainer."
-            )
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ConfigError("nothing is trainable: call FastLanguageModel.get_peft_model(model, ...) first.")
+        require_trainable(model)
         args = args if args is not None else SFTConfig(output_dir="outputs")
         if notice := check(args, model.dtype, model.device):
             logger.warning(notice)
@@ -95,21 +94,13 @@ class SFTTrainer(Trainer):
         require_writable(Path(str(args.output_dir)))
         tokenizer = processing_class if processing_class is not None else tokenizer
         config = args if isinstance(args, SFTConfig) else None
-        row_limit = longest_row(model, _first(max_seq_length, config and config.max_seq_length))
-        how = Preparation(
-            max_length=row_limit,
-            text_field=_first(dataset_text_field, config and config.dataset_text_field, "text"),
-            formatting_func=formatting_func,
-            learn=learning_of(args),
-            workers=_first(dataset_num_proc, config and config.dataset_num_proc),
+        row_limit = longest_row(model, first_given(max_seq_length, config and config.max_seq_length))
+        self.prepare = prepare = preparing(
+            tokenizer, args, row_limit, dataset_text_field, formatting_func, dataset_num_proc, packing
         )
-        packed = bool(_first(packing, config and config.packing))
-        own = (config.long, config.overlap, tuple(config.allow)) if config else ()
-        self.prepare = prepare = Prepare(tokenizer, how, packed, *own)
         self.given = train_dataset, eval_dataset
         self.texts = [train_dataset]
         self._longest = row_limit
-        self._pass_tokens = config.pass_tokens if config else None
         self._rates = own_rates(config, optimizers[0] is not None)
         self._interrupt = StopOnInterrupt()
         self._plan: PassPlan | None = None
@@ -135,6 +126,7 @@ class SFTTrainer(Trainer):
             CheckError: the rows have a fault that makes training on them pointless, and that is not allowed.
             DivergedError: the loss became NaN or infinite; checkpoints written before stay.
             KeyboardInterrupt: Ctrl-C came; the step under way was finished and saved first.
+            OutOfMemoryError: the longest row does not fit; or memory ran out, and what was learnt before was saved.
         """
         if self.train_dataset is None:
             raise ConfigError("train_dataset is missing.")
@@ -143,21 +135,24 @@ class SFTTrainer(Trainer):
         if self.data_report is None and self.is_world_process_zero():
             eos = as_ids(self.model.generation_config.eos_token_id)
             self.data_report = self.prepare.check(self.train_dataset, self.texts, self.eval_dataset, eos)
-        plan = self._current_plan()
+        settings, plan = self._settings(), self._current_plan()
         self._drops_out = any(m.adapter is not None and m.adapter.dropout > 0 for _, m in self.model.linears())
         self._losses = Losses()
-        meter = Meter(self.model.device)
-        self._engine = Engine(self.model, plan, self._settings(), self.accelerator)
+        self._meter = Meter(self.model.device)
+        self._engine = Engine(self.model, plan, settings, self.accelerator)
         self._prefetch = Prefetch(self._passes_of)
+        predicted = predict(self.model, plan, settings)
+        kept = within(self.model.device, settings.budget)
+        told = explained(Planned(self.model, settings, plan, predicted), self._keep)
         try:
-            with self._interrupt.listening(), exact_sums(self.model.dtype):
+            with self._interrupt.listening(), exact_sums(self.model.dtype), kept, told:
                 output = super().train(*args, **kwargs)
         finally:
             del self._engine, self._prefetch
             self._take_apart()
         self._losses.require_finite(self.args.output_dir)
         (tokens,) = processes.summed(self.accelerator, self._trained_tokens)
-        self.report = meter.report(self._trained_steps, int(tokens), chosen(self.model, plan))
+        self.report = self._meter.report(self._trained_steps, int(tokens), chosen(self.model, plan), predicted)
         if self.args.should_save:
             self.report.write(Path(str(self.args.output_dir)) / "report.json", self.state.log_history)
         if self._interrupt.interrupted:
@@ -165,6 +160,13 @@ class SFTTrainer(Trainer):
                 self._save_checkpoint(self.model, None)
             raise KeyboardInterrupt
         return output
+
+    def _keep(self) -> Path | None:
+        """Save the steps made before memory ran out, where it did between two of them; the last checkpoint's folder."""
+        if self._engine.passing and self.state.global_step and self.accelerator.num_processes == 1:
+            self._save_checkpoint(self.model, None)
+        last = get_last_checkpoint(str(self.args.output_dir))
+        return Path(last) if last else None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As Trainer's; the rows stay on the host until they are cut."""
@@ -209,6 +211,7 @@ class SFTTrainer(Trainer):
         set_mode(self.optimizer, "train")
         passes = self._prefetch.parts(batches)
         loss = self._engine.run(model, passes, num_items_in_batch, self._loss_of)
+        self._meter.step()
         if self.state.global_step + 1 < self.state.max_steps:
             self._prefetch.ahead(self.args.gradient_accumulation_steps)
         self._trained_tokens += sum(part.tokens for part in passes)
@@ -281,7 +284,8 @@ class SFTTrainer(Trainer):
 
     def _settings(self) -> Settings:
         # A loss of the user's own is computed his way.
-        return settings_of(self.args, self._longest, self._pass_tokens, type(self).compute_loss is Trainer.compute_loss)
+        own_loss = type(self).compute_loss is not Trainer.compute_loss
+        return settings_of(self.args, self._longest, not own_loss, self.train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As Trainer's; LoRA+ and trained embeddings have learning rates of their own."""
@@ -343,8 +347,3 @@ class SFTTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         read_checkpoint(self.model, Path(self.state.best_model_checkpoint))
-
-
-def _first(*values: Any) -> Any:
-    """The first value that was given."""
-    return next((value for value in values if value is not None), None)
