@@ -127,6 +127,17 @@ def test_layers_that_keep_everything_take_more_one_by_one() -> None:
     assert sizes[-1] < total(everything(HELD, Pass(4096, "none", 8192)))
 
 
+def test_gate_and_up_that_are_sent_take_room_on_the_host_and_one_layers_on_their_way() -> None:
+    on_card, on_host = (
+        [total(everything(HELD, Pass(4096, "offload", 8192, shipped_layers=sent)), where) for sent in (0, 1, 9)]
+        for where in ("card", "host")
+    )
+    each = 2 * 14336 * 2 * 4096
+    assert on_card[1] - on_card[0] == pytest.approx(each, rel=0.01), "what the allocator keeps grows along"
+    assert on_card[2] == on_card[1]
+    assert [size - on_host[0] for size in on_host] == [0, each, 9 * each]
+
+
 def test_places_move_bytes_off_the_card() -> None:
     table = 128256 * 4096 * 2
     on_card, off = (

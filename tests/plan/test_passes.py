@@ -19,7 +19,13 @@ from jebi.nn.layer import DecoderLayer
 from jebi.nn.layer_node import Keep, run_layer
 from jebi.nn.rows import rows_from_lengths
 from jebi.nn.shape import AttentionForm, LayerShape
-from jebi.plan.activations import host_bytes_per_token, kept_bytes_per_token, loss_bytes, work_bytes
+from jebi.plan.activations import (
+    host_bytes_per_token,
+    kept_bytes_per_token,
+    loss_bytes,
+    sent_bytes_per_token,
+    work_bytes,
+)
 from jebi.plan.passes import (
     CPU_PASS_TOKENS,
     PassPlan,
@@ -106,6 +112,22 @@ def test_host_memory_is_used_where_it_pays_and_only_as_much_as_there_is() -> Non
     scarce = plan(0.9, host=1.01 * needed)
     assert scarce.checkpointing == "offload"
     assert scarce.tokens <= 1.01 * 4096
+
+
+def test_gate_and_up_go_to_host_memory_where_the_bus_is_idle() -> None:
+    inputs, each = host_bytes_per_token(LLAMA_8B, 2), sent_bytes_per_token(LLAMA_8B, 2)
+
+    def sent(layers: float, longest: int = 2048, host: float = 100.0) -> PassPlan:
+        room = Room(2 * GB, scratch=GB // 4, weights=13 * GB, host=int(host * GB), carried=int(inputs + layers * each))
+        return choose(LLAMA_8B, 2, room, longest, None, 8192)
+
+    plans = [sent(layers) for layers in (0, 0.9, 3.5, 9.5, 100)]
+    assert all(made.checkpointing == "offload" for made in plans)
+    assert [made.shipped_layers for made in plans] == [0, 0, 3, 9, 16], "never two layers one behind the other"
+    assert [made.cost for made in plans] == sorted((made.cost for made in plans), reverse=True)
+    assert sent(9.5, longest=16384).shipped_layers == 0
+    scarce = sent(9.5, host=3.0)
+    assert scarce.tokens * (inputs + scarce.shipped_layers * each) <= 0.8 * 3 * GB
 
 
 def test_long_rows_need_little_more_than_their_own_tensors() -> None:

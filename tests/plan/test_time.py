@@ -1,15 +1,16 @@
 """``plan.time``: five trainings that were measured, and what must hold of any."""
 
 import dataclasses
+import math
 
 import pytest
 
 from jebi.config import Checkpointing, LoraConfig, Places
 from jebi.models.families import DecoderShape
 from jebi.nn.shape import AttentionForm, LayerShape
-from jebi.plan.cards import CARDS
+from jebi.plan.cards import CARDS, Card
 from jebi.plan.inventory import Held, Pass
-from jebi.plan.time import Load, step_time
+from jebi.plan.time import Load, carried_bytes, step_time
 
 LAYER = LayerShape(4096, 32, 8, 128, 14336, 1e-5, AttentionForm(128**-0.5))
 HELD = Held(DecoderShape((LAYER,) * 32, 128256, tied=False), "nf4", 2, lora=LoraConfig())
@@ -63,4 +64,13 @@ def test_whatever_is_more_takes_longer() -> None:
     assert seconds(made=modes[0]) < seconds(made=modes[1]) < seconds(made=modes[2])
     assert seconds(made=dataclasses.replace(modes[2], kept_layers=16)) < seconds(made=modes[2])
     assert seconds(dataclasses.replace(HELD, places=Places("host", "host"))) > seconds()
-    assert seconds(made=Pass(8192, "offload", 8192, keep_weights=True)) > seconds(made=modes[1])
+    offload = Pass(8192, "offload", 8192, keep_weights=True)
+    assert seconds(made=offload) > seconds(made=modes[1])
+    assert seconds(made=dataclasses.replace(offload, shipped_layers=9)) < seconds(made=offload)
+
+
+def test_what_the_bus_carries_beside_a_forward() -> None:
+    """An H200: 23 us a token at 50 GB/s; in 8-bit floats it is done sooner, and an unknown card promises nothing."""
+    assert carried_bytes(HELD, CARDS["h200"]) == pytest.approx(23.3e-6 * 50e9, rel=0.01)
+    assert carried_bytes(dataclasses.replace(HELD, fp8=True), CARDS["h200"]) < carried_bytes(HELD, CARDS["h200"])
+    assert carried_bytes(HELD, Card("new", 2**34, math.nan, None, math.nan, math.nan)) == 0

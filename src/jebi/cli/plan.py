@@ -185,7 +185,8 @@ def _facts(found: "Prediction") -> dict[str, object]:
         "missing": found.missing, "items": [asdict(item) for item in found.items],
         "plan": {
             "checkpointing": found.plan.checkpointing, "pass_tokens": found.plan.tokens, "chunk": found.plan.chunk,
-            "keep_weights": found.plan.keep_weights, "kept_layers": found.plan.kept_layers, **asdict(found.places),
+            "keep_weights": found.plan.keep_weights, "kept_layers": found.plan.kept_layers,
+            "shipped_layers": found.plan.shipped_layers, **asdict(found.places),
         },
         "step_tokens": found.job.step_tokens, "step_seconds": found.step.seconds if timed else None,
         "step_seconds_range": found.step.range if timed else None, "steps": found.job.steps,

@@ -39,6 +39,11 @@ def host_bytes_per_token(shape: DecoderShape, element: int) -> int:
     return len(shape.layers) * ((layer.width + layer.heads * layer.head_dim) * element + 4 * layer.heads)
 
 
+def sent_bytes_per_token(shape: DecoderShape, element: int) -> int:
+    """Bytes that one token has in host memory beside those for each layer that sends gate and up there."""
+    return 2 * shape.layer.ffn * element
+
+
 def work_bytes(
     shape: DecoderShape, element: int, checkpointing: Checkpointing, tokens: int, chunk: int, on_card: bool = True
 ) -> int:

@@ -16,7 +16,13 @@ from jebi.config import Checkpointing, LoraConfig, Places, Storage
 from jebi.config.limits import DYNAMIC_BLOCK, SLICE_BYTES
 from jebi.models.families import DecoderShape
 from jebi.nn.shape import LayerShape, MapShape
-from jebi.plan.activations import host_bytes_per_token, kept_bytes_per_token, loss_bytes, work_bytes
+from jebi.plan.activations import (
+    host_bytes_per_token,
+    kept_bytes_per_token,
+    loss_bytes,
+    sent_bytes_per_token,
+    work_bytes,
+)
 from jebi.quant.footprint import weight_bytes
 
 Where = Literal["card", "host", "disk"]
@@ -221,6 +227,8 @@ class Pass:
     """Whether packed weights are kept as they are multiplied."""
     kept_layers: int = 0
     """Layers that keep everything whatever the others do."""
+    shipped_layers: int = 0
+    """Of the others those that send gate and up to host memory beside their input."""
 
 
 def pass_items(held: Held, made: Pass) -> list[Item]:
@@ -235,6 +243,10 @@ def pass_items(held: Held, made: Pass) -> list[Item]:
         kept += 4 * 2 * (layer.heads + layer.kv_heads) * layer.head_dim * whole
     modes: set[Checkpointing] = {mode, "none"} if made.kept_layers else {mode}
     work = max(work_bytes(shape, element, each, made.tokens, made.chunk, held.on_card) for each in modes)
+    sent = sent_bytes_per_token(shape, element) * made.tokens
+    if made.shipped_layers:
+        # Of one layer, on its way.
+        work += sent
     loss = loss_bytes(shape, element, made.tokens, held.on_card)
     items = [Item("kept activations", "activations", kept * made.tokens)]
     if work >= loss:
@@ -258,6 +270,8 @@ def pass_items(held: Held, made: Pass) -> list[Item]:
     if mode == "offload":
         on_host = host_bytes_per_token(shape, element) * (layers - whole) // layers
         items.append(Item("inputs of layers, pinned", "activations", on_host * made.tokens, "host"))
+    if made.shipped_layers:
+        items.append(Item("gate and up, pinned", "activations", made.shipped_layers * sent, "host"))
     return items
 
 

@@ -15,7 +15,6 @@ from jebi.plan.inventory import (
     PROCESS_BYTES,
     Held,
     Item,
-    Pass,
     adapter_items,
     everything,
     kept_weight_bytes,
@@ -27,7 +26,7 @@ from jebi.plan.inventory import (
 from jebi.plan.jobs import Job
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose, longest_row
 from jebi.plan.places import best, reliefs
-from jebi.plan.time import StepTime, step_time
+from jebi.plan.time import StepTime, carried_bytes, step_time
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,8 @@ def predict(job: Job, card: Card, budget: int, host: int = 0) -> Prediction:
     free = budget - total(model_items(held)) - total(adapter_items(held))
     free -= CONTEXT_BYTES + slack_bytes(budget) if on_card else PROCESS_BYTES
     weights = kept_weight_bytes(held) if on_card else 0
-    room = Room(free, weights, scratch_bytes(held), host if on_card else 0, on_card)
+    carried = carried_bytes(held, card) if on_card else 0
+    room = Room(free, weights, scratch_bytes(held), host if on_card else 0, on_card, carried)
     limit = job.pass_limit(GPU_PASS_TOKENS if on_card else CPU_PASS_TOKENS)
 
     def plan_of(free: Room) -> PassPlan:
@@ -114,7 +114,7 @@ def predict(job: Job, card: Card, budget: int, host: int = 0) -> Prediction:
     else:
         plan = plan_of(room)
     tokens = replace(job, held=held).filled(plan.tokens, plan.fits)
-    made = Pass(tokens, plan.checkpointing, plan.chunk, plan.keep_weights, plan.kept_layers)
+    made = plan.made(tokens)
     if not plan.fits:
         plan = replace(plan, tokens=made.tokens)
     items = everything(held, made, job.checkpoints)

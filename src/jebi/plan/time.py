@@ -5,6 +5,7 @@ were fitted to a profile of Llama 8B's shape (H100, a pass of 8,192 tokens in ro
 of which products 325, attention 41, the rest 105; 16,500 tokens/s, recomputing 12,200.
 """
 
+import math
 from dataclasses import dataclass
 
 from jebi.plan.cards import Card
@@ -22,6 +23,8 @@ _ATTENTION, _ATTENTION_ROW = 0.8, 1200
 16,384."""
 _MEASURED_ROW = 2048
 """Tokens of the rows in which `Card.attention` is measured."""
+_FORWARD = 1.25
+"""A forward takes so many times its products (H200, Llama 8B's shape: 24 us a token, of which products 19)."""
 _BACKWARD = 2.5
 """Attention's backward has five products for its forward's two."""
 
@@ -85,7 +88,8 @@ def step_time(held: Held, made: Pass, load: Load, card: Card) -> StepTime:
     weights, adapter = held.projected, sum(held.matrices)
     # Recomputing leaves out the last product, which no gradient needs.
     without_last = weights - layers * layer.ffn * layer.width
-    base = load.tokens * (4 * weights + recomputed * 2 * without_last)
+    sent = made.shipped_layers * 2 * layer.ffn * layer.width
+    base = load.tokens * (4 * weights + 2 * (recomputed * without_last - sent))
     thin = load.tokens * (2 * weights if held.storage == "masters" else adapter * (6 + 2 * recomputed))
     rate = card.fp8 if held.fp8 and card.fp8 else card.products
     # Of one token: two products of a row's half, of each layer's heads.
@@ -107,6 +111,13 @@ def step_time(held: Held, made: Pass, load: Load, card: Card) -> StepTime:
         host=_HOST_SECONDS,
         spread=card.spread,
     )
+
+
+def carried_bytes(held: Held, card: Card) -> int:
+    """Bytes of a token that cross the bus while its forward lasts; 0 where the rates are not known."""
+    rate = card.fp8 if held.fp8 and card.fp8 else card.products
+    carried = card.bus * _FORWARD * 2 * held.projected / rate
+    return int(carried) if math.isfinite(carried) else 0
 
 
 def _efficiency(row: float) -> float:

@@ -19,6 +19,8 @@ def words(plan: PassPlan, places: Places, held: Held, layers: int) -> str:
     parts = [f"passes of {plan.tokens:,} tokens", _KEPT[plan.checkpointing]]
     if plan.kept_layers:
         parts[-1] += f" but in {plan.kept_layers} of {layers} layers"
+    if plan.shipped_layers:
+        parts.append(f"gate and up of {plan.shipped_layers} there too")
     if held.packed and held.on_card:
         parts.append("weights dequantised once" if plan.keep_weights else "weights dequantised at every use")
     moved = [name for name, at in (("embedding", places.embedding), ("head", places.head)) if at == "host"]

@@ -23,10 +23,11 @@ from jebi.nn.fp8_product import Fp8Product
 from jebi.plan.inventory import slack_bytes, trained
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose
 from jebi.plan.places import Relief, best, reliefs
+from jebi.plan.time import carried_bytes
 from jebi.training.budget import allowed_bytes
 from jebi.training.graphs import Padded, PassGraphs, padded
 from jebi.training.pass_settings import Settings
-from jebi.training.planning import job_of
+from jebi.training.planning import card_of, held_of, job_of
 from jebi.training.room import require_room
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
         at = placed(model)
         logger.warning(f"training needs the room on the card, so: embedding='{at.embedding}', head='{at.head}'.")
     backbone.checkpointing, backbone.chunk_tokens = plan.checkpointing, plan.chunk
-    backbone.kept_layers = plan.kept_layers
+    backbone.kept_layers, backbone.shipped_layers = plan.kept_layers, plan.shipped_layers
     if device.type == "cuda":
         lay_together(model, plan)
     if settings.pass_tokens is None:
@@ -81,6 +82,7 @@ def chosen(model: JebiForCausalLM, plan: PassPlan) -> dict[str, Any]:
     """What was chosen for a training, for its report."""
     compute = str(model.dtype).removeprefix("torch.") if model.compute == "auto" else model.compute
     of_plan = {"pass_tokens": plan.tokens, "checkpointing": plan.checkpointing, "compute": compute}
+    of_plan |= {"kept_layers": plan.kept_layers, "shipped_layers": plan.shipped_layers}
     return of_plan | dataclasses.asdict(placed(model))
 
 
@@ -96,14 +98,17 @@ def _room(model: JebiForCausalLM, settings: Settings, fp8: bool) -> Room:
     if fp8:
         free -= Fp8Product.BYTES * sum(layer.dense_values() for layer in backbone.decoder_layers())
     packed = model.packed_values()
-    if device.type == "cpu" or not packed:
-        on_card = device.type == "cuda"
-        return Room(free, host=free_bytes(torch.device("cpu")) if on_card else 0, on_card=on_card)
+    if device.type == "cpu":
+        return Room(free, on_card=False)
+    host = free_bytes(torch.device("cpu"))
+    carried = carried_bytes(held_of(model, settings.optimizer), card_of(device))
+    if not packed:
+        return Room(free, host=host, carried=carried)
     element, layer = model.dtype.itemsize, backbone.shape.layer
     # The largest group is gate and up.
     scratch = 2 * layer.ffn * layer.width * (1 if fp8 else element)
     weights = packed * (Fp8Product.BYTES if fp8 else element)
-    return Room(free, weights, scratch, free_bytes(torch.device("cpu")))
+    return Room(free, weights, scratch, host, carried=carried)
 
 
 def _reliefs(model: JebiForCausalLM) -> list[Relief]:

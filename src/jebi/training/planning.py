@@ -15,7 +15,7 @@ from jebi.config import Checkpointing, Storage
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import movable, placed
 from jebi.plan.cards import Card
-from jebi.plan.inventory import CONTEXT_BYTES, GIB, Held, Pass, by_part, everything, total
+from jebi.plan.inventory import CONTEXT_BYTES, GIB, Held, by_part, everything, total
 from jebi.plan.jobs import Job
 from jebi.plan.measured import known, known_processor
 from jebi.plan.passes import PassPlan
@@ -77,7 +77,7 @@ def predict(model: JebiForCausalLM, plan: PassPlan, settings: Settings) -> dict[
     """
     job = job_of(model, settings)
     held = job.held
-    made = Pass(job.filled(plan.tokens, plan.fits), plan.checkpointing, plan.chunk, plan.keep_weights, plan.kept_layers)
+    made = plan.made(job.filled(plan.tokens, plan.fits))
     items = everything(held, made)
     # A report measures what the allocator reserves, and CUDA's context is beside that.
     peak = total(items) - (CONTEXT_BYTES if held.on_card else 0)

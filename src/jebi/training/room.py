@@ -21,7 +21,7 @@ from jebi.models.families import DecoderShape
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.sizes import read_sizes
 from jebi.plan.budget import FREE, budget_bytes
-from jebi.plan.inventory import CONTEXT_BYTES, GIB, Held, Pass, everything, model_items, pass_items, total
+from jebi.plan.inventory import CONTEXT_BYTES, GIB, Held, everything, model_items, pass_items, total
 from jebi.plan.jobs import Job, job_of, rows_of
 from jebi.plan.passes import PassPlan
 from jebi.plan.places import reliefs
@@ -123,7 +123,7 @@ def require_room(model: JebiForCausalLM, settings: Settings, plan: PassPlan, roo
     device, job = model.device, planning.job_of(model, settings)
     held = dataclasses.replace(job.held, places=places)
     tokens = job.filled(plan.tokens, fits=False)
-    made = Pass(tokens, plan.checkpointing, plan.chunk, plan.keep_weights, plan.kept_layers)
+    made = plan.made(tokens)
     short, peak = total(pass_items(held, made)) - room, total(everything(held, made))
     found = predict(job, planning.card_of(device), peak - short, _host(device))
     name = str(model.name_or_path)
