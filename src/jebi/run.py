@@ -35,9 +35,9 @@ from jebi.models.device import default_device, default_dtype
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.sizes import EMBEDDED
 from jebi.models.tokenizer import beside
+from jebi.plan.refusal import require_run
 from jebi.training.arguments import SFTConfig, refuse
 from jebi.training.checkpoints import require_writable, write_whole
-from jebi.training.room import require_run
 from jebi.training.trainer import SFTTrainer
 
 logger = logging.getLogger(__name__)

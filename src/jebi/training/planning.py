@@ -7,23 +7,20 @@ import logging
 import math
 from typing import Any
 
-import torch
 from torch import nn
 
 from jebi.adapters.lora import LoraAdapter
 from jebi.config import Checkpointing, Storage
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import movable, placed
-from jebi.plan.cards import Card
 from jebi.plan.inventory import CONTEXT_BYTES, GIB, Held, Pass, by_part, everything, total
 from jebi.plan.jobs import Job
-from jebi.plan.measured import known, known_processor
 from jebi.plan.passes import PassPlan
+from jebi.plan.present import card_of
 from jebi.plan.time import step_time
 from jebi.plan.words import words
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
-from jebi.training.budget import memory_of
 from jebi.training.pass_settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -58,13 +55,6 @@ def job_of(model: JebiForCausalLM, settings: Settings) -> Job:
         return Job(held, settings.longest, settings.batch, 1, asked, movable(model))
     mean = min(rows.mean, settings.longest)
     return Job(held, settings.longest, settings.batch, 1, asked, movable(model), mean, rows.deviation)
-
-
-def card_of(device: torch.device) -> Card:
-    """The device as plans see it."""
-    if device.type != "cuda":
-        return known_processor(memory_of(device))
-    return known(torch.cuda.get_device_name(device), memory_of(device))
 
 
 def predict(model: JebiForCausalLM, plan: PassPlan, settings: Settings) -> dict[str, Any]:
