@@ -151,7 +151,7 @@ def chosen(found: "Prediction") -> str:
     """What the plan chose, in words."""
     from jebi.plan.words import words
 
-    return words(found.plan, found.places, found.job.held, len(found.job.held.shape.layers))
+    return words(found.plan, found.places, found.job)
 
 
 def _step(found: "Prediction") -> str:

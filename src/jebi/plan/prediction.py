@@ -113,7 +113,7 @@ def predict(job: Job, card: Card, budget: int, host: int = 0) -> Prediction:
         held = replace(held, places=_placed(held, relief.places, on_card))
     else:
         plan = plan_of(room)
-    tokens = replace(job, held=held).filled(plan.tokens, plan.fits)
+    tokens = replace(job, held=held).filled(plan.tokens)
     made = Pass(tokens, plan.checkpointing, plan.chunk, plan.keep_weights, plan.kept_layers)
     if not plan.fits:
         plan = replace(plan, tokens=made.tokens)

@@ -84,8 +84,8 @@ def _release(error: BaseException | None) -> None:
 
 
 def _plan(planned: Planned) -> str:
-    held = job_of(planned.model, planned.settings).held
-    chosen = words(planned.plan, held.places, held, len(held.shape.layers))
+    job = job_of(planned.model, planned.settings)
+    chosen = words(planned.plan, job.held.places, job)
     return f"planned were {chosen}, and {planned.predicted['peak_gb']:.2f} GB at the peak"
 
 

@@ -51,10 +51,11 @@ def asked_of(model: JebiForCausalLM, settings: Settings) -> Checkpointing | None
 def job_of(model: JebiForCausalLM, settings: Settings) -> Job:
     """A training of a loaded model as plans see it; how many steps there are is left open."""
     held, rows, asked = held_of(model, settings.optimizer), settings.rows, asked_of(model, settings)
-    if rows is None or rows.deviation == 0:
+    if rows is None or (rows.deviation == 0 and not rows.common):
         return Job(held, settings.longest, settings.batch, 1, asked, movable(model))
     mean = min(rows.mean, settings.longest)
-    return Job(held, settings.longest, settings.batch, 1, asked, movable(model), mean, rows.deviation)
+    common = min(rows.common, mean)
+    return Job(held, settings.longest, settings.batch, 1, asked, movable(model), mean, rows.deviation, common)
 
 
 def predict(model: JebiForCausalLM, plan: PassPlan, settings: Settings) -> dict[str, Any]:
@@ -67,12 +68,12 @@ def predict(model: JebiForCausalLM, plan: PassPlan, settings: Settings) -> dict[
     """
     job = job_of(model, settings)
     held = job.held
-    made = Pass(job.filled(plan.tokens, plan.fits), plan.checkpointing, plan.chunk, plan.keep_weights, plan.kept_layers)
+    made = Pass(job.filled(plan.tokens), plan.checkpointing, plan.chunk, plan.keep_weights, plan.kept_layers)
     items = everything(held, made)
     # A report measures what the allocator reserves, and CUDA's context is beside that.
     peak = total(items) - (CONTEXT_BYTES if held.on_card else 0)
     found: dict[str, Any] = {"peak_gb": peak / GIB, "parts_gb": {part: size / GIB for part, size in by_part(items)}}
-    line = f"Plan: {peak / GIB:.2f} GB at the peak, {words(plan, held.places, held, len(held.shape.layers))}"
+    line = f"Plan: {peak / GIB:.2f} GB at the peak, {words(plan, held.places, job)}"
     step = step_time(held, made, job.load(made.tokens), card_of(model.device))
     if math.isfinite(step.seconds):
         found["step_seconds"] = step.seconds

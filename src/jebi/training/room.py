@@ -38,7 +38,7 @@ def require_room(model: JebiForCausalLM, settings: Settings, plan: PassPlan, roo
     """
     device, job = model.device, job_of(model, settings)
     held = dataclasses.replace(job.held, places=places)
-    tokens = job.filled(plan.tokens, fits=False)
+    tokens = job.filled(plan.tokens)
     made = Pass(tokens, plan.checkpointing, plan.chunk, plan.keep_weights, plan.kept_layers)
     short, peak = total(pass_items(held, made)) - room, total(everything(held, made))
     found = predict(job, card_of(device), peak - short, host_bytes(device))
