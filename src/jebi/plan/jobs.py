@@ -74,6 +74,11 @@ class Job:
         large = self.most_tokens(2)
         return max(self.longest, min(tokens, padded(large) if self.held.on_card else large))
 
+    @property
+    def sizes(self) -> int:
+        """Different numbers of tokens that its passes have."""
+        return 1 if self.row is None else self.steps
+
     def load(self, pass_tokens: int) -> Load:
         """A step's rows, in passes of so many tokens."""
         passes = math.ceil(self.held_tokens / max(1, pass_tokens))

@@ -114,7 +114,7 @@ def predict(job: Job, card: Card, budget: int, host: int = 0) -> Prediction:
     else:
         plan = plan_of(room)
     tokens = replace(job, held=held).filled(plan.tokens)
-    made = Pass(tokens, plan.checkpointing, plan.chunk, plan.keep_weights, plan.kept_layers)
+    made = Pass(tokens, plan.checkpointing, plan.chunk, plan.keep_weights, plan.kept_layers, job.sizes)
     if not plan.fits:
         plan = replace(plan, tokens=made.tokens)
     items = everything(held, made, job.checkpoints)

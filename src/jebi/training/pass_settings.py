@@ -1,5 +1,6 @@
 """What a trainer's arguments and rows say of passes: what `engine` runs by, and what `planning` predicts from."""
 
+import math
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ class Settings:
     """Memory that the training may take, as `plan.budget` reads it; None for all that is free."""
     batch: int = 8
     """Rows of a step, of one process."""
+    steps: int = 1
+    """Optimizer steps."""
     rows: Lengths | None = None
     """The rows' lengths; None of a stream, where every row is taken for a longest one."""
 
@@ -64,6 +67,9 @@ def settings_of(
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     # Tokens held once would share one dropout mask.
     lengths = lengths_of(rows, batch, not drops_out(model) and model.shares_beginnings(limit))
+    steps = args.max_steps
+    if steps <= 0:
+        steps = 1 if lengths is None else math.ceil(args.num_train_epochs * lengths.rows / batch)
     return Settings(
         limit if lengths is None else min(limit, lengths.longest),
         tokens,
@@ -74,6 +80,7 @@ def settings_of(
         OptimizerNames(args.optim).value,
         budget,
         batch,
+        steps,
         lengths,
     )
 

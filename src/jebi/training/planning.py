@@ -49,13 +49,15 @@ def asked_of(model: JebiForCausalLM, settings: Settings) -> Checkpointing | None
 
 
 def job_of(model: JebiForCausalLM, settings: Settings) -> Job:
-    """A training of a loaded model as plans see it; how many steps there are is left open."""
+    """A training of a loaded model as plans see it."""
     held, rows, asked = held_of(model, settings.optimizer), settings.rows, asked_of(model, settings)
     if rows is None or (rows.deviation == 0 and not rows.common):
-        return Job(held, settings.longest, settings.batch, 1, asked, movable(model))
+        return Job(held, settings.longest, settings.batch, settings.steps, asked, movable(model))
     mean = min(rows.mean, settings.longest)
     common = min(rows.common, mean)
-    return Job(held, settings.longest, settings.batch, 1, asked, movable(model), mean, rows.deviation, common)
+    return Job(
+        held, settings.longest, settings.batch, settings.steps, asked, movable(model), mean, rows.deviation, common
+    )
 
 
 def predict(model: JebiForCausalLM, plan: PassPlan, settings: Settings) -> dict[str, Any]:
@@ -68,7 +70,8 @@ def predict(model: JebiForCausalLM, plan: PassPlan, settings: Settings) -> dict[
     """
     job = job_of(model, settings)
     held = job.held
-    made = Pass(job.filled(plan.tokens), plan.checkpointing, plan.chunk, plan.keep_weights, plan.kept_layers)
+    tokens = job.filled(plan.tokens)
+    made = Pass(tokens, plan.checkpointing, plan.chunk, plan.keep_weights, plan.kept_layers, job.sizes)
     items = everything(held, made)
     # A report measures what the allocator reserves, and CUDA's context is beside that.
     peak = total(items) - (CONTEXT_BYTES if held.on_card else 0)
