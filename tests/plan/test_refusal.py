@@ -94,7 +94,7 @@ def test_a_run_that_does_not_fit_is_refused_before_it_is_loaded(
     monkeypatch.setattr("jebi.run._load", lambda config: pytest.fail("it was loaded"))
     monkeypatch.setattr(present.psutil.Process, "memory_info", lambda self: SimpleNamespace(rss=0))
     free(2.0)
-    dear = ["model.full_finetuning=true", f"train.output_dir={tmp_path}"]
+    dear = ["model.full_finetuning=true", "model.dtype=float32", f"train.output_dir={tmp_path}"]
     with pytest.raises(OutOfMemoryError, match="this run does not fit: it takes") as caught:
         train(demo(*dear), [])
     settings = re.search(r"with ((--set \S+ ?)+) \(", str(caught.value))
