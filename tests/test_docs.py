@@ -27,7 +27,16 @@ def test_make_targets_exist(page: Path) -> None:
 @pytest.mark.parametrize("name", ["README.md", "README.ko.md"])
 def test_commands_have_the_options_that_are_shown(name: str) -> None:
     shown = re.findall(r"^    jebi (\w+)([^#\n]*)", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert {command for command, _ in shown} == {"inspect", "models", "plan", "train", "chat", "compare", "version"}
+    assert {command for command, _ in shown} == {
+        "bench",
+        "inspect",
+        "models",
+        "plan",
+        "train",
+        "chat",
+        "compare",
+        "version",
+    }
     for command, rest in shown:
         help_text = subprocess.run(
             [sys.executable, "-m", "jebi", command, "--help"], capture_output=True, text=True, check=True

@@ -36,7 +36,7 @@ from jebi.models.reward import JebiForSequenceClassification
 from jebi.models.rope import scale_context
 from jebi.models.shell import JebiPreTrainedModel
 from jebi.models.tokenizer import beside, ready
-from jebi.training.room import Loading, require_model
+from jebi.plan.refusal import Loading, require_model
 
 logger = logging.getLogger(__name__)
 

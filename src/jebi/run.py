@@ -35,9 +35,10 @@ from jebi.models.device import default_device, default_dtype
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.sizes import EMBEDDED
 from jebi.models.tokenizer import beside
+from jebi.plan.refusal import require_run
 from jebi.training.arguments import SFTConfig, refuse
+from jebi.training.budget import within
 from jebi.training.checkpoints import require_writable, write_whole
-from jebi.training.room import require_run
 from jebi.training.trainer import SFTTrainer
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = Fa
     if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
         raise ConfigError(f"train.resume_from_checkpoint: there is no folder '{args.resume_from_checkpoint}'.")
     require_run(config)
-    model, tokenizer = _load(config)
+    with within(default_device(), args.memory_budget):
+        model, tokenizer = _load(config)
     if not config.model.full_finetuning:
         _adapt(model, config)
     longest = config.model.max_seq_length

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from jebi.cli import chat, compare, demo, inspect, models, plan, train, version
+from jebi.cli import bench, chat, compare, demo, inspect, models, plan, train, version
 from jebi.errors import JebiError
 
 INTERRUPTED = 130
@@ -24,6 +24,7 @@ app.command("chat")(chat.command)
 app.command("compare")(compare.command)
 app.command("models")(models.command)
 app.command("version")(version.command)
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback()

@@ -23,6 +23,12 @@ _STYLES = {
     "workspace": "yellow", "allocator": "bright_black", "libraries": "white",
 }  # fmt: skip
 
+_BRIEFLY = {
+    "none": "keeps all", "keep_attention": "keeps attention", "recompute": "recomputes",
+    "offload": "recomputes from host",
+}  # fmt: skip
+"""What layers keep, for a table of many cards."""
+
 
 def command(
     model: Annotated[
@@ -142,7 +148,7 @@ def _cards(known: list["Prediction"]) -> "RenderableType":
         memory, needs = f"{_gb(each.budget)} GB", f"{_gb(each.peak)} GB"
         table.add_row(
             each.card.name, memory, needs, "[green]yes[/]" if each.fits else "[red]no[/]", speed, lasts,
-            chosen(each) if each.fits else f"{_gb(each.missing)} GB too much",
+            _BRIEFLY[each.plan.checkpointing] if each.fits else f"{_gb(each.missing)} GB too much",
         )  # fmt: skip
     return table
 
@@ -151,7 +157,7 @@ def chosen(found: "Prediction") -> str:
     """What the plan chose, in words."""
     from jebi.plan.words import words
 
-    return words(found.plan, found.places, found.job.held, len(found.job.held.shape.layers))
+    return words(found.plan, found.places, found.job)
 
 
 def _step(found: "Prediction") -> str:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
 from jebi.config import EmbeddingPlace, HeadPlace, Places, Storage
-from jebi.errors import WeightsError
+from jebi.errors import OutOfMemoryError, WeightsError
 from jebi.kernels.dequantize import PackedWeight
 from jebi.models.device import free_bytes
 from jebi.models.families import read_config
@@ -76,6 +76,7 @@ def load_model(
         ModelError: the family or the checkpoint's quantisation is not supported, or the places contradict each other;
             raised before any weight is read.
         WeightsError: a tensor is missing, is one too many, has another shape, or its file is broken.
+        OutOfMemoryError: memory ran out on the way.
     """
     shape = read_config(config)
     scheme = read_scheme(config)
@@ -204,6 +205,11 @@ def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device, form: 
             return NF4Weight.quantize(value)
         if form == "int8":
             return Int8Weight.quantize(value)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"memory ran out while '{stored.name}' was loaded: set load_in_4bit, or free memory; jebi plan says what "
+            "the model takes."
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(f"'{stored.file}': tensor '{stored.name}' cannot be used: {error}") from error
     return nn.Parameter(value, requires_grad=form == "masters")

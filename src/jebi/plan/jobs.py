@@ -38,6 +38,8 @@ class Job:
     """Mean tokens of a row; None where all are as long as may be."""
     spread: float = 0.0
     """Standard deviation of a row's tokens."""
+    common: float = 0.0
+    """Tokens of the beginning that a row shares with the others of its step, which is held once."""
     learnt: float = 1.0
     """Share of the tokens that are learnt."""
     checkpoints: int = 0
@@ -45,29 +47,42 @@ class Job:
 
     @property
     def step_tokens(self) -> float:
-        """Mean tokens of a step."""
+        """Mean tokens of a step's rows."""
         return self.batch * (self.row or self.longest)
 
+    @property
+    def held_tokens(self) -> float:
+        """Mean tokens of a step that are held: beginnings in common once."""
+        return self.step_tokens - (self.batch - 1) * self.common
+
     def most_tokens(self, deviations: int) -> int:
-        """Tokens of a large step, so many standard deviations above the mean."""
-        most = self.step_tokens + deviations * self.spread * math.sqrt(self.batch)
+        """Held tokens of a large step, so many standard deviations above the mean."""
+        most = self.held_tokens + deviations * self.spread * math.sqrt(self.batch)
         return max(1, min(self.batch * self.longest, math.ceil(most)))
 
     def pass_limit(self, most: int) -> int:
         """Most tokens that a pass needs, where ``most`` are worth having: all rows of about any step."""
         return min(most, max(self.longest, padded(self.most_tokens(4))))
 
-    def filled(self, tokens: int, fits: bool = True) -> int:
-        """Tokens that a run's largest pass has, of those that a plan allows: whole rows, no more than a step's."""
-        if self.row is None and tokens >= self.longest:
-            return min(tokens // self.longest, self.batch) * self.longest
+    def filled(self, tokens: int) -> int:
+        """Tokens that a run's largest pass has, where a plan allows so many: whole rows, no more than a step's.
+
+        A row that is longer than a plan's passes is one by itself.
+        """
+        if self.row is None:
+            return max(1, min(tokens // self.longest, self.batch)) * self.longest
         large = self.most_tokens(2)
-        return min(max(tokens, 1 if fits else self.longest), padded(large) if self.held.on_card else large)
+        return max(self.longest, min(tokens, padded(large) if self.held.on_card else large))
+
+    @property
+    def sizes(self) -> int:
+        """Different numbers of tokens that its passes have."""
+        return 1 if self.row is None else self.steps
 
     def load(self, pass_tokens: int) -> Load:
         """A step's rows, in passes of so many tokens."""
-        passes = math.ceil(self.step_tokens / max(1, pass_tokens))
-        return Load(self.step_tokens, self.row or self.longest, self.learnt, passes)
+        passes = math.ceil(self.held_tokens / max(1, pass_tokens))
+        return Load(self.held_tokens, self.row or self.longest, self.learnt, passes, self.step_tokens)
 
 
 def padded(tokens: int) -> int:
@@ -101,7 +116,9 @@ def job_of(run: RunConfig, shape: DecoderShape, bfloat16: bool, rows: Path | Non
     if steps <= 0:
         steps = -(-int(lengths.rows * float(train.get("num_train_epochs", 3))) // batch)
     longest = min(model.max_seq_length, lengths.longest)
-    return Job(held, longest, batch, steps, asked, model.places, row=lengths.mean, spread=lengths.deviation)
+    # Tokens held once would share one dropout mask.
+    common = 0.0 if run.lora.lora_dropout else lengths.common
+    return Job(held, longest, batch, steps, asked, model.places, lengths.mean, lengths.deviation, common)
 
 
 def rows_of(run: RunConfig) -> Path | None:

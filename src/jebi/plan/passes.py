@@ -64,9 +64,11 @@ class PassPlan:
     cost: float = field(default=0.0, compare=False)
     """Time a token takes beyond what it must, relative to that; to compare plans by."""
 
-    def made(self, tokens: int) -> Pass:
-        """A pass that has so many tokens, for the count of its memory."""
-        return Pass(tokens, self.checkpointing, self.chunk, self.keep_weights, self.kept_layers, self.shipped_layers)
+    def made(self, tokens: int, sizes: int = 1) -> Pass:
+        """A pass that has so many tokens, for the count of its memory, in a run whose passes have so many sizes."""
+        return Pass(
+            tokens, self.checkpointing, self.chunk, self.keep_weights, self.kept_layers, self.shipped_layers, sizes
+        )
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,7 @@ def predict(job: Job, card: Card, budget: int, host: int = 0) -> Prediction:
         held = replace(held, places=_placed(held, relief.places, on_card))
     else:
         plan = plan_of(room)
-    tokens = replace(job, held=held).filled(plan.tokens, plan.fits)
-    made = plan.made(tokens)
+    made = plan.made(replace(job, held=held).filled(plan.tokens), job.sizes)
     if not plan.fits:
         plan = replace(plan, tokens=made.tokens)
     items = everything(held, made, job.checkpoints)

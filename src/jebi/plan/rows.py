@@ -21,6 +21,8 @@ _SMALL = 100_000
 """Tokens of a vocabulary below which other scripts are spelled by bytes."""
 _TEMPLATE = (109, 55)
 """Letters of Latin and others that the tutorial's template writes around a row (69 tokens of Llama 3.1's)."""
+_BEGINNING = (35, 55)
+"""Those that it writes before a question: the beginning that all rows with a column "instruction" have in common."""
 _MOST = 20_000
 """Rows that are looked at; more say no more about their lengths."""
 
@@ -37,6 +39,8 @@ class Lengths:
     """Standard deviation."""
     longest: int
     """Of the longest row, not cut."""
+    common: float = 0.0
+    """Of the beginning that a row shares with the others of its step, which is computed once."""
 
 
 def estimate(path: Path, most: int, vocabulary: int) -> Lengths:
@@ -53,7 +57,8 @@ def estimate(path: Path, most: int, vocabulary: int) -> Lengths:
     try:
         rows = _rows(path)
         other = _OTHER if vocabulary >= _SMALL else _OTHER_SMALL
-        letters = ([sum(pair) for pair in zip(_letters(row), _TEMPLATE)] for row in islice(rows, _MOST))
+        first = list(islice(rows, _MOST))
+        letters = ([sum(pair) for pair in zip(_letters(row), _TEMPLATE)] for row in first)
         seen = [round(plain * _LATIN + rest * other) for plain, rest in letters]
         count = len(seen) + sum(1 for _ in rows)
     except (OSError, ValueError) as error:
@@ -61,7 +66,9 @@ def estimate(path: Path, most: int, vocabulary: int) -> Lengths:
     if not seen:
         raise DataError(f"--rows '{path}' holds no rows.")
     cut = [min(length, most) for length in seen]
-    return Lengths(count, statistics.fmean(cut), statistics.pstdev(cut), max(seen))
+    alike = isinstance(first[0], dict) and "instruction" in first[0]
+    common = _BEGINNING[0] * _LATIN + _BEGINNING[1] * other if alike else 0.0
+    return Lengths(count, statistics.fmean(cut), statistics.pstdev(cut), max(seen), min(common, *cut))
 
 
 def _rows(path: Path) -> Iterator[Any]:

@@ -34,13 +34,15 @@ class Load:
     """The rows of one step."""
 
     tokens: float
-    """Of all rows of the step."""
+    """Of the step, beginnings in common once."""
     row: float
     """Tokens of a row, by which attention goes: the mean, each token counted."""
     learnt: float = 1.0
     """Share of the tokens that are learnt."""
     passes: float = 1.0
     """Passes they are run in."""
+    whole: float | None = None
+    """Tokens of the step's rows, of which attention sees each whole; None where nothing is held once."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def step_time(held: Held, made: Pass, load: Load, card: Card) -> StepTime:
         2 * one.heads * one.head_dim * min(load.row, 2 * (one.attention.window or load.row)) for one in shape.layers
     )
     remade = recomputed if mode == "recompute" else 0.0
-    attention = load.tokens * scores * (1 + _BACKWARD + remade)
+    attention = (load.whole or load.tokens) * scores * (1 + _BACKWARD + remade)
     scoring = card.products * _efficiency(load.row)
     if card.attention is not None:
         scoring *= card.attention / (card.products * _efficiency(_MEASURED_ROW))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from jebi.config import Checkpointing, Places
-from jebi.plan.inventory import Held
+from jebi.plan.jobs import Job
 from jebi.plan.passes import PassPlan
 
 _KEPT: dict[Checkpointing, str] = {
@@ -14,14 +14,15 @@ _KEPT: dict[Checkpointing, str] = {
 }
 
 
-def words(plan: PassPlan, places: Places, held: Held, layers: int) -> str:
+def words(plan: PassPlan, places: Places, job: Job) -> str:
     """What was chosen."""
-    parts = [f"passes of {plan.tokens:,} tokens", _KEPT[plan.checkpointing]]
+    # A longer row is a pass by itself.
+    parts = [f"passes of {max(plan.tokens, job.longest):,} tokens", _KEPT[plan.checkpointing]]
     if plan.kept_layers:
-        parts[-1] += f" but in {plan.kept_layers} of {layers} layers"
+        parts[-1] += f" but in {plan.kept_layers} of {len(job.held.shape.layers)} layers"
     if plan.shipped_layers:
         parts.append(f"gate and up of {plan.shipped_layers} there too")
-    if held.packed and held.on_card:
+    if job.held.packed and job.held.on_card:
         parts.append("weights dequantised once" if plan.keep_weights else "weights dequantised at every use")
     moved = [name for name, at in (("embedding", places.embedding), ("head", places.head)) if at == "host"]
     if moved:

@@ -12,6 +12,7 @@ import torch
 from jebi.models.device import free_bytes
 from jebi.plan.budget import FREE, budget_bytes
 from jebi.plan.inventory import CONTEXT_BYTES
+from jebi.plan.present import memory_of
 
 
 def allowed_bytes(device: torch.device, budget: float | str | None) -> int:
@@ -42,10 +43,3 @@ def within(device: torch.device, budget: float | str | None) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(before, device)
-
-
-def memory_of(device: torch.device) -> int:
-    """All memory of the device, taken or free."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total)

@@ -23,11 +23,12 @@ from jebi.nn.fp8_product import Fp8Product
 from jebi.plan.inventory import slack_bytes, trained
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose
 from jebi.plan.places import Relief, best, reliefs
+from jebi.plan.present import card_of
 from jebi.plan.time import carried_bytes
 from jebi.training.budget import allowed_bytes
 from jebi.training.graphs import Padded, PassGraphs, padded
 from jebi.training.pass_settings import Settings
-from jebi.training.planning import card_of, held_of, job_of
+from jebi.training.planning import held_of, job_of
 from jebi.training.room import require_room
 
 logger = logging.getLogger(__name__)

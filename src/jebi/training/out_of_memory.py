@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import logging
-import math
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from jebi.models.hf import JebiForCausalLM
 from jebi.plan.inventory import CONTEXT_BYTES, GIB
 from jebi.plan.passes import PassPlan
 from jebi.plan.prediction import predict, remedies
+from jebi.plan.present import card_of, host_bytes
 from jebi.plan.words import keywords, words
 from jebi.training.pass_settings import Settings
-from jebi.training.planning import card_of, job_of
+from jebi.training.planning import job_of
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,8 @@ def _release(error: BaseException | None) -> None:
 
 
 def _plan(planned: Planned) -> str:
-    held = job_of(planned.model, planned.settings).held
-    chosen = words(planned.plan, held.places, held, len(held.shape.layers))
+    job = job_of(planned.model, planned.settings)
+    chosen = words(planned.plan, job.held.places, job)
     return f"planned were {chosen}, and {planned.predicted['peak_gb']:.2f} GB at the peak"
 
 
@@ -108,10 +108,10 @@ def _way_out(planned: Planned) -> str:
         taken = torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES
     else:
         taken = int(planned.predicted["peak_gb"] * GIB)
-    budget, host = int(_LESS * taken), free_bytes(torch.device("cpu")) if device.type == "cuda" else 0
+    budget, host = int(_LESS * taken), host_bytes(device)
     found = predict(job_of(planned.model, planned.settings), card_of(device), budget, host)
     if found.fits:
-        return f'Train with memory_budget="{math.floor(10 * budget / GIB) / 10}GB".'
+        return f'Train with memory_budget="{budget / GIB:.1f}GB".'
     ways = [keywords(settings) for settings, _ in remedies(found, host)]
     return f"Train with {', or with '.join(ways)}." if ways else "Take a smaller model, shorter rows or a larger card."
 

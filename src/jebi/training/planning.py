@@ -7,23 +7,20 @@ import logging
 import math
 from typing import Any
 
-import torch
 from torch import nn
 
 from jebi.adapters.lora import LoraAdapter
 from jebi.config import Checkpointing, Storage
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import movable, placed
-from jebi.plan.cards import Card
 from jebi.plan.inventory import CONTEXT_BYTES, GIB, Held, by_part, everything, total
 from jebi.plan.jobs import Job
-from jebi.plan.measured import known, known_processor
 from jebi.plan.passes import PassPlan
+from jebi.plan.present import card_of
 from jebi.plan.time import step_time
 from jebi.plan.words import words
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
-from jebi.training.budget import memory_of
 from jebi.training.pass_settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -52,19 +49,15 @@ def asked_of(model: JebiForCausalLM, settings: Settings) -> Checkpointing | None
 
 
 def job_of(model: JebiForCausalLM, settings: Settings) -> Job:
-    """A training of a loaded model as plans see it; how many steps there are is left open."""
+    """A training of a loaded model as plans see it."""
     held, rows, asked = held_of(model, settings.optimizer), settings.rows, asked_of(model, settings)
-    if rows is None or rows.deviation == 0:
-        return Job(held, settings.longest, settings.batch, 1, asked, movable(model))
+    if rows is None or (rows.deviation == 0 and not rows.common):
+        return Job(held, settings.longest, settings.batch, settings.steps, asked, movable(model))
     mean = min(rows.mean, settings.longest)
-    return Job(held, settings.longest, settings.batch, 1, asked, movable(model), mean, rows.deviation)
-
-
-def card_of(device: torch.device) -> Card:
-    """The device as plans see it."""
-    if device.type != "cuda":
-        return known_processor(memory_of(device))
-    return known(torch.cuda.get_device_name(device), memory_of(device))
+    common = min(rows.common, mean)
+    return Job(
+        held, settings.longest, settings.batch, settings.steps, asked, movable(model), mean, rows.deviation, common
+    )
 
 
 def predict(model: JebiForCausalLM, plan: PassPlan, settings: Settings) -> dict[str, Any]:
@@ -77,12 +70,12 @@ def predict(model: JebiForCausalLM, plan: PassPlan, settings: Settings) -> dict[
     """
     job = job_of(model, settings)
     held = job.held
-    made = plan.made(job.filled(plan.tokens, plan.fits))
+    made = plan.made(job.filled(plan.tokens), job.sizes)
     items = everything(held, made)
     # A report measures what the allocator reserves, and CUDA's context is beside that.
     peak = total(items) - (CONTEXT_BYTES if held.on_card else 0)
     found: dict[str, Any] = {"peak_gb": peak / GIB, "parts_gb": {part: size / GIB for part, size in by_part(items)}}
-    line = f"Plan: {peak / GIB:.2f} GB at the peak, {words(plan, held.places, held, len(held.shape.layers))}"
+    line = f"Plan: {peak / GIB:.2f} GB at the peak, {words(plan, held.places, job)}"
     step = step_time(held, made, job.load(made.tokens), card_of(model.device))
     if math.isfinite(step.seconds):
         found["step_seconds"] = step.seconds

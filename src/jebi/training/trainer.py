@@ -38,7 +38,7 @@ from jebi.training.loraplus import own_rates, split_rates
 from jebi.training.losses import Losses
 from jebi.training.optimizer import AdamW8bit, adam_settings, set_mode, tell_of_steps
 from jebi.training.out_of_memory import Planned, explained
-from jebi.training.pass_settings import Settings, settings_of
+from jebi.training.pass_settings import Settings, drops_out, settings_of
 from jebi.training.planning import predict
 from jebi.training.prefetch import Prefetch
 from jebi.training.prepared import Prepare, preparing
@@ -136,7 +136,7 @@ class SFTTrainer(Trainer):
             eos = as_ids(self.model.generation_config.eos_token_id)
             self.data_report = self.prepare.check(self.train_dataset, self.texts, self.eval_dataset, eos)
         settings, plan = self._settings(), self._current_plan()
-        self._drops_out = any(m.adapter is not None and m.adapter.dropout > 0 for _, m in self.model.linears())
+        self._drops_out = drops_out(self.model)
         self._losses = Losses()
         self._meter = Meter(self.model.device)
         self._engine = Engine(self.model, plan, settings, self.accelerator)
@@ -285,7 +285,7 @@ class SFTTrainer(Trainer):
     def _settings(self) -> Settings:
         # A loss of the user's own is computed his way.
         own_loss = type(self).compute_loss is not Trainer.compute_loss
-        return settings_of(self.args, self._longest, not own_loss, self.train_dataset)
+        return settings_of(self.model, self.args, self._longest, not own_loss, self.train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As Trainer's; LoRA+ and trained embeddings have learning rates of their own."""
