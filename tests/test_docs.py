@@ -27,7 +27,16 @@ def test_make_targets_exist(page: Path) -> None:
 @pytest.mark.parametrize("name", ["README.md", "README.ko.md"])
 def test_commands_have_the_options_that_are_shown(name: str) -> None:
     shown = re.findall(r"^    jebi (\w+)([^#\n]*)", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert {command for command, _ in shown} == {"inspect", "models", "train", "chat", "compare", "version"}
+    assert {command for command, _ in shown} == {
+        "bench",
+        "inspect",
+        "models",
+        "plan",
+        "train",
+        "chat",
+        "compare",
+        "version",
+    }
     for command, rest in shown:
         help_text = subprocess.run(
             [sys.executable, "-m", "jebi", command, "--help"], capture_output=True, text=True, check=True
@@ -43,3 +52,14 @@ def test_the_readmes_are_twins() -> None:
     english, korean = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.ko.md"))
     for pattern in (r"^    (?:jebi|make) [^#\n]*?(?=\s*(?:#|$))", r"\| [\d.]+ → [\d.]+ GB \|", r"\| 0\.\d{4} \|"):
         assert re.findall(pattern, english, flags=re.MULTILINE) == re.findall(pattern, korean, flags=re.MULTILINE)
+
+
+def test_the_commands_of_planning_run() -> None:
+    page = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    jebi (plan [^#\n]*)", page, flags=re.MULTILINE)
+    assert len(commands) > 3
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "jebi", *command.split()], capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        assert "fits" in done.stdout

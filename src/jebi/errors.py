@@ -7,6 +7,7 @@
     ├── ModelError          the model or its config cannot be used           (ValueError)
     │   └── WeightsError    a weights file lacks, contradicts or breaks      (ValueError)
     ├── AdapterError        an adapter does not fit the model                (ValueError)
+    ├── OutOfMemoryError    a model or a training does not fit               (MemoryError)
     ├── DivergedError       the loss became NaN or infinite                  (ArithmeticError)
     └── RankError           another process of the training is gone          (RuntimeError)
 
@@ -41,6 +42,10 @@ class WeightsError(ModelError):
 
 class AdapterError(JebiError, ValueError):
     """An adapter does not fit the model it is put on."""
+
+
+class OutOfMemoryError(JebiError, MemoryError):
+    """A model or a training does not fit: told before it is loaded, before its first step, or when memory ran out."""
 
 
 class DivergedError(JebiError, ArithmeticError):

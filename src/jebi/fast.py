@@ -14,12 +14,21 @@ from jebi.adapters import pissa, reference
 from jebi.adapters.lora import attach, detach
 from jebi.adapters.peft_config import CONFIG_FILE, base_of, other_rope, read_config, takes_from_base
 from jebi.adapters.peft_files import read_weights, stored_vocabulary
-from jebi.config import TARGET_MODULES, Compute, EmbeddingPlace, HeadPlace, LoraConfig, ModelConfig, reject_unknown
+from jebi.config import (
+    TARGET_MODULES,
+    Checkpointing,
+    Compute,
+    EmbeddingPlace,
+    HeadPlace,
+    LoraConfig,
+    ModelConfig,
+    reject_unknown,
+)
 from jebi.errors import AdapterError, ConfigError
 from jebi.inference.generation import prepare
 from jebi.models.compute import require_card, require_layers
-from jebi.models.decoder import Checkpointing
 from jebi.models.device import default_device, default_dtype
+from jebi.models.families import read_config as read_family
 from jebi.models.files import find
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.loading import load_model
@@ -28,6 +37,7 @@ from jebi.models.rope import scale_context
 from jebi.models.shares import join
 from jebi.models.shell import JebiPreTrainedModel
 from jebi.models.tokenizer import beside, ready
+from jebi.plan.refusal import Loading, require_model
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +100,7 @@ class FastLanguageModel:
             ModelError: the model is not there, or of a kind that jebi does not have; or embedding and head are one
                 table, which is to be in two places.
             WeightsError: its weights are incomplete or broken.
+            OutOfMemoryError: its weights do not fit; told before any is read, with what would.
         """
         model_name = str(model_name)
         asked = ModelConfig(
@@ -113,9 +124,11 @@ class FastLanguageModel:
             if notice := scale_context(config, max_seq_length, rope_scaling):
                 logger.warning(notice)
             tokenizer = files.tokenizer()
-        mesh = join(place) if shard else None
-        dtype = dtype or default_dtype(place)
-        model = load_model(files, config, dtype, place, asked.storage, asked.places, mesh)
+        kind, mesh = dtype or default_dtype(place), join(place) if shard else None
+        require_model(
+            Loading(model_name, read_family(config), asked.storage, kind, asked.places, max_seq_length), place
+        )
+        model = load_model(files, config, kind, place, asked.storage, asked.places, mesh)
         model.compute = compute
         if generation := files.generation_config():
             model.generation_config = generation

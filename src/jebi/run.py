@@ -32,10 +32,12 @@ from jebi.inference.compare import Questions, compare_models
 from jebi.inference.comparison import Comparison
 from jebi.inference.page import render
 from jebi.models.device import default_device, default_dtype
-from jebi.models.files import EMBEDDED
 from jebi.models.hf import JebiForCausalLM
+from jebi.models.sizes import EMBEDDED
 from jebi.models.tokenizer import beside
+from jebi.plan.refusal import require_run
 from jebi.training.arguments import SFTConfig, refuse
+from jebi.training.budget import within
 from jebi.training.checkpoints import require_writable, write_whole
 from jebi.training.trainer import SFTTrainer
 
@@ -55,7 +57,9 @@ def train(config: RunConfig, callbacks: list[TrainerCallback], resume: bool = Fa
         raise ConfigError(f"--resume: '{output}' holds no checkpoint to go on from; start without it.")
     if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
         raise ConfigError(f"train.resume_from_checkpoint: there is no folder '{args.resume_from_checkpoint}'.")
-    model, tokenizer = _load(config)
+    require_run(config)
+    with within(default_device(), args.memory_budget):
+        model, tokenizer = _load(config)
     if not config.model.full_finetuning:
         _adapt(model, config)
     longest = config.model.max_seq_length

@@ -50,3 +50,24 @@ def test_startup(tmp_path: Path, tiny_llama) -> None:
     assert 0.9 * whole < sum(parts.values()) <= whole + 0.01
     assert all(name in printed for group in figures.values() for name in group)
     assert all(figures["reading"][name] > 0 for name in ("staged GB/s", "mapped GB/s"))
+
+
+def test_plan_runs(tmp_path: Path) -> None:
+    """Names are trainings of every kind that is promised; two tiny ones are planned, run and written down."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "plan_runs.py"), "--out", str(tmp_path)]
+    names = ["tiny-4bit-64-r8-all", "tiny-16bit-32-r4-2GB"]
+    printed = subprocess.run([*command, "--runs", ",".join(names)], capture_output=True, text=True, check=True).stdout
+    assert "2 of 2 runs ended" in printed
+    results = json.loads((tmp_path / "plan.json").read_text())
+    assert [result["run"] for result in results] == names
+    for result in results:
+        assert result["peak_gb"] > 0
+        assert result["step_s"] > 0
+        # Planned before the model was there, and told by the trainer, who has it: one count.
+        assert result["planned_gb"] == result["told_gb"]
+        assert result["planned_step_s"] == result["told_step_s"]
+    assert names[0] in (tmp_path / "plan.md").read_text()
+    subprocess.run([*command, "--against-literals", "--runs", names[0]], capture_output=True, check=True)
+    literals = json.loads((tmp_path / "plan_literals.json").read_text())
+    assert [result["choice"] for result in literals] == ["auto", "True", "False", "unsloth"]
+    assert "auto slower by" in (tmp_path / "plan_literals.md").read_text()

@@ -26,7 +26,7 @@ def test_training_reports_on_stdout_and_shows_its_progress_on_stderr(jebi: Run, 
     done = jebi("train", str(config))
     assert done.code == 0, done.err
     lines = done.out.splitlines()
-    assert len(lines) == 10
+    assert len(lines) == 11
     assert lines[0].startswith("Device = ")
     assert re.fullmatch(r"[\d,]+ tokens a second \(\d+ tokens, 2 steps\)\.", lines[4])
     assert lines[-1] == f"Adapter and report.json are in '{tmp_path / 'out'}'."

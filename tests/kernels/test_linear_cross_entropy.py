@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jebi.config import limits
 from jebi.kernels import linear_cross_entropy as module
 from jebi.kernels.linear_cross_entropy import (
     PLAIN,
@@ -44,7 +45,7 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor, form: LossForm) -> Ten
 
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(limits, "CHUNK_BYTES", 1)
     assert chunk_tokens(VOCABULARY) == 16
 
 
@@ -103,7 +104,7 @@ def test_a_trained_head_of_another_dtype() -> None:
 
 
 def test_chunks_hold_what_the_bytes_allow() -> None:
-    assert chunk_tokens(128_256) == module.CHUNK_BYTES // (4 * 128_256) == 130
+    assert chunk_tokens(128_256) == limits.CHUNK_BYTES // (4 * 128_256) == 130
     assert chunk_tokens(49_152) == 341
     assert chunk_tokens(10**9) == 16
 

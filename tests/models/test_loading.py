@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
+from jebi.errors import OutOfMemoryError
 from jebi.models.families import read_config
 from jebi.quant.nf4 import NF4Weight
 
@@ -229,3 +230,14 @@ def write_synthetic(folder: Path) -> None:
         save_file({n: values[: torch.Size(shapes[n]).numel()].view(shapes[n]).clone() for n in held}, folder / file)
         places |= dict.fromkeys(held, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def test_memory_that_runs_out_on_the_way_is_no_fault_of_the_file(
+    tiny_llama, load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(NF4Weight, "quantize", no_room)
+    with pytest.raises(OutOfMemoryError, match=r"memory ran out while 'model\..*' was loaded: set load_in_4bit"):
+        load(tiny_llama("tied"), load_in_4bit=True)

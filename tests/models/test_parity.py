@@ -111,6 +111,14 @@ def test_whatever_layers_keep(tiny_llama, load, kept: int, plain: bool, checkpoi
     assert_same(ours, theirs, padded("right"))
 
 
+@pytest.mark.parametrize("sent", [0, 1, 2])
+def test_gate_and_up_sent_to_host_memory_by_some_layers(tiny_llama, load, sent: int) -> None:
+    ours, theirs = twins(load, tiny_llama())
+    ours.model.checkpointing, ours.model.shipped_layers = "offload", sent
+    assert sum(keeping.wide is not None for keeping in ours.model._keeping(ours.device)) == sent
+    assert_same(ours, theirs, padded("right"))
+
+
 @pytest.mark.parametrize("checkpointing", ["keep_attention", "recompute", "offload"])
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_layers_in_chunks_of_tokens(tiny_llama, load, chunk: int, checkpointing: str) -> None:

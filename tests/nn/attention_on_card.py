@@ -14,9 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from jebi.nn.attention import AttentionForm, attend_rows
+from jebi.nn.attention import attend_rows
 from jebi.nn.attention_pair import attention_backward, attention_forward
 from jebi.nn.rows import Rows, rows_from_lengths
+from jebi.nn.shape import AttentionForm
 
 CARD = torch.device("cuda", 0)
 LENGTHS = ([4096], [2048] * 4, [1000, 37, 3000, 1, 59])

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jebi.nn import attention
-from jebi.nn.attention import AttentionForm, attend_cached, attend_rows
+from jebi.nn.attention import attend_cached, attend_rows
 from jebi.nn.rows import Rows, rows_from_lengths
+from jebi.nn.shape import AttentionForm
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from jebi.nn import attention_pair
-from jebi.nn.attention import AttentionForm, attend_rows
+from jebi.nn.attention import attend_rows
 from jebi.nn.attention_pair import attention_backward, attention_forward
 from jebi.nn.rows import Rows, rows_from_lengths
+from jebi.nn.shape import AttentionForm
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

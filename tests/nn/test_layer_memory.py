@@ -11,12 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 from jebi.kernels.rope import rope_tables
 from jebi.nn import attention_pair
-from jebi.nn.attention import AttentionForm
 from jebi.nn.base_product import DenseProduct, Scratch
-from jebi.nn.layer import DecoderLayer, LayerShape
+from jebi.nn.layer import DecoderLayer
 from jebi.nn.layer_node import Keeping, run_layer
 from jebi.nn.lora import Lora
 from jebi.nn.rows import rows_from_lengths
+from jebi.nn.shape import AttentionForm, LayerShape
 
 TOKENS, CHUNK, WIDTH = 1024, 16, 128
 # Heads as in Llama 3.1 8B, in which queries, keys and values are one and a half inputs.

@@ -1,6 +1,6 @@
 """``nn.layer_node`` against the plain layer, and both against float64: output and every gradient by name."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jebi.kernels.rope import rope_tables
-from jebi.nn.attention import AttentionForm, attend_rows
+from jebi.nn.attention import attend_rows
 from jebi.nn.base_product import DenseProduct, Scratch
+from jebi.nn.host_memory import HostMemory
 from jebi.nn.layer import DecoderLayer, LayerShape, Norm
 from jebi.nn.layer_node import Keep, Keeping, run_layer, serves
 from jebi.nn.lora import Lora
 from jebi.nn.rows import Rows, rows_from_lengths
+from jebi.nn.shape import AttentionForm
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
 
@@ -294,7 +296,8 @@ def test_common_beginnings_held_once(at_most_twice, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_kept_changes_no_bit(dtype: torch.dtype) -> None:
     hidden, dout = inputs(dtype)
-    results = [run(build(Setup(), dtype), hidden, True, dout, keep) for keep in KEEPS]
+    shipped = Keeping("input_on_host", wide=HostMemory(CPU, lane=1))
+    results = [run(build(Setup(), dtype), hidden, True, dout, keep) for keep in (*KEEPS, shipped)]
     for name, value in results[0].items():
         for other in results[1:]:
             assert value is None or torch.equal(value, other[name]), name
@@ -307,7 +310,8 @@ def test_chunks_of_tokens_give_what_all_at_once_give(setup: Setup, stacked: bool
     hidden, dout = inputs(torch.float32)
     results = []
     ways = Keeping("input", chunk), Keeping("input_and_attention", chunk)
-    for keep in (Keeping("all"), *ways, Keeping("input_on_host", chunk, spend_gradient=True)):
+    on_host = Keeping("input_on_host", chunk, spend_gradient=True)
+    for keep in (Keeping("all"), *ways, on_host, replace(on_host, wide=HostMemory(CPU, lane=1))):
         layer = build(setup, torch.float32)
         if stacked:
             scratch = Scratch()

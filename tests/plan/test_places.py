@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 
 from jebi.config import Places
+from jebi.config.limits import SLICE_BYTES
 from jebi.models.families import DecoderShape
-from jebi.nn.attention import AttentionForm
-from jebi.nn.layer import LayerShape
-from jebi.nn.slices import SLICE_BYTES
+from jebi.nn.shape import AttentionForm, LayerShape
 from jebi.plan.places import Relief, reliefs
 
 LAYER = LayerShape(4096, 32, 8, 128, 14336, 1e-5, AttentionForm(128**-0.5))

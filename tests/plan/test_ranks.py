@@ -18,8 +18,8 @@ from jebi.plan.ranks import (
     layer_bytes,
     rank_bytes,
     step_bytes,
-    weight_bytes,
 )
+from jebi.quant.footprint import weight_bytes
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
 from jebi.training.flat import lay_flat
@@ -36,7 +36,7 @@ def test_weights_take_what_is_said(shape: tuple[int, int]) -> None:
         ("int8", Int8Weight.quantize(weight_NK)),
     ]
     for storage, weight in packed:
-        assert weight.nbytes == weight_bytes(values, storage, 2)
+        assert weight.nbytes == weight_bytes(storage, values, 2)
         blank = type(weight).blank(shape, weight_NK.dtype, weight_NK.device)
         for made, room in zip(weight.buffers(), blank.buffers(), strict=True):
             assert (made.shape, made.dtype) == (room.shape, room.dtype)

@@ -134,6 +134,7 @@ def test_the_defaults_are_accepted(tmp_path: Path) -> None:
             "every_n_layers is not supported",
         ),
         ({"pass_tokens": 0}, "pass_tokens must be at least 1, not 0"),
+        ({"memory_budget": "much"}, "memory_budget 'much' is no size"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -197,7 +198,8 @@ def test_jebis_own_fields_are_these() -> None:
     own = {field.name: field for field in dataclasses.fields(SFTConfig) if field.name not in base}
     assert list(own) == [
         *("dataset_text_field", "max_seq_length", "dataset_num_proc", "assistant_only_loss", "completion_only_loss"),
-        *("packing", "long", "overlap", "allow", "pass_tokens", "loraplus_lr_ratio", "embedding_learning_rate"),
+        *("packing", "long", "overlap", "allow", "pass_tokens", "memory_budget", "loraplus_lr_ratio"),
+        "embedding_learning_rate",
     ]
     assert all(field.metadata["help"] for field in own.values())
 

@@ -8,18 +8,20 @@ import pytest
 import torch
 
 from jebi.config import Places
-from jebi.kernels.linear_cross_entropy import CHUNK_BYTES
+from jebi.config.limits import CHUNK_TOKENS
 from jebi.models import placement
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import place, placed, resolve
-from jebi.nn.layer_node import CHUNK_TOKENS
-from jebi.plan.passes import TRAINED_BYTES, kept_bytes_per_token, work_bytes
+from jebi.plan.activations import kept_bytes_per_token, loss_bytes, work_bytes
+from jebi.plan.inventory import trained
+from jebi.plan.passes import Room
 from jebi.plan.places import Relief
 from jebi.training import engine
-from jebi.training.engine import Settings, make_plan
+from jebi.training.engine import make_plan
+from jebi.training.pass_settings import Settings
 
 SETTINGS = Settings(128, None, False, False, 0.0, False)
-TABLE = 10 * 2**20
+TABLE = 4 * 2**20
 
 
 @pytest.fixture
@@ -39,11 +41,14 @@ def planned(monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., JebiForCa
         shape = found.model.shape
         least = SETTINGS.longest
         activations = least * kept_bytes_per_token(shape, 4, "recompute")
-        activations += work_bytes(shape, 4, "recompute", least, CHUNK_TOKENS)
-        needed = (activations + 2 * CHUNK_BYTES) / 0.8 + TRAINED_BYTES * found.trainable_parameters()[0]
+        work = work_bytes(shape, 4, "recompute", least, CHUNK_TOKENS, on_card=False)
+        activations += max(work, loss_bytes(shape, 4, least, on_card=False))
+        sizes = [p.numel() for p in found.parameters() if p.requires_grad]
+        used = Room(2**30, on_card=False).usable / 2**30
+        needed = activations / used + trained(sizes, SETTINGS.optimizer, 0).bytes
         # What was moved already is free already.
         moved = TABLE if placed(found) == Places("host", "host") else 0
-        monkeypatch.setattr(engine, "free_bytes", lambda device: int(needed) + 8 - lacking + moved)
+        monkeypatch.setattr(engine, "allowed_bytes", lambda device, budget: int(needed) + 8 - lacking + moved)
         return make_plan(found, SETTINGS), found
 
     return plan
@@ -74,7 +79,7 @@ def test_where_even_that_does_not_fit_it_has_the_most_room(
 ) -> None:
     plan, model = planned(2 * TABLE)
     assert not plan.fits
-    assert re.search(r"max_seq_length=128 tokens may not fit into the \d+\.\d\d GiB .* lower it, or free", caplog.text)
+    assert re.search(r"rows of 128 tokens may not fit: it takes .* GB too little\.", caplog.text)
     assert placed(model) == Places("host", "host")
 
 

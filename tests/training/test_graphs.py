@@ -120,3 +120,31 @@ def test_what_hinders_a_capture_is_named(model: Callable[[], JebiForCausalLM], m
     stacked.model.norm.weight.requires_grad_()
     stacked.model.norm.weight.data = stacked.model.norm.weight.data.bfloat16()
     assert PassGraphs.hindrance(stacked) == "trained weights are not float32"
+
+
+def test_a_larger_pass_pins_host_memory_before_it_is_captured(
+    model: Callable[[], JebiForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was captured goes first, since both may not fit; smaller passes find enough pinned."""
+    captured: list[tuple[int, object]] = []
+    pools = iter(range(100))
+
+    def capture(self: PassGraph, run: Callable[[], Tensor], pool: object) -> None:
+        captured.append((self.shape.tokens, pool))
+        self.replay = run  # type: ignore[method-assign]
+
+    monkeypatch.setattr(PassGraph, "capture", capture)
+    monkeypatch.setattr(PassGraphs, "_cast", lambda self: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    ours = model()
+    ours.model.checkpointing = "offload"
+    passes = PassGraphs(ours, lambda loss: loss.backward(), {})
+
+    def runs(rows: int) -> None:
+        (part,) = cut([collate([row(n, 40, []) for n in range(rows)])], 4096)
+        passes.run(padded(part), 1)
+
+    for rows in (2, 2, 1, 1, 3, 3, 2, 1):
+        runs(rows)
+    assert captured == [(80, 0), (40, 0), (120, 1), (80, 1), (40, 1)]

@@ -1,5 +1,6 @@
 """``training.report``: the tutorial's figures before and after a run, as text and as a file, from real memory."""
 
+import dataclasses
 import json
 import mmap
 from pathlib import Path
@@ -41,6 +42,24 @@ def test_the_text_is_the_tutorials() -> None:
     ]
 
 
+def test_what_was_predicted_stands_beside_it() -> None:
+    told = dataclasses.replace(DONE, predicted={"peak_gb": 6.5}).text().splitlines()
+    assert told[:-1] == DONE.text().splitlines()
+    assert told[-1] == "Predicted peak reserved memory = 6.500 GB."
+    timed = dataclasses.replace(DONE, predicted={"peak_gb": 6.5, "step_seconds": 7.5}, step_seconds=7.841).text()
+    assert timed.splitlines()[-1] == "A step took 7.841 s; predicted were 7.500 s."
+    assert dataclasses.replace(DONE, step_seconds=7.841).text().endswith("\nA step took 7.841 s.")
+
+
+def test_a_step_is_timed_by_the_median_of_those_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([0.0, 20.0, 21.0, 22.0, 30.0, 31.0, 32.0])
+    monkeypatch.setattr(report.time, "perf_counter", lambda: next(moments))
+    meter = Meter(CPU)
+    for _ in range(7):
+        meter.step()
+    assert meter.report(7, 0, {}, {}).step_seconds == 1.0
+
+
 def test_the_file_holds_the_figures_and_the_loss_curve(tmp_path: Path) -> None:
     log = [{"loss": 2.5, "step": 1}, {"train_runtime": 3.0, "step": 1}]
     DONE.write(tmp_path / "report.json", log)
@@ -52,6 +71,8 @@ def test_the_file_holds_the_figures_and_the_loss_curve(tmp_path: Path) -> None:
         "tokens": 107_232,
         "plan": {"pass_tokens": 4096, "checkpointing": "recompute"},
         "ranks": [],
+        "predicted": {},
+        "step_seconds": None,
         "minutes": DONE.minutes,
         "training_gb": DONE.training_gb,
         "peak_percent": DONE.peak_percent,
@@ -74,10 +95,10 @@ def test_the_peak_is_the_highest_point_of_the_run() -> None:
     with mmap.mmap(-1, 48 * 2**20) as held:  # fresh pages, where an allocator might have some in hand
         for page in range(0, len(held), mmap.PAGESIZE):
             held[page] = 1
-    peak = meter.report(1, 1, {})
+    peak = meter.report(1, 1, {}, {})
     assert peak.peak_gb >= peak.before.reserved_gb
     assert peak.training_gb >= 44 / 1024  # Linux counts a process's pages in batches
-    quiet = Meter(CPU).report(0, 0, {})
+    quiet = Meter(CPU).report(0, 0, {}, {})
     assert quiet.peak_gb >= quiet.before.reserved_gb
     if _can_reset():
         assert quiet.peak_gb < peak.peak_gb - 40 / 1024
@@ -100,7 +121,7 @@ def test_without_the_right_to_reset_the_peak_is_the_process_s(monkeypatch: pytes
         return write(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "write_text", refuse)
-    done = Meter(CPU).report(0, 0, {})
+    done = Meter(CPU).report(0, 0, {}, {})
     assert done.peak_gb >= done.before.reserved_gb
 
 

@@ -50,6 +50,7 @@ def test_the_report_counts_what_was_trained(make_trainer: Fixture, tmp_path: Pat
         entry["loss"] for entry in trainer.state.log_history if "loss" in entry
     ]
     chosen = {"checkpointing": "none", "compute": "float32", "embedding": "card", "head": "card"}
+    chosen |= {"kept_layers": 0, "shipped_layers": 0}
     assert written["plan"] == {"pass_tokens": trainer.report.plan["pass_tokens"]} | chosen
 
 

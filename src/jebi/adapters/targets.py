@@ -7,11 +7,15 @@ projection but the head. What follows from that is written back as names, so tha
 import dataclasses
 import logging
 import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from jebi.config import ALL_LINEAR, LoraConfig
 from jebi.errors import ConfigError
-from jebi.models.shell import JebiPreTrainedModel
-from jebi.nn.linear import Linear
+
+if TYPE_CHECKING:
+    from jebi.models.shell import JebiPreTrainedModel
+    from jebi.nn.linear import Linear
 
 logger = logging.getLogger(__name__)
 
@@ -27,28 +31,31 @@ _FUSED = {
 _HEAD = "lm_head"
 
 
-def resolve(model: JebiPreTrainedModel, config: LoraConfig) -> tuple[LoraConfig, dict[str, Linear]]:
+def resolve(model: "JebiPreTrainedModel", config: LoraConfig) -> tuple[LoraConfig, dict[str, "Linear"]]:
     """The settings with names that this model has, and the projections to adapt, by path.
 
     Raises:
         ConfigError: a name or pattern fits nothing, or nothing is left.
     """
-    maps = {path: linear for path, linear in model.linears() if path != _HEAD}
+    maps = dict(model.linears())
+    config, paths = resolve_paths(maps, config, len(model.model.layers))
+    return config, {path: maps[path] for path in paths}
+
+
+def resolve_paths(paths: Iterable[str], config: LoraConfig, layers: int) -> tuple[LoraConfig, list[str]]:
+    """The same of a model's paths alone, which has so many layers."""
+    maps = [path for path in paths if path != _HEAD]
     names = _names(config.target_modules, maps)
-    _require_layers(config.layers_to_transform, len(model.model.layers))
+    _require_layers(config.layers_to_transform, layers)
     config = dataclasses.replace(config, target_modules=names)
-    chosen = {
-        path: linear
-        for path, linear in maps.items()
-        if _named(names, path) and _in_layers(config, path) and not _left_out(config, path)
-    }
+    chosen = [path for path in maps if _named(names, path) and _in_layers(config, path) and not _left_out(config, path)]
     if not chosen:
         raise ConfigError(
             "no projection is left to adapt: look at layers_to_transform, exclude_modules and modules_to_save."
         )
     # Maps of one name together: the order in which a seed's numbers are drawn.
     kinds = list(dict.fromkeys(path.rpartition(".")[2] for path in maps))
-    chosen = dict(sorted(chosen.items(), key=lambda item: kinds.index(item[0].rpartition(".")[2])))
+    chosen = sorted(chosen, key=lambda path: kinds.index(path.rpartition(".")[2]))
     for setting in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, setting):
             if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in chosen):
@@ -56,7 +63,7 @@ def resolve(model: JebiPreTrainedModel, config: LoraConfig) -> tuple[LoraConfig,
     return config, chosen
 
 
-def _names(asked: list[str] | str, maps: dict[str, Linear]) -> list[str] | str:
+def _names(asked: list[str] | str, maps: list[str]) -> list[str] | str:
     """The names asked for as this model has them; a regular expression stays one."""
     present = list(dict.fromkeys(path.rpartition(".")[2] for path in maps))
     if asked == ALL_LINEAR:
@@ -69,7 +76,7 @@ def _names(asked: list[str] | str, maps: dict[str, Linear]) -> list[str] | str:
         if not any(re.fullmatch(asked, path) for path in maps):
             raise ConfigError(
                 f"target_modules '{asked}' is a regular expression of whole paths, and none fits; such as "
-                f"'{next(iter(maps))}'. Names are given as a list."
+                f"'{maps[0]}'. Names are given as a list."
             )
         return asked
     names: list[str] = []

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from jebi.cli import chat, compare, demo, inspect, models, train, version
+from jebi.cli import bench, chat, compare, demo, inspect, models, plan, train, version
 from jebi.config import launched
 from jebi.errors import JebiError
 
@@ -18,12 +18,14 @@ INTERRUPTED = 130
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command("demo")(demo.command)
+app.command("plan")(plan.command)
 app.command("train")(train.command)
 app.command("inspect")(inspect.command)
 app.command("chat")(chat.command)
 app.command("compare")(compare.command)
 app.command("models")(models.command)
 app.command("version")(version.command)
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback()
@@ -40,6 +42,9 @@ def run() -> None:
     level = logging.WARNING if launched.rank() == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     name = "jebi" if launched.ranks() == 1 else f"jebi (process {launched.rank()})"
+    if launched.rank() == 0:
+        # What a training will take is told as it begins.
+        logging.getLogger("jebi.training.planning").setLevel(logging.INFO)
     try:
         app()
     except JebiError as error:

@@ -5,6 +5,7 @@ from jebi.config.reading import read_run, run_from_dict
 from jebi.config.settings import (
     ALL_LINEAR,
     TARGET_MODULES,
+    Checkpointing,
     Compute,
     DataConfig,
     EmbeddingPlace,
@@ -19,6 +20,7 @@ from jebi.config.settings import (
 __all__ = [
     "ALL_LINEAR",
     "TARGET_MODULES",
+    "Checkpointing",
     "Compute",
     "DataConfig",
     "EmbeddingPlace",

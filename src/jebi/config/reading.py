@@ -40,9 +40,14 @@ def read_run(path: Path, settings: list[str] | None = None) -> RunConfig:
         raise ConfigError(f"config '{path}' is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"config '{path}' must hold sections: model, lora, data, train.")
-    for setting in settings or []:
+    return run_from_dict(apply_settings(document, settings or []))
+
+
+def apply_settings(document: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """The nested dictionaries with ``section.key=value`` settings put into them."""
+    for setting in settings:
         _apply(document, setting)
-    return run_from_dict(document)
+    return document
 
 
 def run_from_dict(document: dict[str, Any]) -> RunConfig:

@@ -22,6 +22,10 @@ Compute = Literal["auto", "fp8"]
 Storage = Literal["dense", "nf4", "int8", "masters"]
 """How the layers' projections are held: in the compute dtype, in 4 bits, in 8, or trained, as float32."""
 
+Checkpointing = Literal["none", "keep_attention", "recompute", "offload"]
+"""Keep every layer's activations; recompute them from the layer's input and attention's output; from the input alone;
+from input and attention's output, both in host memory."""
+
 EmbeddingPlace = Literal["auto", "card", "host"]
 """Where the embedding's table is. "auto" is the card, until a training needs its memory for something else."""
 

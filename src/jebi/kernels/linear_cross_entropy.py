@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jebi.config.limits import chunk_tokens
 from jebi.kernels.low_rank import product32
-
-CHUNK_BYTES = 64 * 2**20
-"""Size of one chunk's logits. A constant, so that equal seeds give equal sums whatever else runs on the machine."""
 
 LIFT = 2.0**8
 """What gradients are multiplied by within, in float16, where a token counts most; undone in float32 before the loss's
@@ -77,18 +75,6 @@ def linear_cross_entropy(
 def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
     """The logits, capped smoothly where a cap is given; differentiable."""
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
-
-
-def chunk_tokens(vocabulary: int, on_card: bool = False) -> int:
-    """Tokens in one chunk: as many as `CHUNK_BYTES` of float32 logits hold, at least 16; four times that on a card.
-
-    There the logits stay in 16 bits, and few tokens starve the products: 4,096 tokens of a vocabulary of 128,256 take
-    24.5 ms in chunks of 128 on an H100, 11.4 in chunks of 512 and 10.3 in chunks of 1,024. The layers' working set is
-    larger, and not there at that time.
-    """
-    if not on_card:
-        return max(16, CHUNK_BYTES // (4 * vocabulary))
-    return max(512, 4 * CHUNK_BYTES // (2 * vocabulary) // 256 * 256)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from jebi.kernels.linear_cross_entropy import CHUNK_BYTES, PLAIN, LossForm, cap_, lifted, scaled
+from jebi.config.limits import CHUNK_BYTES
+from jebi.kernels.linear_cross_entropy import PLAIN, LossForm, cap_, lifted, scaled
 
 
 class Slices(Protocol):

@@ -7,7 +7,7 @@ Shapes: T tokens of all rows, B batch, S new tokens, L cached length, D width.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +15,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
+from jebi.config import Checkpointing
+from jebi.config.limits import CHUNK_TOKENS
 from jebi.models.families import DecoderShape
-from jebi.nn.attention import AttentionForm, attend_cached, attend_rows, seen
+from jebi.nn.attention import attend_cached, attend_rows, seen
 from jebi.nn.base_product import DenseProduct, Scratch
 from jebi.nn.embedding import Embedding
 from jebi.nn.fp8_product import Fp8Product
 from jebi.nn.group import Stacked
 from jebi.nn.host_memory import HostMemory
 from jebi.nn.layer import DecoderLayer, Norm, stream_scale
-from jebi.nn.layer_node import CHUNK_TOKENS, Keep, Keeping, run_layer, serves
+from jebi.nn.layer_node import Keep, Keeping, run_layer, serves
 from jebi.nn.rotary import Rotary, Tables
 from jebi.nn.rows import Rows
-
-Checkpointing = Literal["none", "keep_attention", "recompute", "offload"]
-"""Keep every layer's activations; recompute them from the layer's input and attention's output; from the input alone;
-from input and attention's output, both in host memory."""
+from jebi.nn.shape import AttentionForm
 
 _KEEP: dict[Checkpointing, Keep] = {
     "none": "all",
@@ -66,6 +65,8 @@ class Decoder(nn.Module):
         """Tokens that layers which recompute take at a time, where they may."""
         self.kept_layers = 0
         """Layers, the last ones, that keep everything whatever `checkpointing` says of the others."""
+        self.shipped_layers = 0
+        """Of the others under ``offload``, evenly spread, those that send gate and up to host memory too."""
         self.plain = False
         """Run the plain form of every layer, for tests and comparisons."""
 
@@ -83,18 +84,12 @@ class Decoder(nn.Module):
         tables = self._tables(lambda rotary: rotary.of_rows(rows, hidden_TD.dtype))
         hidden_TD = self._carried(hidden_TD)
         training = torch.is_grad_enabled() and self.training
-        # Without a backward nothing is kept anyway, and in chunks a row costs no more to evaluate than to train on.
-        keep = _KEEP[self.checkpointing] if torch.is_grad_enabled() else "input"
-        host = HostMemory(hidden_TD.device) if keep == "input_on_host" else None
-        # Gradients between layers are read by the next layer alone.
-        keeping = Keeping(keep, self.chunk_tokens, host, spend_gradient=True)
-        whole = Keeping("all" if torch.is_grad_enabled() else keep, self.chunk_tokens, spend_gradient=True)
-        for number, layer in enumerate(self.decoder_layers(), start=self.kept_layers - len(self.layers)):
+        for layer, keeping in zip(self.decoder_layers(), self._keeping(hidden_TD.device)):
             turned = tables[layer.shape.kind]
             # A layer evaluates as it trains, 8-bit floats included.
             if not self.plain and serves(layer) and not torch.is_inference_mode_enabled():
-                hidden_TD = run_layer(layer, hidden_TD, turned, rows, keeping if number < 0 else whole)
-            elif training and self.checkpointing != "none" and number < 0:
+                hidden_TD = run_layer(layer, hidden_TD, turned, rows, keeping)
+            elif training and keeping.keep != "all":
                 hidden_TD = checkpoint(_plain_rows, layer, hidden_TD, turned, rows, use_reentrant=False)
             else:
                 hidden_TD = _plain_rows(layer, hidden_TD, turned, rows)
@@ -125,6 +120,21 @@ class Decoder(nn.Module):
             hidden_BSD = layer(hidden_BSD, tables[layer.shape.kind], attend)
         out_BSD: Tensor = self.norm(hidden_BSD)
         return out_BSD
+
+    def _keeping(self, device: torch.device) -> Iterator[Keeping]:
+        """What each layer keeps of a pass."""
+        # Without a backward nothing is kept anyway, and in chunks a row costs no more to evaluate than to train on.
+        keep = _KEEP[self.checkpointing] if torch.is_grad_enabled() else "input"
+        on_host = keep == "input_on_host"
+        # Gradients between layers are read by the next layer alone.
+        saving = Keeping(keep, self.chunk_tokens, HostMemory(device) if on_host else None, spend_gradient=True)
+        # On a stream of their own: what is narrow and needed soon would wait for what is wide.
+        shipping = replace(saving, wide=HostMemory(device, lane=1) if on_host else None)
+        whole = replace(saving, keep="all" if torch.is_grad_enabled() else keep, host=None)
+        others, sent = len(self.layers) - self.kept_layers, self.shipped_layers
+        for number in range(others):
+            yield shipping if (number + 1) * sent // others > number * sent // others else saving
+        yield from [whole] * self.kept_layers
 
     def _carried(self, embedded: Tensor) -> Tensor:
         """Embedded tokens as the residual stream begins."""

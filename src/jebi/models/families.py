@@ -1,22 +1,24 @@
 """What a Hugging Face config says in jebi's terms, one function per family, each with its source.
 
 A new family costs one function here and one line in `FAMILIES`; ``docs/families.md`` shows how. Weights, RoPE and
-tokenizers are read elsewhere.
+tokenizers are read elsewhere. No torch here.
 """
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from jebi.errors import ModelError
-from jebi.kernels.glu import Activation
-from jebi.nn.attention import AttentionForm
-from jebi.nn.layer import LayerShape
+from jebi.nn.shape import AttentionForm, LayerShape
+
+if TYPE_CHECKING:
+    from jebi.kernels.glu import Activation
 
 logger = logging.getLogger(__name__)
+
+Config = Any
+"""A transformers config, or the fields of a config.json as `models.sizes` reads them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class DecoderShape:
 class Family:
     """Checkpoints of one ``model_type``."""
 
-    read: Callable[[PretrainedConfig], DecoderShape]
+    read: Callable[[Config], DecoderShape]
     """Their config in jebi's terms."""
     models: str
     """Whose they are, for people."""
@@ -52,7 +54,7 @@ class Family:
     """Whether RoPE may turn a part of a head; transformers' other families pass over the config's word for it."""
 
 
-def read_config(config: PretrainedConfig) -> DecoderShape:
+def read_config(config: Config) -> DecoderShape:
     """The decoder's shape; `ModelError` for a family or a feature that jebi does not have."""
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -81,13 +83,13 @@ def read_config(config: PretrainedConfig) -> DecoderShape:
     return shape
 
 
-def head_dim(config: PretrainedConfig) -> int:
+def head_dim(config: Config) -> int:
     """Size of one head: stated, or the width shared among the heads."""
     stated = getattr(config, "head_dim", None)
     return int(stated or config.hidden_size // config.num_attention_heads)
 
 
-def _turns_part(config: PretrainedConfig) -> bool:
+def _turns_part(config: Config) -> bool:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return any(found.get("partial_rotary_factor") not in (None, 1) for found in (parameters, *nested))
@@ -97,14 +99,14 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_interme
 _OTHER_PARTS = {"vision_config": "a vision tower", "audio_config": "an audio tower"}
 
 
-def _why(config: PretrainedConfig) -> str:
+def _why(config: Config) -> str:
     """What stands in the way, where the config shows it."""
     if any(getattr(config, name, None) for name in _EXPERTS):
         return " (a mixture of experts)"
     return next((f" (with {part})" for name, part in _OTHER_PARTS.items() if getattr(config, name, None)), "")
 
 
-def _llama(config: PretrainedConfig) -> DecoderShape:
+def _llama(config: Config) -> DecoderShape:
     """Llama 2, 3, 3.1, 3.2, 3.3 and checkpoints of that architecture.
 
     Source: transformers ``models/llama/modeling_llama.py`` (LlamaDecoderLayer, LlamaAttention, LlamaMLP).
@@ -118,7 +120,7 @@ def _llama(config: PretrainedConfig) -> DecoderShape:
     return _decoder(config, layer)
 
 
-def _mistral(config: PretrainedConfig) -> DecoderShape:
+def _mistral(config: Config) -> DecoderShape:
     """Mistral 7B and what came after it in that architecture, such as Nemo and Small.
 
     Source: transformers ``models/mistral/modeling_mistral.py``: Llama without biases, all layers windowed where
@@ -128,7 +130,7 @@ def _mistral(config: PretrainedConfig) -> DecoderShape:
     return _decoder(config, _windowed(layer, config.sliding_window))
 
 
-def _ministral(config: PretrainedConfig) -> DecoderShape:
+def _ministral(config: Config) -> DecoderShape:
     """Ministral 8B: Mistral whose layers are local or global by ``layer_types``.
 
     Source: transformers ``models/ministral/modeling_ministral.py``.
@@ -136,7 +138,7 @@ def _ministral(config: PretrainedConfig) -> DecoderShape:
     return _mixed(config, _layer(config, config.hidden_act))
 
 
-def _qwen2(config: PretrainedConfig) -> DecoderShape:
+def _qwen2(config: Config) -> DecoderShape:
     """Qwen 1.5 (dense), 2 and 2.5: biases on q, k and v.
 
     Source: transformers ``models/qwen2/modeling_qwen2.py``.
@@ -144,7 +146,7 @@ def _qwen2(config: PretrainedConfig) -> DecoderShape:
     return _mixed(config, replace(_layer(config, config.hidden_act), qkv_bias=True))
 
 
-def _qwen3(config: PretrainedConfig) -> DecoderShape:
+def _qwen3(config: Config) -> DecoderShape:
     """Qwen 3 (dense): every head's queries and keys are normed.
 
     Source: transformers ``models/qwen3/modeling_qwen3.py``.
@@ -154,7 +156,7 @@ def _qwen3(config: PretrainedConfig) -> DecoderShape:
     return _mixed(config, layer)
 
 
-def _gemma(config: PretrainedConfig) -> DecoderShape:
+def _gemma(config: Config) -> DecoderShape:
     """Gemma 1 and CodeGemma: GeGLU, norm weights stored less one, embeddings times sqrt(D).
 
     Source: transformers ``models/gemma/modeling_gemma.py``. Early checkpoints name the activation ``gelu`` in
@@ -166,7 +168,7 @@ def _gemma(config: PretrainedConfig) -> DecoderShape:
     return replace(_decoder(config, layer), embedding_scale=config.hidden_size**0.5)
 
 
-def _gemma2(config: PretrainedConfig) -> DecoderShape:
+def _gemma2(config: Config) -> DecoderShape:
     """Gemma 2: Gemma with four norms a layer, capped scores and logits, every other layer local.
 
     Source: transformers ``models/gemma2/modeling_gemma2.py``.
@@ -174,7 +176,7 @@ def _gemma2(config: PretrainedConfig) -> DecoderShape:
     return _later_gemma(config, qk_norm=False)
 
 
-def _gemma3_text(config: PretrainedConfig) -> DecoderShape:
+def _gemma3_text(config: Config) -> DecoderShape:
     """Gemma 3 without its vision tower (270M, 1B): Gemma 2 with normed queries and keys, two RoPEs and no caps.
 
     Source: transformers ``models/gemma3/modeling_gemma3.py``.
@@ -183,7 +185,7 @@ def _gemma3_text(config: PretrainedConfig) -> DecoderShape:
     return _later_gemma(config, qk_norm=True)
 
 
-def _later_gemma(config: PretrainedConfig, qk_norm: bool) -> DecoderShape:
+def _later_gemma(config: Config, qk_norm: bool) -> DecoderShape:
     bias = config.attention_bias
     layer = _layer(config, config.hidden_activation)
     softcap = None if qk_norm else config.attn_logit_softcapping
@@ -201,7 +203,7 @@ def _later_gemma(config: PretrainedConfig, qk_norm: bool) -> DecoderShape:
     )
 
 
-def _phi3(config: PretrainedConfig) -> DecoderShape:
+def _phi3(config: Config) -> DecoderShape:
     """Phi-3, Phi-3.5 (mini, medium) and Phi-4: fused projections, part of a head turned, all layers windowed.
 
     Source: transformers ``models/phi3/modeling_phi3.py``. Its ``resid_pdrop`` is 0 in every released checkpoint.
@@ -223,7 +225,7 @@ FAMILIES: dict[str, Family] = {
 }
 """Model types that jebi loads, by the config's ``model_type``."""
 
-_ACTIVATIONS: dict[str, Activation] = {
+_ACTIVATIONS: dict[str, "Activation"] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -232,7 +234,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def _layer(config: PretrainedConfig, activation: str) -> LayerShape:
+def _layer(config: Config, activation: str) -> LayerShape:
     """What every family says in the same words."""
     if activation not in _ACTIVATIONS:
         raise ModelError(
@@ -259,12 +261,12 @@ def _windowed(layer: LayerShape, window: int | None) -> LayerShape:
     return replace(layer, attention=replace(layer.attention, window=window))
 
 
-def _decoder(config: PretrainedConfig, layer: LayerShape) -> DecoderShape:
+def _decoder(config: Config, layer: LayerShape) -> DecoderShape:
     """All layers alike."""
     return DecoderShape((layer,) * config.num_hidden_layers, config.vocab_size, bool(config.tie_word_embeddings))
 
 
-def _mixed(config: PretrainedConfig, layer: LayerShape) -> DecoderShape:
+def _mixed(config: Config, layer: LayerShape) -> DecoderShape:
     """Local and global layers by the config's ``layer_types``."""
     if "sliding_attention" in config.layer_types and config.sliding_window is None:
         raise ModelError("the model's config has layer_types with 'sliding_attention', and no sliding_window for them.")

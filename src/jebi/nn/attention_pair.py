@@ -23,11 +23,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from jebi.nn.attention import AttentionForm, attend_rows, varlen_serves
+from jebi.config.limits import TOKEN_HEADS
+from jebi.nn.attention import attend_rows, varlen_serves
 from jebi.nn.rows import Rows
-
-TOKEN_HEADS = 2**19
-"""Tokens times query heads of one backward call: 65,536 tokens go 8 heads at a time, 16,384 by 32 heads at once."""
+from jebi.nn.shape import AttentionForm
 
 Way = Literal["cudnn", "flash", "cpu", "graph"]
 _aten: Any = torch.ops.aten

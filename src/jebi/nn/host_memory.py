@@ -57,9 +57,15 @@ class _Pool:
 class HostMemory:
     """A stack of slots, one for each layer that keeps something in host memory."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, lane: int = 0):
+        """An empty stack.
+
+        Args:
+            device: where the tensors come from.
+            lane: stacks of different lanes copy on streams of their own; within one, copies wait for one another.
+        """
         self._device = device
-        self._pool = _pool(device) if device.type == "cuda" else None
+        self._pool = _pool(device, lane) if device.type == "cuda" else None
         self._slots: list[_Slot] = []
         self._slabs: list[Tensor] = []
 
@@ -174,5 +180,5 @@ def _dense(tensor: Tensor) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _pool(device: torch.device) -> _Pool:
+def _pool(device: torch.device, lane: int) -> _Pool:
     return _Pool(torch.cuda.Stream(device))

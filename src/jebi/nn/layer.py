@@ -8,69 +8,21 @@ Shapes: leading dimensions as they come, D width, H query heads, G key/value hea
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from jebi.kernels.glu import Activation, glu
+from jebi.kernels.glu import glu
 from jebi.kernels.rms_norm import rms_norm, rms_norm_lean
 from jebi.kernels.rope import rope
-from jebi.nn.attention import AttentionForm
 from jebi.nn.base_product import BaseProduct
 from jebi.nn.group import Group, Separate, Stacked, stacks
 from jebi.nn.linear import Linear
+from jebi.nn.shape import LayerShape
 from jebi.nn.sharding import Shard
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(..., H, d), (..., G, d), (..., G, d) -> (..., H, d), rotary positions already applied."""
-
-LayerKind = Literal["full_attention", "sliding_attention"]
-"""transformers' names of the two kinds of layers; each kind may have its own RoPE."""
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """The sizes and flags of one layer; the family of a checkpoint decides them."""
-
-    width: int
-    """D, the size of the residual stream."""
-    heads: int
-    """H, query heads."""
-    kv_heads: int
-    """G, key and value heads; H is a multiple of it."""
-    head_dim: int
-    """d, the size of one head."""
-    ffn: int
-    """F, the width of the gated feed-forward block."""
-    eps: float
-    """Added to the mean square in the norms."""
-    attention: AttentionForm
-    """Scale, window and cap of the scores."""
-    kind: LayerKind = "full_attention"
-    """Which of the model's RoPEs turns the queries and keys."""
-    activation: Activation = "silu"
-    """What the gate goes through."""
-    qkv_bias: bool = False
-    """Whether q, k and v have biases."""
-    o_bias: bool = False
-    """Whether o has a bias."""
-    mlp_bias: bool = False
-    """Whether gate, up and down have biases."""
-    fused: bool = False
-    """Whether q, k and v are one map and gate and up another, as in Phi-3."""
-    qk_norm: bool = False
-    """Whether every head's queries and keys are normed before they are turned."""
-    unit_offset: bool = False
-    """Whether norm weights are stored less one."""
-    sandwich: bool = False
-    """Whether each block's output is normed as well as its input, as in Gemma 2 and 3."""
-
-    @property
-    def qkv_sizes(self) -> list[int]:
-        """Outputs of q, k and v."""
-        inner = self.kv_heads * self.head_dim
-        return [self.heads * self.head_dim, inner, inner]
 
 
 def stream_scale(shape: LayerShape, dtype: torch.dtype) -> float:
@@ -110,11 +62,8 @@ class Attention(nn.Module):
 
     def __init__(self, shape: LayerShape, dtype: torch.dtype):
         super().__init__()
-        sizes = dict(zip(("q_proj", "k_proj", "v_proj"), shape.qkv_sizes))
-        sizes = {"qkv_proj": sum(shape.qkv_sizes)} if shape.fused else sizes
-        for name, outputs in sizes.items():
-            setattr(self, name, Linear(shape.width, outputs, shape.qkv_bias, dtype))
-        self.o_proj = Linear(shape.heads * shape.head_dim, shape.width, shape.o_bias, dtype)
+        for one in shape.attention_maps:
+            setattr(self, one.name, Linear(one.inputs, one.outputs, one.bias, dtype))
         self.q_norm = Norm(shape.head_dim, shape, dtype) if shape.qk_norm else None
         self.k_norm = Norm(shape.head_dim, shape, dtype) if shape.qk_norm else None
 
@@ -126,10 +75,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, shape: LayerShape, dtype: torch.dtype):
         super().__init__()
-        sizes = {"gate_up_proj": 2 * shape.ffn} if shape.fused else {"gate_proj": shape.ffn, "up_proj": shape.ffn}
-        for name, outputs in sizes.items():
-            setattr(self, name, Linear(shape.width, outputs, shape.mlp_bias, dtype))
-        self.down_proj = Linear(shape.ffn, shape.width, shape.mlp_bias, dtype)
+        for one in shape.feed_forward_maps:
+            setattr(self, one.name, Linear(one.inputs, one.outputs, one.bias, dtype))
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ Shapes: T tokens of all rows, or of a chunk, D width, F feed-forward width, H/G 
 r rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from jebi.config.limits import CHUNK_TOKENS
 from jebi.nn import sharding
 from jebi.nn.attention_pair import Attended, attention_backward, attention_forward
 from jebi.nn.host_memory import HostMemory
@@ -35,6 +36,7 @@ from jebi.nn.layer_steps import (
     Block,
     Normed,
     Turned,
+    Wide,
     add,
     before_attention_backward,
     behind_attention,
@@ -43,16 +45,14 @@ from jebi.nn.layer_steps import (
     o_backward,
     turn,
     turn_back,
+    wide_of,
 )
 from jebi.nn.linear import Grads
 from jebi.nn.rows import Rows
 
 Keep = Literal["all", "input_and_attention", "input", "input_on_host"]
 """What a layer keeps from its forward: what its backward reads; its input and, where `attention_pair` can, attention's
-output; only its input; or input and attention's output in host memory."""
-
-CHUNK_TOKENS = 8192
-"""Tokens of a chunk: enough for products at full rate and for one dequantisation of 4-bit weights to cost little."""
+output; only its input; or input and attention's output in host memory, gate and up perhaps too (`Keeping.wide`)."""
 
 
 def serves(layer: DecoderLayer) -> bool:
@@ -70,6 +70,8 @@ class Keeping:
     """Most tokens of a chunk, where not all is kept."""
     host: HostMemory | None = None
     """Where layers of one forward pass keep what goes to host memory."""
+    wide: HostMemory | None = None
+    """Where gate and up are kept too, by layers whose input is in host memory; without it they are made again."""
     spend_gradient: bool = False
     """Whether the gradient that comes in may be written over: nothing else reads it."""
 
@@ -102,6 +104,8 @@ class _Kept:
     attended: Attended | None = None
     block: Block | None = None
     """Of all tokens."""
+    wide: list[Wide] = field(default_factory=list)
+    """Of each chunk."""
 
 
 class _LayerNode(torch.autograd.Function):
@@ -122,6 +126,8 @@ class _LayerNode(torch.autograd.Function):
             ctx.host = keeping.host or HostMemory(hidden_TD.device)
             ctx.slot = ctx.host.begin()
             ctx.host.put(ctx.slot, hidden_TD)
+            if keeping.wide is not None:
+                ctx.wide_slot, ctx.wide_kept = keeping.wide.begin(), []
         else:
             ctx.save_for_backward(hidden_TD)
         given = _Given(hidden_TD, tables, rows, _chunks(hidden_TD, keeping))
@@ -143,6 +149,11 @@ class _LayerNode(torch.autograd.Function):
             out_TD = _written(out_TD, feed_forward(layer, block), chunk, hidden_TD.shape[0])
             if kept is not None and keeping.keep == "all":
                 kept.block = block
+            if ctx.host is not None and keeping.wide is not None:
+                wide = wide_of(block)
+                keeping.wide.put(ctx.wide_slot, *wide.gate_up)
+                ctx.wide_kept.append((len(wide.gate_up), wide.kept))
+                del wide
             del block  # before the next one is made
         ctx.kept = kept
         sharding.leave(layer.shard, again=any(ctx.needs_input_grad))
@@ -160,6 +171,9 @@ class _LayerNode(torch.autograd.Function):
             hidden_TD, *mixed = ctx.host.take(ctx.slot)
             kept.attended = Attended(ctx.way, mixed[0], mixed[1], ctx.seeds) if mixed else None
             del mixed
+            if keeping.wide is not None:
+                gate_up = keeping.wide.take(ctx.wide_slot)
+                kept.wide = [Wide([gate_up.pop(0) for _ in range(n)], of_maps) for n, of_maps in ctx.wide_kept]
         given = _Given(hidden_TD, ctx.tables, rows, _chunks(hidden_TD, keeping))
         dout_TD = grad_outputs[0].contiguous()
         # First the gradient of the stream between the blocks, then that of the layer's input.
@@ -215,13 +229,14 @@ def _behind_attention_backward(
     mixed_TD = kept.attended.mixed(given.rows, dout_TD.dtype).flatten(-2)
     dmixed_TD = None
     for chunk in given.chunks:
-        block, kept.block = kept.block or behind_attention(layer, given.hidden_TD[chunk], mixed_TD[chunk]), None
+        wide = kept.wide.pop(0) if kept.wide else None
+        block, kept.block = kept.block or behind_attention(layer, given.hidden_TD[chunk], mixed_TD[chunk], wide), None
         some: Grads = {}
         feed_forward_backward(layer, block, dout_TD[chunk], dstream_TD[chunk], some)
         dmixed = o_backward(layer, block, mixed_TD[chunk], dstream_TD[chunk], some)
         dmixed_TD = _written(dmixed_TD, dmixed, chunk, dout_TD.shape[0])
         add(grads, some)
-        del block, dmixed  # before the next ones are made
+        del block, wide, dmixed  # before the next ones are made
     assert dmixed_TD is not None
     return dmixed_TD
 

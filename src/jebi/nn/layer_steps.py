@@ -19,7 +19,7 @@ from jebi.kernels.rms_norm import (
     rms_norm_summed,
     rms_norm_weight_grad,
 )
-from jebi.kernels.rope import rope_, rope_added, rope_into
+from jebi.kernels.rope import adjacent, rope_, rope_added, rope_into
 from jebi.nn import group
 from jebi.nn.layer import DecoderLayer, Norm, parts
 from jebi.nn.linear import Grads
@@ -92,8 +92,18 @@ def turn(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tensor]) 
     return Turned((rope_(q, *tables), rope_(k, *tables), v), qk, [Entry(kept, rstd_T1)])
 
 
-def behind_attention(layer: DecoderLayer, hidden_TD: Tensor, mixed_TD: Tensor) -> Block:
-    """From attention's output up to and without the gated product."""
+@dataclass
+class Wide:
+    """What the maps of the feed-forward block gave: two thirds of what a layer keeps, and of the time to make it."""
+
+    gate_up: list[Tensor]
+    """Gate and up (T, F each), or one matrix with both (T, 2 * F)."""
+    kept: group.Kept
+    """What these maps keep."""
+
+
+def behind_attention(layer: DecoderLayer, hidden_TD: Tensor, mixed_TD: Tensor, wide: Wide | None = None) -> Block:
+    """From attention's output up to and without the gated product; ``wide`` is not made again where it is given."""
     groups, kept, attention_out = layer.groups(), {}, None
     if layer.attention_out_norm is None:
         (middle_TD,), kept["o"] = groups.o.forward(mixed_TD, hidden_TD)
@@ -103,9 +113,18 @@ def behind_attention(layer: DecoderLayer, hidden_TD: Tensor, mixed_TD: Tensor) -
         attention_out = Normed(raw_TD, rstd)
         layer.scale_(middle_TD).add_(hidden_TD)
     x_TD, rstd_T1 = _norm(layer.middle_norm, middle_TD)
-    outputs, kept["gate_up"] = groups.gate_up.forward(x_TD, whole=False)
-    gate_TF, up_TF = parts(outputs, [layer.shape.ffn, layer.shape.ffn])
+    if wide is None:
+        wide = Wide(*groups.gate_up.forward(x_TD, whole=False))
+    kept["gate_up"] = wide.kept
+    gate_TF, up_TF = parts(wide.gate_up, [layer.shape.ffn, layer.shape.ffn])
     return Block(Normed(middle_TD, rstd_T1), gate_TF, up_TF, kept, attention_out)
+
+
+def wide_of(block: Block) -> Wide:
+    """Gate and up of a block, which go on being its own: in one matrix where they lie in one."""
+    pair = [block.gate_TF, block.up_TF]
+    whole = adjacent(pair)
+    return Wide(pair if whole is None else [whole], block.groups["gate_up"])
 
 
 def feed_forward(layer: DecoderLayer, block: Block) -> Tensor:

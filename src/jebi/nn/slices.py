@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jebi.config.limits import SLICE_BYTES
 from jebi.kernels.dequantize import PackedWeight, dense_into
 from jebi.nn.host_weight import HostWeight
-
-SLICE_BYTES = 32 * 2**20
-"""Size of a dense slice: 4,096 rows of Llama 3.1 8B's head in 16 bits, enough for its products to run at full rate."""
 
 
 @dataclass(frozen=True)

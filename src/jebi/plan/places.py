@@ -4,11 +4,13 @@ They cost the least by the byte: from host memory, an embedding's rows come over
 it once a few thousand learnt tokens (1 GiB in 20 ms at 50 GB/s). What a pass may hold beside them is `plan.passes`'.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from jebi.config import Places
+from jebi.config.limits import SLICE_BYTES
 from jebi.models.families import DecoderShape
-from jebi.nn.slices import SLICE_BYTES
+from jebi.plan.passes import PassPlan, Room, head_cost
 
 
 @dataclass(frozen=True)
@@ -44,3 +46,21 @@ def reliefs(shape: DecoderShape, element: int, movable: Places) -> list[Relief]:
     if movable.head == "auto" and head > 0:
         found.append(Relief(Places(embedding, "host"), freed + head))
     return found
+
+
+def best(options: list[Relief], now: int, room: Room, plan_of: Callable[[Room], PassPlan]) -> tuple[Relief, PassPlan]:
+    """The relief whose plan is the fastest, or, where nothing fits, the one that frees most; and that plan.
+
+    Args:
+        options: what may be tried.
+        now: bytes that are free because of what was moved already.
+        room: what there is now.
+        plan_of: chooses for a room.
+    """
+    found = []
+    for option in options:
+        plan = plan_of(replace(room, card=room.card + option.frees - now))
+        moved = option.places.head == "host" and options[0].places.head != "host"
+        found.append((plan.cost + (head_cost(plan.tokens) if moved else 0), option, plan))
+    _, option, plan = min(found, key=lambda each: each[0])
+    return (option, plan) if plan.fits else found[-1][1:]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from jebi.config import Storage
 from jebi.models.families import DecoderShape
-from jebi.nn.layer import LayerShape
+from jebi.nn.shape import LayerShape
 from jebi.nn.sharding import WHOLE_LAYERS
-from jebi.plan.passes import TRAINED_BYTES
+from jebi.plan.inventory import trained
+from jebi.quant.footprint import weight_bytes
 
 TRAVELLING = 2
 """Numbers that travel behind the gradients: the loss, and whether to stop."""
@@ -63,17 +64,6 @@ def maps_of(layer: LayerShape) -> list[tuple[int, int]]:
     return [*((layer.width, outputs) for outputs in (q, k, v)), (q, layer.width), *up, (layer.ffn, layer.width)]
 
 
-def weight_bytes(values: int, storage: Storage, element: int) -> int:
-    """Bytes of a matrix of so many ``values``; dense it has ``element`` of them a value."""
-    blocks = -(-values // 64)
-    if storage == "nf4":
-        # Codes, 8-bit scales, a scale of every 256 of these, and their mean (`quant.nf4`).
-        return -(-values // 2) + blocks + 4 * -(-blocks // 256) + 4
-    if storage == "int8":
-        return values + 4 * blocks
-    return values * (4 if storage == "masters" else element)
-
-
 def adapter_values(shape: DecoderShape, rank: int) -> int:
     """Trained numbers of an adapter of that rank on all seven maps of every layer."""
     return sum(rank * (inputs + outputs) for layer in shape.layers for inputs, outputs in maps_of(layer))
@@ -81,7 +71,7 @@ def adapter_values(shape: DecoderShape, rank: int) -> int:
 
 def layer_bytes(shape: DecoderShape, storage: Storage, element: int) -> int:
     """Frozen bytes of one layer's maps."""
-    return sum(weight_bytes(inputs * outputs, storage, element) for inputs, outputs in maps_of(shape.layer))
+    return sum(weight_bytes(storage, inputs * outputs, element) for inputs, outputs in maps_of(shape.layer))
 
 
 def rank_bytes(shape: DecoderShape, storage: Storage, element: int, rank: int, ranks: int, shard: bool) -> RankBytes:
@@ -98,9 +88,10 @@ def rank_bytes(shape: DecoderShape, storage: Storage, element: int, rank: int, r
     one = layer_bytes(shape, storage, element)
     divided = shard and ranks > 1
     tables = (1 if shape.tied else 2) * shape.vocabulary * shape.layer.width * element
-    trained = (4 + TRAINED_BYTES) * adapter_values(shape, rank)
+    values = adapter_values(shape, rank)
+    adapter = 4 * values + trained([values], "adamw_torch", cast=0).bytes
     parts = -(-one // ranks) if divided else one
-    return RankBytes(parts * len(shape.layers), WHOLE_LAYERS * one if divided else 0, tables, trained)
+    return RankBytes(parts * len(shape.layers), WHOLE_LAYERS * one if divided else 0, tables, adapter)
 
 
 def step_bytes(trained: int, divided: int, ranks: int, sharing: int, passes: int) -> StepBytes:

@@ -15,7 +15,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-BLOCK = 256
+from jebi.config.limits import DYNAMIC_BLOCK
+
+BLOCK = DYNAMIC_BLOCK
 _EXPONENTS = 7
 _GRID = 65535  # intervals of the rounding grid over [-1, 1]
 

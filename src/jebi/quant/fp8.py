@@ -36,7 +36,8 @@ class Fp8Rows:
 def scale_of(largest: Tensor) -> Tensor:
     """The scale, float32, of rows with these largest magnitudes; 1 for rows of zeros."""
     largest = largest.float()
-    return torch.where(largest > SMALLEST, largest / LARGEST, torch.ones_like(largest))
+    # By the reciprocal, which torch divides by on a card and not on a CPU.
+    return torch.where(largest > SMALLEST, largest * (1 / LARGEST), torch.ones_like(largest))
 
 
 def quantize_rows(x_TK: Tensor) -> Fp8Rows:

@@ -15,6 +15,8 @@ from jebi.data.findings import require_codes
 from jebi.data.long_rows import require_choice
 from jebi.data.preparation import Learn
 from jebi.errors import ConfigError
+from jebi.models.hf import JebiForCausalLM
+from jebi.plan.budget import budget_bytes
 
 
 @dataclass
@@ -33,6 +35,9 @@ class SFTConfig(TrainingArguments):
     overlap: int = field(default=0, metadata={"help": "Tokens that a piece of a split row repeats of the last one."})
     allow: list[str] = field(default_factory=list, metadata={"help": "Codes of the check that shall not stop."})
     pass_tokens: int | None = field(default=None, metadata={"help": "Most tokens of a pass; None plans it."})
+    memory_budget: float | str | None = field(
+        default=None, metadata={"help": "Memory a training may take: bytes, '16GB', a share; None for all there is."}
+    )
     loraplus_lr_ratio: float | None = field(
         default=None, metadata={"help": "Learning rate of the matrices B as a multiple of A's (LoRA+); 16 is usual."}
     )
@@ -96,6 +101,14 @@ def check(args: TrainingArguments, dtype: torch.dtype, device: torch.device) -> 
     return _precision(args, dtype, device)
 
 
+def require_trainable(model: object) -> None:
+    """Refuse what is no model of jebi's, or has nothing to train."""
+    if not isinstance(model, JebiForCausalLM):
+        raise ConfigError("model must come from FastLanguageModel.from_pretrained; for others use TRL's SFTTrainer.")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("nothing is trainable: call FastLanguageModel.get_peft_model(model, ...) first.")
+
+
 def learning_of(args: TrainingArguments) -> Learn:
     """What is learnt, said in TRL's two settings."""
     if not isinstance(args, SFTConfig) or not (args.assistant_only_loss or args.completion_only_loss is not None):
@@ -116,6 +129,7 @@ def refuse(args: TrainingArguments) -> None:
     if isinstance(args, SFTConfig):
         if args.pass_tokens is not None and args.pass_tokens < 1:
             raise ConfigError(f"pass_tokens must be at least 1, not {args.pass_tokens}; None plans it.")
+        budget_bytes(args.memory_budget, 2**50)
         require_choice(args.long, args.overlap, args.max_seq_length)
         require_codes(args.allow, "allow")
 

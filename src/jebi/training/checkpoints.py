@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from jebi.adapters.peft_files import read_weights
 from jebi.errors import ConfigError
@@ -27,6 +27,12 @@ def require_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"output_dir '{folder}' cannot be written to: {error.strerror}. Name another.") from error
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The folder of the last checkpoint, where there is one."""
+    last = get_last_checkpoint(str(folder))
+    return Path(last) if last else None
 
 
 def write_whole(path: Path, text: str) -> None:

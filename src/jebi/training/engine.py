@@ -7,13 +7,11 @@ Which rows make a step, and what follows it, are the trainer's; what a pass comp
 import dataclasses
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import TrainingArguments
 
 from jebi.data.dealing import Ranks, passes_of
 from jebi.data.heldout import inputs_of
@@ -24,42 +22,23 @@ from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import movable, place, placed, resolve
 from jebi.nn.fp8_product import Fp8Product
 from jebi.nn.sharding import WHOLE_LAYERS, divisible
-from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, TRAINED_BYTES, PassPlan, Room, choose, head_cost
-from jebi.plan.places import Relief, reliefs
+from jebi.plan.inventory import slack_bytes, trained
+from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose
+from jebi.plan.places import Relief, best, reliefs
+from jebi.plan.present import card_of
+from jebi.plan.time import carried_bytes
+from jebi.training.budget import allowed_bytes
 from jebi.training.flat import FlatGradients
 from jebi.training.graphs import Padded, PassGraphs, padded
+from jebi.training.pass_settings import Settings, drops_out
+from jebi.training.planning import held_of, job_of
 from jebi.training.reduction import Reduction
+from jebi.training.room import require_room
 
 logger = logging.getLogger(__name__)
 
 Loss = Callable[[nn.Module, dict[str, object], Tensor | int], Tensor]
 """The trainer's own way from the model's keywords to the loss of a pass."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the trainer's arguments say of passes."""
-
-    longest: int
-    """Tokens of the longest row."""
-    pass_tokens: int | None
-    """Most tokens of a pass, where the user says so."""
-    recompute: bool
-    """Whether activations are to be recomputed, whatever the model says."""
-    offload: bool
-    """And from layer inputs in host memory."""
-    label_smoothing: float
-    """Share of the target spread over the vocabulary."""
-    graphs: bool
-    """Whether passes may be captured."""
-
-
-def settings_of(args: TrainingArguments, longest: int, pass_tokens: int | None, graphs: bool) -> Settings:
-    """The trainer's arguments as they concern passes."""
-    recompute = args.gradient_checkpointing_kwargs or {}
-    assert not isinstance(recompute, str), "TrainingArguments turns text into a dictionary"
-    wanted, offload = bool(args.gradient_checkpointing), bool(recompute.get("offload"))
-    return Settings(longest, pass_tokens, wanted, offload, args.label_smoothing_factor, graphs)
 
 
 def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
@@ -69,38 +48,29 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
 
     Raises:
         ConfigError: the model's ``compute`` cannot be had with this device or adapter.
+        OutOfMemoryError: the budget is too small, or the longest row surely does not fit.
     """
     backbone, device, fp8 = model.model, model.device, model.compute == "fp8"
     if fp8:
         require_card(device, model.dtype)
         require_layers(backbone)
-    asked = None if getattr(model, "auto_checkpointing", False) else backbone.checkpointing
-    if settings.recompute and asked in (None, "none"):
-        asked = "offload" if settings.offload else "recompute"
-    element, limit = model.dtype.itemsize, CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS
-    room, options = _room(model, fp8), _reliefs(model)
+    job = job_of(model, settings)
+    element = model.dtype.itemsize
+    limit = job.pass_limit(CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS)
+    room, options = _room(model, settings, fp8), _reliefs(model)
     now = next((o.frees for o in options if resolve(o.places, backbone.shape.tied, device) == placed(model)), 0)
-    plans = []
-    for option in options:
-        freed = dataclasses.replace(room, card=room.card + option.frees - now)
-        plan = choose(backbone.shape, element, freed, settings.longest, asked, limit)
-        moved = option.places.head == "host" and options[0].places.head != "host"
-        plans.append((plan.cost + (head_cost(plan.tokens) if moved else 0), plan))
-    best = min(range(len(plans)), key=lambda number: plans[number][0])
-    if not plans[best][1].fits:
-        best = len(plans) - 1
-        ways = "lower it, or " + ("" if asked in (None, "offload") else "leave use_gradient_checkpointing 'auto', or ")
-        logger.warning(
-            f"rows of max_seq_length={settings.longest} tokens may not fit into the {room.card / 2**30:.2f} GiB that "
-            f"are free for training: {ways}free memory."
-        )
-    plan = plans[best][1]
-    place(model, options[best].places)
-    if best:
+    relief, plan = best(
+        options, now, room, lambda free: choose(backbone.shape, element, free, settings.longest, job.asked, limit)
+    )
+    if not plan.fits:
+        places = resolve(relief.places, backbone.shape.tied, device)
+        require_room(model, settings, plan, room.card + relief.frees - now, places)
+    place(model, relief.places)
+    if relief != options[0]:
         at = placed(model)
         logger.warning(f"training needs the room on the card, so: embedding='{at.embedding}', head='{at.head}'.")
     backbone.checkpointing, backbone.chunk_tokens = plan.checkpointing, plan.chunk
-    backbone.kept_layers = plan.kept_layers
+    backbone.kept_layers, backbone.shipped_layers = plan.kept_layers, plan.shipped_layers
     if device.type == "cuda":
         lay_together(model, plan)
     if settings.pass_tokens is None:
@@ -117,26 +87,35 @@ def chosen(model: JebiForCausalLM, plan: PassPlan) -> dict[str, Any]:
     """What was chosen for a training, for its report."""
     compute = str(model.dtype).removeprefix("torch.") if model.compute == "auto" else model.compute
     of_plan = {"pass_tokens": plan.tokens, "checkpointing": plan.checkpointing, "compute": compute}
+    of_plan |= {"kept_layers": plan.kept_layers, "shipped_layers": plan.shipped_layers}
     return of_plan | dataclasses.asdict(placed(model))
 
 
-def _room(model: JebiForCausalLM, fp8: bool) -> Room:
+def _room(model: JebiForCausalLM, settings: Settings, fp8: bool) -> Room:
     """Memory for training, and what weights would take of it."""
     backbone, device = model.model, model.device
-    trained, _ = model.trainable_parameters()
-    free = free_bytes(device) - TRAINED_BYTES * trained
+    cast = model.dtype.itemsize if device.type == "cuda" and model.adapter is not None else 0
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    free = allowed_bytes(device, settings.budget)
+    if device.type == "cuda":
+        free -= slack_bytes(free + torch.cuda.memory_allocated(device))
+    free -= trained(sizes, settings.optimizer, cast).bytes
     if fp8:
         free -= Fp8Product.BYTES * sum(layer.dense_values() for layer in backbone.decoder_layers())
     packed = model.packed_values()
-    if device.type == "cpu" or not (packed or backbone.sharded):
-        return Room(free, host=0 if device.type == "cpu" else free_bytes(torch.device("cpu")))
+    if device.type == "cpu":
+        return Room(free, on_card=False)
+    host = free_bytes(torch.device("cpu"))
+    carried = carried_bytes(held_of(model, settings.optimizer), card_of(device))
+    if not (packed or backbone.sharded):
+        return Room(free, host=host, carried=carried)
     element, layer = model.dtype.itemsize, backbone.shape.layer
     # The largest group is gate and up.
     scratch = 2 * layer.ffn * layer.width * (1 if fp8 else element)
     weights = packed * (Fp8Product.BYTES if fp8 else element)
     if backbone.sharded:
-        return Room(free - _gathered(model), 0, scratch, free_bytes(torch.device("cpu")))
-    return Room(free, weights, scratch, free_bytes(torch.device("cpu")))
+        return Room(free - _gathered(model), 0, scratch, host)
+    return Room(free, weights, scratch, host, carried=carried)
 
 
 def _gathered(model: JebiForCausalLM) -> int:
@@ -163,11 +142,13 @@ class Engine:
         self._model, self._plan, self._settings, self._accelerator = model, plan, settings, accelerator
         self._places, self._stacked = placed(model), self._count_stacked()
         self._ranks = ranks
-        self._drops_out = any(m.adapter is not None and m.adapter.dropout > 0 for _, m in model.linears())
+        self._drops_out = drops_out(model)
         # An adapter is small enough to be moved.
         moved = model.adapter is not None
         self._reduction = Reduction(self._trained(), moved) if ranks.count > 1 else None
         self._graphs: PassGraphs | None = None
+        self.passing = False
+        """Whether a step's passes are under way, which leave the weights as the last step made them."""
         self._open_graphs()
 
     def _trained(self) -> list[nn.Parameter]:
@@ -211,6 +192,7 @@ class Engine:
             loss_of: the trainer's own way to a pass's loss, times the number of processes, over which it is averaged.
             stop: whether this process was asked to stop after the step.
         """
+        self.passing = True
         self._restore()
         device = self._accelerator.device
         total = torch.zeros((), device=device)
@@ -225,7 +207,10 @@ class Engine:
             loss = loss_of(self._model, inputs, items)
             self._accelerator.backward(loss)
             total += loss.detach()
-        return total if self._reduction is None else self._reduction.run(total, stop)
+        if self._reduction is not None:
+            total = self._reduction.run(total, stop)
+        self.passing = False
+        return total
 
     def stopping(self, asked: bool) -> bool:
         """Whether the training is to stop: where it was ``asked`` for, in one process, or in any of several."""

@@ -76,7 +76,9 @@ class PassGraphs:
         self._captured: dict[Shape, PassGraph] = {}
         self._casts: torch.cuda.CUDAGraph | None = None
         self._pool = torch.cuda.graph_pool_handle()
-        self._warm: set[Shape | tuple[bool, bool]] = set()
+        self._warm: set[tuple[bool, bool]] = set()
+        self._pinned = 0
+        """Tokens of the largest pass that host memory is pinned for."""
         self._version = -1
 
     @staticmethod
@@ -109,10 +111,8 @@ class PassGraphs:
         graph = self._captured.get(shape) or PassGraph(shape, self._model.device)
         graph.fill(part, items)
         if shape not in self._captured:
-            # Host memory is pinned at its first use, by the shape's first pass.
-            offloads = self._model.model.checkpointing == "offload"
-            kind = shape if offloads else (shape.alike, shape.whole is None)
-            if kind not in self._warm:
+            kind = (shape.alike, shape.whole is None)
+            if self._must_pin(shape) or kind not in self._warm:
                 # Kernels are compiled, libraries set up and the loss scale made at their first use, which must not be
                 # captured. Later the scale changes in place, so that replays read it as it is.
                 self._warm.add(kind)
@@ -120,6 +120,20 @@ class PassGraphs:
             self._captured[shape] = graph
             graph.capture(lambda: self._pass(graph), self._pool)
         return graph.replay()
+
+    def _must_pin(self, shape: Shape) -> bool:
+        """Whether a pass asks for more host memory than is pinned, which cannot happen while it is captured.
+
+        Memory is scarce then: what graphs hold and a pass beside them may not fit, so that they are captured anew.
+        """
+        if self._model.model.checkpointing != "offload" or shape.tokens <= self._pinned:
+            return False
+        self._pinned = shape.tokens
+        if self._captured:
+            self._captured.clear()
+            self._pool = torch.cuda.graph_pool_handle()
+            torch.cuda.empty_cache()
+        return True
 
     def _begin(self) -> None:
         """See to it that gradients lie where the graphs expect them, and that what is trained is cast as it is now."""
@@ -137,7 +151,7 @@ class PassGraphs:
         self._model.model.cast_adapters(again=False)
         if self._casts is None:
             self._casts = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._casts, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._casts, capture_error_mode="thread_local"):
                 self._model.model.cast_adapters(again=True)
         self._casts.replay()
 

@@ -7,17 +7,25 @@ keeps (VmHWM) and lets a process reset. Gigabytes are 2**30 bytes, as in the tut
 import dataclasses
 import json
 import platform
+import statistics
 import time
+from collections import deque
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from jebi.plan.measured import processor_name
 from jebi.training.checkpoints import write_whole
 
 _GB = 2**30
+_STEPS = 200
+"""Steps at the end by which a step is timed."""
+_FIRST = 2
+"""Steps at the beginning that are not."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,10 @@ class Report:
     """What was chosen: tokens a pass, what layers keep, where embedding and head are."""
     ranks: list[RankReport] = field(default_factory=list)
     """What each of several processes took, in their order; empty where there is one."""
+    predicted: dict[str, Any] = field(default_factory=dict)
+    """What was predicted at the beginning: the peak, its parts, and, where rates are known, seconds of a step."""
+    step_seconds: float | None = None
+    """Median of the steps but for the first ones, in which kernels are compiled and passes captured."""
 
     @property
     def minutes(self) -> float:
@@ -97,7 +109,7 @@ class Report:
 
     def text(self) -> str:
         """The tutorial's lines."""
-        return (
+        lines = (
             f"{self.seconds:.1f} seconds used for training.\n"
             f"{self.minutes:.2f} minutes used for training.\n"
             f"{self.tokens_per_second:,.0f} tokens a second ({self.tokens:,} tokens, {self.steps} steps).\n"
@@ -109,6 +121,13 @@ class Report:
             f"\nProcess {number}: {rank.tokens:,} tokens, peak reserved memory {rank.peak_gb:.3f} GB."
             for number, rank in enumerate(self.ranks)
         )
+        if "peak_gb" in self.predicted:
+            lines += f"\nPredicted peak reserved memory = {self.predicted['peak_gb']:.3f} GB."
+        if self.step_seconds is not None:
+            lines += f"\nA step took {self.step_seconds:.3f} s"
+            predicted = self.predicted.get("step_seconds")
+            lines += "." if predicted is None else f"; predicted were {predicted:.3f} s."
+        return lines
 
     def write(self, path: Path, log_history: list[dict[str, Any]]) -> None:
         """Write ``report.json``: the figures, the derived ones, and the trainer's log with the loss curve."""
@@ -126,11 +145,33 @@ class Meter:
         _reset_peak(device)
         self.before = memory_before(device)
         self._started = time.perf_counter()
+        self._steps: deque[Any] = deque(maxlen=_STEPS)
+        self._first = _FIRST
 
-    def report(self, steps: int, tokens: int, plan: dict[str, Any]) -> Report:
+    def step(self) -> None:
+        """Another step's passes are on their way; on a card their time is the card's."""
+        if self._first:
+            self._first -= 1
+            return
+        on_card = self._device.type == "cuda"
+        self._steps.append(torch.cuda.Event(enable_timing=True) if on_card else time.perf_counter())
+        if on_card:
+            self._steps[-1].record()
+
+    def _step_seconds(self) -> float | None:
+        if len(self._steps) < 2:
+            return None
+        if self._device.type != "cuda":
+            return float(statistics.median(after - before for before, after in pairwise(self._steps)))
+        torch.cuda.synchronize(self._device)
+        return float(statistics.median(before.elapsed_time(after) / 1000 for before, after in pairwise(self._steps)))
+
+    def report(self, steps: int, tokens: int, plan: dict[str, Any], predicted: dict[str, Any]) -> Report:
         """The figures until now."""
-        seconds = time.perf_counter() - self._started
-        return Report(self.before, seconds, _peak_bytes(self._device) / _GB, steps, tokens, plan)
+        seconds, peak = time.perf_counter() - self._started, _peak_bytes(self._device) / _GB
+        return Report(
+            self.before, seconds, peak, steps, tokens, plan, predicted=predicted, step_seconds=self._step_seconds()
+        )
 
 
 def memory_before(device: torch.device) -> MemoryBefore:
@@ -139,20 +180,13 @@ def memory_before(device: torch.device) -> MemoryBefore:
         properties = torch.cuda.get_device_properties(device)
         reserved = torch.cuda.memory_reserved(device)
         return MemoryBefore(properties.name, properties.total_memory / _GB, reserved / _GB)
-    return MemoryBefore(_processor(), psutil.virtual_memory().total / _GB, psutil.Process().memory_info().rss / _GB)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {psutil.cpu_count()} threads"
+    return MemoryBefore(processor_name(), psutil.virtual_memory().total / _GB, psutil.Process().memory_info().rss / _GB)
 
 
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
+        # What loading freed is not the training's.
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:

@@ -25,15 +25,19 @@ from jebi.data.preparation import FormattingFunc
 from jebi.errors import ConfigError
 from jebi.models.hf import JebiForCausalLM
 from jebi.plan.passes import PassPlan
-from jebi.training import processes
-from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, learning_of, longest_row, own_fields
-from jebi.training.checkpoints import read_checkpoint, require_writable, staged
-from jebi.training.engine import Engine, Settings, chosen, make_plan, settings_of
+from jebi.training import arguments, processes
+from jebi.training.arguments import SFTConfig
+from jebi.training.budget import within
+from jebi.training.checkpoints import last_checkpoint, read_checkpoint, require_writable, staged
+from jebi.training.engine import Engine, chosen, make_plan
 from jebi.training.half import exact_sums
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.loraplus import own_rates, split_rates
 from jebi.training.losses import Losses
 from jebi.training.optimizer import AdamW8bit, adam_settings, set_mode, tell_of_steps
+from jebi.training.out_of_memory import Planned, explained
+from jebi.training.pass_settings import Settings, settings_of
+from jebi.training.planning import predict
 from jebi.training.prefetch import Prefetch
 from jebi.training.prepared import Prepare, prepare_of
 from jebi.training.report import Meter, Report
@@ -80,31 +84,20 @@ class SFTTrainer(Trainer):
             ConfigError: a setting is impossible, contradicts the model, or is one jebi does not serve.
             DataError: the rows cannot be used.
         """
-        if not isinstance(model, JebiForCausalLM):
-            raise ConfigError(
-                "model must come from FastLanguageModel.from_pretrained; for others use TRL's SFTTrainer."
-            )
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ConfigError("nothing is trainable: call FastLanguageModel.get_peft_model(model, ...) first.")
+        arguments.require_trainable(model)
         args = args if args is not None else SFTConfig(output_dir="outputs")
-        if notice := check(args, model.dtype, model.device):
+        if notice := arguments.check(args, model.dtype, model.device):
             logger.warning(notice)
         processes.suit(args, model)
         self._ranks = processes.ranks_of(args, model)
         require_writable(Path(str(args.output_dir)))
         tokenizer = processing_class if processing_class is not None else tokenizer
-        own = own_fields(
-            args,
-            dataset_text_field=dataset_text_field,
-            max_seq_length=max_seq_length,
-            dataset_num_proc=dataset_num_proc,
-            packing=packing,
-        )
-        self._longest = longest_row(model, own.max_seq_length)
-        self.prepare = prepare = prepare_of(tokenizer, own, self._longest, learning_of(args), formatting_func)
+        given = {"dataset_text_field": dataset_text_field, "max_seq_length": max_seq_length, "packing": packing}
+        own = arguments.own_fields(args, dataset_num_proc=dataset_num_proc, **given)
+        self._longest = arguments.longest_row(model, own.max_seq_length)
+        self.prepare = prepare = prepare_of(tokenizer, own, self._longest, arguments.learning_of(args), formatting_func)
         self.given = train_dataset, eval_dataset
         self.texts = [train_dataset]
-        self._pass_tokens = own.pass_tokens
         self._rates = own_rates(own, optimizers[0] is not None)
         self._interrupt = StopOnInterrupt()
         self._plan: PassPlan | None = None
@@ -131,6 +124,7 @@ class SFTTrainer(Trainer):
             CheckError: the rows have a fault that makes training on them pointless, and that is not allowed.
             DivergedError: the loss became NaN or infinite; checkpoints written before stay.
             KeyboardInterrupt: Ctrl-C came; the step under way was finished and saved first.
+            OutOfMemoryError: the longest row does not fit; or memory ran out, and what was learnt before was saved.
         """
         if self.train_dataset is None:
             raise ConfigError("train_dataset is missing.")
@@ -139,21 +133,24 @@ class SFTTrainer(Trainer):
         if self.data_report is None and self.is_world_process_zero():
             eos = as_ids(self.model.generation_config.eos_token_id)
             self.data_report = self.prepare.check(self.train_dataset, self.texts, self.eval_dataset, eos)
-        plan = self._current_plan()
+        settings, plan = self._settings(), self._current_plan()
         self._losses = Losses()
-        meter = Meter(self.model.device)
-        self._engine = Engine(self.model, plan, self._settings(), self.accelerator, self._ranks)
+        self._meter = Meter(self.model.device)
+        self._engine = Engine(self.model, plan, settings, self.accelerator, self._ranks)
         self._prefetch = Prefetch(self._engine.passes)
+        predicted = predict(self.model, plan, settings)
+        kept = within(self.model.device, settings.budget)
+        told = explained(Planned(self.model, settings, plan, predicted), self._keep)
+        listening = self._interrupt.listening(self._engine.stopping, self._ranks.count)
         try:
-            listening = self._interrupt.listening(self._engine.stopping, self._ranks.count)
-            with listening, exact_sums(self.model.dtype):
+            with listening, exact_sums(self.model.dtype), kept, told:
                 output = super().train(*args, **kwargs)
         finally:
             del self._engine, self._prefetch
             self._take_apart()
         self._losses.require_finite(self.args.output_dir)
         (interrupted,) = processes.summed(self.accelerator, self._interrupt.interrupted)
-        report = meter.report(self._trained_steps, self._trained_tokens, chosen(self.model, plan))
+        report = self._meter.report(self._trained_steps, self._trained_tokens, chosen(self.model, plan), predicted)
         self.report = processes.of_all(report, self._ranks, self._own_tokens)
         if self.args.should_save:
             self.report.write(Path(str(self.args.output_dir)) / "report.json", self.state.log_history)
@@ -162,6 +159,12 @@ class SFTTrainer(Trainer):
                 self._save_checkpoint(self.model, None)
             raise KeyboardInterrupt
         return output
+
+    def _keep(self) -> Path | None:
+        """Save the steps made before memory ran out, where it did between two of them; the last checkpoint's folder."""
+        if self._engine.passing and self.state.global_step and self._ranks.count == 1:
+            self._save_checkpoint(self.model, None)
+        return last_checkpoint(Path(str(self.args.output_dir)))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As Trainer's; rows given to `evaluate` itself are tokenised as the others were."""
@@ -209,6 +212,7 @@ class SFTTrainer(Trainer):
             processes.require_same_rows(self.accelerator, batches)
         passes = self._prefetch.parts(batches)
         loss = self._engine.run(passes, num_items_in_batch, self._loss_of, self._interrupt.interrupted)
+        self._meter.step()
         if self.state.global_step + 1 < self.state.max_steps:
             self._prefetch.ahead(self.args.gradient_accumulation_steps)
         self._own_tokens += sum(part.tokens for part in passes)
@@ -242,12 +246,7 @@ class SFTTrainer(Trainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, dataloader: DataLoader[Any], *_: Any, metric_key_prefix: str = "eval", **__: Any
     ) -> EvalLoopOutput:
         """Mean loss over all learnt tokens, in passes no larger than training's; never any logits."""
         self.model.eval()
@@ -285,7 +284,8 @@ class SFTTrainer(Trainer):
 
     def _settings(self) -> Settings:
         # A loss of the user's own is computed his way.
-        return settings_of(self.args, self._longest, self._pass_tokens, type(self).compute_loss is Trainer.compute_loss)
+        own_loss = type(self).compute_loss is not Trainer.compute_loss
+        return settings_of(self.model, self.args, self._longest, not own_loss, self.train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As Trainer's; LoRA+ and trained embeddings have learning rates of their own."""
@@ -299,7 +299,7 @@ class SFTTrainer(Trainer):
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """jebi's own 8-bit AdamW where the script says ``adamw_8bit``; every other name is Trainer's."""
-        if args.optim in OWN_OPTIMIZER:
+        if args.optim in arguments.OWN_OPTIMIZER:
             return AdamW8bit, adam_settings(args)
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 

@@ -53,7 +53,7 @@ def from_nf4(stored: tuple[Tensor, ...], shape: tuple[int, int], scale: Tensor, 
 @triton.jit
 def _scale_of(largest, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
     """`quant.fp8.scale_of`."""
-    return tl.where(largest > SMALLEST, tl.div_rn(largest, LARGEST), 1.0)
+    return tl.where(largest > SMALLEST, largest * (1 / LARGEST), 1.0)
 
 
 @triton.jit

@@ -1,0 +1,91 @@
+"""Bytes of a pass: what layers keep of a token until its backward, and what is at work at one time.
+
+The counts follow `nn.layer_node`; tests hold them against the tensors that it keeps. No torch here.
+"""
+
+from jebi.config import Checkpointing
+from jebi.config.limits import TOKEN_HEADS, chunk_tokens
+from jebi.models.families import DecoderShape
+
+
+def kept_bytes_per_token(shape: DecoderShape, element: int, checkpointing: Checkpointing) -> int:
+    """Bytes of activations that one token leaves behind in all layers until its backward.
+
+    Args:
+        shape: the decoder.
+        element: bytes of one activation.
+        checkpointing: what layers keep; ``offload`` leaves nothing on the card.
+    """
+    layer = shape.layer
+    if checkpointing == "offload":
+        return 0
+    if checkpointing == "recompute":
+        return len(shape.layers) * layer.width * element
+    if checkpointing == "keep_attention":
+        return host_bytes_per_token(shape, element)
+    attention = (2 * layer.heads + 2 * layer.kv_heads) * layer.head_dim
+    # Norms within the blocks keep their inputs.
+    if layer.qk_norm:
+        attention += (layer.heads + layer.kv_heads) * layer.head_dim
+    normed = 2 * layer.width if layer.sandwich else 0
+    # Of the norms and of attention.
+    statistics = 4 * (2 + layer.heads)
+    return len(shape.layers) * ((normed + 2 * layer.width + attention + 2 * layer.ffn) * element + statistics)
+
+
+def host_bytes_per_token(shape: DecoderShape, element: int) -> int:
+    """Bytes that one token has in host memory under ``offload``: each layer's input, attention's output, its sums."""
+    layer = shape.layer
+    return len(shape.layers) * ((layer.width + layer.heads * layer.head_dim) * element + 4 * layer.heads)
+
+
+def sent_bytes_per_token(shape: DecoderShape, element: int) -> int:
+    """Bytes that one token has in host memory beside those for each layer that sends gate and up there."""
+    return 2 * shape.layer.ffn * element
+
+
+def work_bytes(
+    shape: DecoderShape, element: int, checkpointing: Checkpointing, tokens: int, chunk: int, on_card: bool = True
+) -> int:
+    """Bytes of a pass, beside what layers keep, while a layer's backward is under way.
+
+    Args:
+        shape: the decoder.
+        element: bytes of one activation.
+        checkpointing: what layers keep.
+        tokens: of the pass.
+        chunk: tokens that layers take at a time, where they recompute.
+        on_card: whether kernels write in place what plain torch on a CPU makes anew.
+    """
+    layer = shape.layer
+    inner, keys = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+    # The stream's gradient, and that of attention's output.
+    whole = layer.width + inner
+    if checkpointing != "none":
+        # Queries, keys and values, which become their gradients, and attention's output.
+        whole += 2 * inner + 2 * keys + (inner + keys if layer.qk_norm else 0)
+    if checkpointing == "keep_attention":
+        whole -= inner
+    if checkpointing == "offload":
+        # The layer's input, and what comes for the next layer.
+        whole += 2 * layer.width + inner
+    # Of the heads that attention's backward takes at a time: copies, gradients, and the backend's own, partly float32.
+    share = layer.heads // layer.kv_heads
+    token_heads = min(tokens * layer.heads, max(tokens * share, TOKEN_HEADS))
+    attention = token_heads * layer.head_dim * (6 * element + 4)
+    # Gate and up, unless they are kept, and the gradient of their product, beside a norm's input and gradients: 3 F.
+    # Fitted to Llama 8B's shape on an H200: 1.07 GiB beside all that is kept of 8,192 tokens, 0.54 where gate and up
+    # are. Plain torch makes a new tensor at every step of that (counted in tests/nn/test_layer_memory).
+    widths = (2, 3) if checkpointing == "none" else (3, 3)
+    if not on_card:
+        widths = (6, 4) if checkpointing == "none" else (8, 5)
+    of_chunk = (widths[0] * layer.ffn + widths[1] * layer.width) * element
+    at_once = tokens if checkpointing == "none" else min(tokens, chunk)
+    # One after the other: attention's backward begins when the feed-forward block's is done.
+    return tokens * whole * element + max(attention, at_once * of_chunk)
+
+
+def loss_bytes(shape: DecoderShape, element: int, tokens: int, on_card: bool) -> int:
+    """Bytes while the loss is made: a chunk's logits and their slopes, the last hidden states and their gradient."""
+    logits = min(tokens, chunk_tokens(shape.vocabulary, on_card)) * shape.vocabulary * (element if on_card else 4)
+    return 2 * logits + 3 * tokens * shape.layer.width * element

@@ -1,0 +1,324 @@
+"""Every tensor that a run holds, by name, with its bytes and its place, from the model's shape and the settings alone.
+
+This is the one count of memory: `plan.passes` chooses with it, `training.engine` allows for it, `jebi plan` shows it.
+What is chosen is not this file's, nor how long anything takes. No torch here.
+
+Shapes: N outputs and K inputs of a map, r rank, D width, F feed-forward width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from jebi.adapters.targets import resolve_paths
+from jebi.config import Checkpointing, LoraConfig, Places, Storage
+from jebi.config.limits import DYNAMIC_BLOCK, SLICE_BYTES
+from jebi.models.families import DecoderShape
+from jebi.nn.shape import LayerShape, MapShape
+from jebi.plan.activations import (
+    host_bytes_per_token,
+    kept_bytes_per_token,
+    loss_bytes,
+    sent_bytes_per_token,
+    work_bytes,
+)
+from jebi.quant.footprint import weight_bytes
+
+Where = Literal["card", "host", "disk"]
+"""The device's memory, which without a card is the host's; host memory beside it; files."""
+
+Part = Literal[
+    "model", "adapter", "weights as multiplied", "activations", "workspace", "allocator", "libraries", "checkpoint"
+]
+"""What items are added up to for people."""
+
+GIB = 2**30
+CONTEXT_BYTES = GIB // 2
+"""What a card's driver and libraries take beside torch's allocator."""
+PROCESS_BYTES = int(0.65 * GIB)
+"""Resident memory of a process that has loaded torch, transformers and a tokenizer (Linux, torch 2.13, SmolLM2)."""
+OPTIMIZERS_8BIT = ("adamw_8bit", "adamw_bnb_8bit")
+"""Names of the optimizer whose moments are in 8 bits; every other one is counted as Adam in float32."""
+_LEAST_8BIT = 4096
+"""Values of a matrix below which its moments are float32 (`training.optimizer`)."""
+_KERNEL_SET, _FREE_SETS, _MOST_SETS = 45 * 2**20, 7, 64
+"""Bytes of a set of oneDNN's kernels; how many sets are not seen, and how many are kept."""
+_FP8_BYTES = 2
+"""A weight's bytes in 8-bit floats: held by rows and by columns."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor, or those of one kind."""
+
+    name: str
+    """What it is."""
+    part: Part
+    """What it belongs to."""
+    bytes: int
+    """Its size."""
+    where: Where = "card"
+    """Its place."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A model and its adapter as settings say they are held."""
+
+    shape: DecoderShape
+    """The decoder."""
+    storage: Storage
+    """How the projections are held."""
+    element: int
+    """Bytes of a number in the compute dtype."""
+    places: Places = Places("card", "card")  # noqa: RUF009  (frozen)
+    """Where embedding and head are, nothing left open."""
+    lora: LoraConfig | None = None
+    """The adapter; None where there is none, or where all weights are trained."""
+    optimizer: str = "adamw_8bit"
+    """`TrainingArguments.optim`."""
+    fp8: bool = False
+    """Whether the frozen base is multiplied in 8-bit floats."""
+    on_card: bool = True
+    """Whether a card computes."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether projections are dequantised to be multiplied."""
+        return self.storage in ("nf4", "int8")
+
+    def maps(self) -> Iterator[tuple[str, MapShape]]:
+        """Every projection of every layer, by its path."""
+        for number, layer in enumerate(self.shape.layers):
+            for path, one in layer.maps():
+                yield f"model.layers.{number}.{path}", one
+
+    @cached_property
+    def projected(self) -> int:
+        """Values of all projections."""
+        return sum(one.outputs * one.inputs for _, one in self.maps())
+
+    @cached_property
+    def matrices(self) -> list[int]:
+        """Values of every trained matrix, in the adapter or, where all is trained, in the model."""
+        if self.storage == "masters":
+            width = self.shape.layer.width
+            norms = [width] * (len(self.shape.layers) * norms_of(self.shape.layer) + 1)
+            tables = [self.shape.vocabulary * width] * (1 if self.shape.tied else 2)
+            return [one.outputs * one.inputs for _, one in self.maps()] + norms + tables
+        if self.lora is None:
+            return []
+        maps = dict(self.maps())
+        config, chosen = resolve_paths(maps, self.lora, len(self.shape.layers))
+        sizes = []
+        for path in chosen:
+            rank, one = config.rank_of(path), maps[path]
+            sizes += [rank * one.inputs, one.outputs * rank, *([one.outputs] if config.use_dora else [])]
+        saved = {"embed_tokens", "lm_head"}.intersection(config.modules_to_save or ())
+        return sizes + [self.shape.vocabulary * self.shape.layer.width] * len(saved)
+
+
+def total(items: list[Item], where: Where = "card", part: Part | None = None) -> int:
+    """Bytes of the items in a place, all of them or those of one part."""
+    return sum(item.bytes for item in items if item.where == where and part in (None, item.part))
+
+
+def norms_of(layer: LayerShape) -> int:
+    """Norm weights of a layer, as wide as the stream each; those of heads are too small to be counted."""
+    return 4 if layer.sandwich else 2
+
+
+def model_items(held: Held) -> list[Item]:
+    """The model as it is loaded."""
+    shape, dense = held.shape, 4 if held.storage == "masters" else held.element
+    values = shape.vocabulary * shape.layer.width
+    size, places = values * dense, held.places
+    weights = sum(weight_bytes(held.storage, one.outputs * one.inputs, held.element) for _, one in held.maps())
+    biases = sum(one.outputs for _, one in held.maps() if one.bias) * dense
+    norms = (len(shape.layers) * norms_of(shape.layer) + 1) * shape.layer.width * dense
+    items = [Item(f"projections ({held.storage})", "model", weights), Item("norms and biases", "model", norms + biases)]
+    at_embedding: Where = "host" if places.embedding == "host" else "card"
+    packed: dict[str, Storage] = {"nf4": "nf4", "int8": "int8"}
+    if (form := packed.get(places.head)) is not None:
+        head = Item(f"head ({form})", "model", weight_bytes(form, values, held.element))
+        return [*items, Item("embedding", "model", size, at_embedding), head]
+    if shape.tied:
+        items.append(Item("embedding, which is the head", "model", size, at_embedding))
+    else:
+        at_head: Where = "host" if places.head == "host" else "card"
+        items += [Item("embedding", "model", size, at_embedding), Item("head", "model", size, at_head)]
+    return items
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Bytes of what training adds to the trained matrices themselves."""
+
+    gradients: int
+    """In one flat buffer, float32."""
+    moments: int
+    """The optimizer's."""
+    casts: int
+    """The adapter as a card multiplies by it."""
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return self.gradients + self.moments + self.casts
+
+
+def trained(sizes: list[int], optimizer: str, cast: int) -> Trained:
+    """What training adds to matrices of so many values, which `training.flat` lays out in blocks.
+
+    Args:
+        sizes: values of each.
+        optimizer: `TrainingArguments.optim`.
+        cast: bytes of a number that is cast once a step; 0 where none is.
+    """
+    padded = [-(-values // DYNAMIC_BLOCK) * DYNAMIC_BLOCK for values in sizes]
+    moments = 0
+    for values, size in zip(sizes, padded):
+        # Two codes, and two float32 scales a block; small matrices have float32 moments (`training.optimizer`).
+        eight = optimizer in OPTIMIZERS_8BIT and values >= _LEAST_8BIT
+        moments += 2 * size + 2 * 4 * size // DYNAMIC_BLOCK if eight else 8 * size
+    return Trained(4 * sum(padded), moments, cast * sum(sizes))
+
+
+def adapter_items(held: Held) -> list[Item]:
+    """What is trained: float32 masters, gradients, moments and, on a card, casts."""
+    sizes = held.matrices
+    masters = held.storage == "masters"
+    more = trained(sizes, held.optimizer, held.element if held.on_card and not masters else 0)
+    items = [
+        Item("gradients (float32)", "adapter", more.gradients),
+        Item("optimizer's moments", "adapter", more.moments),
+    ]
+    if more.casts:
+        items.append(Item("casts of the adapter", "adapter", more.casts))
+    return items if masters else [Item("adapter (float32)", "adapter", 4 * sum(sizes)), *items]
+
+
+def kept_weight_bytes(held: Held) -> int:
+    """What keeping packed weights as they are multiplied takes; 0 where none are packed."""
+    if not held.packed:
+        return 0
+    each = _FP8_BYTES if held.fp8 else held.element
+    return each * held.projected
+
+
+def scratch_bytes(held: Held) -> int:
+    """What the largest group of weights takes that is dequantised at every use: gate and up, on a CPU one of them."""
+    if not held.packed:
+        return 0
+    layer = held.shape.layer
+    return (2 if held.on_card else 1) * layer.ffn * layer.width * (1 if held.fp8 else held.element)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a training pass is, for the count of its memory."""
+
+    tokens: int
+    """Most tokens that it really has."""
+    checkpointing: Checkpointing
+    """What layers keep."""
+    chunk: int
+    """Tokens that layers take at a time, where they recompute."""
+    keep_weights: bool = False
+    """Whether packed weights are kept as they are multiplied."""
+    kept_layers: int = 0
+    """Layers that keep everything whatever the others do."""
+    shipped_layers: int = 0
+    """Of the others those that send gate and up to host memory beside their input."""
+    sizes: int = 1
+    """Different numbers of tokens that a run's passes have."""
+
+
+def pass_items(held: Held, made: Pass) -> list[Item]:
+    """What a pass takes at its peak: the last layer's backward, or the loss before it, while all layers keep theirs."""
+    shape, element, mode, layers = held.shape, held.element, made.checkpointing, len(held.shape.layers)
+    whole = layers if mode == "none" else made.kept_layers
+    kept = kept_bytes_per_token(shape, element, "none") * whole // layers
+    kept += kept_bytes_per_token(shape, element, mode) * (layers - whole) // layers
+    if not held.on_card and element < 4:
+        # There attention is computed in float32, of which a layer that keeps all keeps copies.
+        layer = shape.layer
+        kept += 4 * 2 * (layer.heads + layer.kv_heads) * layer.head_dim * whole
+    modes: set[Checkpointing] = {mode, "none"} if made.kept_layers else {mode}
+    work = max(work_bytes(shape, element, each, made.tokens, made.chunk, held.on_card) for each in modes)
+    sent = sent_bytes_per_token(shape, element) * made.tokens
+    if made.shipped_layers:
+        # Of one layer, on its way.
+        work += sent
+    loss = loss_bytes(shape, element, made.tokens, held.on_card)
+    items = [Item("kept activations", "activations", kept * made.tokens)]
+    if work >= loss:
+        items.append(Item("a layer's backward", "workspace", work))
+    else:
+        items.append(Item("the loss of a chunk", "workspace", loss))
+    if held.packed and made.keep_weights:
+        items.append(Item("weights kept as multiplied", "weights as multiplied", kept_weight_bytes(held)))
+    elif held.packed:
+        items.append(Item("weights of one group, dequantised", "workspace", scratch_bytes(held)))
+    if held.fp8 and not held.packed:
+        items.append(Item("weights in 8-bit floats", "weights as multiplied", _FP8_BYTES * held.projected))
+    if held.places.head in ("host", "nf4", "int8"):
+        items.append(Item("slices of the head", "workspace", 2 * SLICE_BYTES))
+    if held.on_card:
+        # Ids, positions, labels and counts of a captured pass, and the same pinned.
+        items += [
+            Item("inputs", "workspace", 36 * made.tokens),
+            Item("pinned inputs", "workspace", 36 * made.tokens, "host"),
+        ]
+    if mode == "offload":
+        on_host = host_bytes_per_token(shape, element) * (layers - whole) // layers
+        items.append(Item("inputs of layers, pinned", "activations", on_host * made.tokens, "host"))
+    if made.shipped_layers:
+        items.append(Item("gate and up, pinned", "activations", made.shipped_layers * sent, "host"))
+    return items
+
+
+def slack_bytes(allocated: int) -> int:
+    """What torch's allocator reserves beyond what is allocated at the peak.
+
+    Llama 8B's shape, an H200: 0.33 GiB of 9.1, 0.7 of 30.8, 0.5 of 42.4.
+    """
+    return int(0.3 * GIB + 0.007 * allocated)
+
+
+def host_slack_bytes(held: Held, made: Pass, passing: int) -> int:
+    """What stays resident on a host beyond what is in use, of so many bytes of a pass.
+
+    The C library gives back what it can; and in 16 bits oneDNN keeps every product's kernels for every size of a pass,
+    up to 1,024 of them. SmolLM2's demo, a peak of 1.68 GB in float32 (1.55 without this); in bfloat16 1.57, 1.54, 1.79
+    and 3.01 GB after 8, 10, 16 and 40 steps of different sizes, of which the first few take the place of freed memory.
+    """
+    kernels = _KERNEL_SET * max(0, min(made.sizes, _MOST_SETS) - _FREE_SETS) if held.element < 4 else 0
+    return passing * 15 // 100 + kernels
+
+
+def checkpoint_items(held: Held, checkpoints: int) -> list[Item]:
+    """Files of a run: adapter and optimizer of each checkpoint, and the adapter at its end."""
+    sizes = held.matrices
+    masters, moments = 4 * sum(sizes), trained(sizes, held.optimizer, 0).moments
+    return [Item("adapter and checkpoints", "checkpoint", masters + checkpoints * (masters + moments), "disk")]
+
+
+def everything(held: Held, made: Pass, checkpoints: int = 0) -> list[Item]:
+    """All that a run holds while it trains."""
+    items = [*model_items(held), *adapter_items(held), *pass_items(held, made), *checkpoint_items(held, checkpoints)]
+    if not held.on_card:
+        slack = host_slack_bytes(held, made, total(pass_items(held, made)))
+        items.append(Item("what C's allocator and oneDNN keep", "allocator", slack))
+        return [*items, Item("Python and its libraries", "libraries", PROCESS_BYTES)]
+    items.append(Item("what the allocator keeps", "allocator", slack_bytes(total(items))))
+    host = Item("Python and its libraries", "libraries", 2 * PROCESS_BYTES, "host")
+    return [*items, Item("CUDA's context", "libraries", CONTEXT_BYTES), host]
+
+
+def by_part(items: list[Item], where: Where = "card") -> Iterator[tuple[Part, int]]:
+    """The parts of a place that have any bytes, in the items' order."""
+    for part in dict.fromkeys(item.part for item in items if item.where == where):
+        if size := total(items, where, part):
+            yield part, size

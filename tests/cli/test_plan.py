@@ -1,0 +1,103 @@
+"""``jebi plan``: what a newcomer reads, what a program reads, and how quickly."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def plan(*options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jebi", "plan", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def facts(*options: str, code: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(plan(*options, "--json", code=code).stdout)
+    return found
+
+
+def test_the_table_says_whether_it_fits_and_what_is_chosen() -> None:
+    shown = plan("llama-3.1-8b", "--gpu", "h200").stdout
+    assert shown.startswith(
+        "llama-3.1-8b, its shape alone: 4-bit, LoRA r=16, rows of 2,048 tokens, 8 a step\nfits h200: "
+    )
+    for line in ("model 5.", "chosen", "all activations kept", "a step", "60 steps", "longest row", "smallest card"):
+        assert line in shown
+
+
+def test_what_does_not_fit_ends_with_2_and_the_way_out() -> None:
+    shown = plan("llama-3.1-8b", "--gpu", "t4", "--set", "model.load_in_4bit=false", code=2).stdout
+    assert "does not fit t4" in shown
+    assert "GB too much" in shown
+    assert "would fit      --set model.load_in_4bit=true" in shown
+
+
+def test_programs_get_bytes_and_seconds() -> None:
+    found = facts("llama-3.2-1b", "--gpu", "a100-40", "--memory", "16GB")
+    assert found["fits"]
+    assert (
+        found["budget"]
+        == 16 * 2**30
+        >= found["peak"]
+        == sum(i["bytes"] for i in found["items"] if i["where"] == "card")
+    )
+    low, high = found["step_seconds_range"]
+    assert low < found["step_seconds"] < high
+    assert found["cards"] == []
+    every = facts("llama-3.2-1b", "--gpu", "t4", "--all-gpus")
+    assert {"h100", "rtx4090"} < {card["gpu"] for card in every["cards"]}
+
+
+def test_memory_alone_is_enough_for_everything_but_times() -> None:
+    found = facts("llama-3.1-8b", "--memory", "24GB")
+    assert found["fits"]
+    assert found["step_seconds"] is found["tokens_per_second"] is None
+    assert "name a card with --gpu" in plan("llama-3.1-8b", "--memory", "24GB").stdout
+
+
+def test_a_runs_file_says_the_rest() -> None:
+    found = facts("--config", "examples/demo.yaml", "--gpu", "t4")
+    assert found["model"] == "smollm2"
+    assert found["steps"] == 64
+    assert 1000 < found["step_tokens"] < 1300
+    other = facts("qwen3-0.6b", "--config", "examples/demo.yaml", "--gpu", "t4", "--set", "lora.r=64")
+    assert other["peak"] > found["peak"]
+
+
+def test_rows_of_a_file_make_the_steps() -> None:
+    found = facts("llama-3.2-1b", "--gpu", "l4", "--rows", "examples/data/train.jsonl")
+    assert found["step_tokens"] < 8 * 400
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "name a model"),
+        (["nothing", "--gpu", "t4"], "Shapes that jebi knows"),
+        (["smollm2", "--gpu", "voodoo"], "--gpu 'voodoo' is not known"),
+        (["smollm2", "--gpu", "t4", "--memory", "much"], "memory_budget 'much' is no size"),
+        (["smollm2", "--gpu", "t4", "--rows", "none.jsonl"], "--rows 'none.jsonl' cannot be read"),
+    ],
+)
+def test_mistakes_are_one_line_with_the_way_out(options: list[str], says: str) -> None:
+    done = plan(*options, code=2)
+    assert done.stderr.startswith("jebi: ")
+    assert says in done.stderr
+
+
+def test_neither_torch_nor_transformers_is_imported() -> None:
+    """They take two seconds to import, and the answer is to be there in one and a half."""
+    code = (
+        "import sys; from jebi.cli.main import app\n"
+        "try: app(['plan', 'smollm2'])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
