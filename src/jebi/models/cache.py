@@ -50,3 +50,11 @@ class GrowingLayer(DynamicLayer):
 def growing_cache() -> Cache:
     """An empty cache for any number of layers."""
     return Cache(layer_class_to_replicate=GrowingLayer)
+
+
+def is_fresh(cache: Any) -> bool:
+    """Whether nobody but ``generate`` itself has had a hand in a cache: there is none, or an empty growing one."""
+    if cache is None:
+        return True
+    own = isinstance(cache, Cache) and cache.layer_class_to_replicate is GrowingLayer
+    return own and not cache.layers and not getattr(cache, "_is_user_defined", False)

@@ -27,6 +27,10 @@ class BaseProduct(Protocol):
         """``dy W`` in a new tensor (T, K)."""
         ...
 
+    def kept(self) -> Tensor | None:
+        """The matrix (N, K) in the compute dtype, where it is held in that form."""
+        ...
+
 
 class Scratch:
     """One buffer for weights that are dequantised at every use, as large as the largest of them."""
@@ -70,6 +74,10 @@ class DenseProduct:
     def backward(self, dy_TN: Tensor) -> Tensor:
         """See `BaseProduct`."""
         return dy_TN @ self._weight()
+
+    def kept(self) -> Tensor | None:
+        """See `BaseProduct`."""
+        return self._weight_NK
 
     def _weight(self) -> Tensor:
         if self._weight_NK is not None:

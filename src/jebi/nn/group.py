@@ -136,13 +136,16 @@ class Separate:
             backward_trained(linear, dy_TN, share, x_TK, xa_TR, grads)
 
 
-def stacks(maps: list[Linear]) -> bool:
-    """Whether `Stacked` serves these maps: frozen weights, and adapters that are low-rank products and no more."""
+def stacks(maps: list[Linear], answering: bool = False) -> bool:
+    """Whether `Stacked` serves these maps: frozen weights, and adapters that are low-rank products and no more.
+
+    Dropout does not count where the maps are only to answer.
+    """
     for linear in maps:
         if isinstance(linear.weight, nn.Parameter) and linear.weight.requires_grad:
             return False
         for lora in (linear.lora, linear.lora and linear.lora.stand_in):
-            if lora is not None and (lora.magnitude_N is not None or lora.dropout > 0):
+            if lora is not None and (lora.magnitude_N is not None or (lora.dropout > 0 and not answering)):
                 return False
     return True
 
@@ -168,6 +171,8 @@ class Stacked:
         self._state: list[object] = []
         self._down_RK: Tensor | None = None
         self._up_NR: Tensor | None = None
+        self._room: tuple[Tensor, Tensor] | None = None
+        """Where the two are, kept while the adapters are off: a captured graph goes on reading them there."""
         self._columns: list[slice | None] = []
         """Of each map's adapter, where it has one, the rows in A and columns in B of all adapters."""
 
@@ -279,12 +284,27 @@ class Stacked:
             rank += lora.rank if lora is not None else 0
         if not rank:
             self._down_RK = self._up_NR = None
-        elif self._down_RK is None or self._down_RK.shape[0] != rank:
+            return
+        if self._room is None or self._room[0].shape[0] != rank:
             device = self.maps[0].device()
-            self._down_RK = torch.zeros(rank, self.columns, dtype=self.dtype, device=device)
-            self._up_NR = torch.zeros(self._outputs, rank, dtype=self.dtype, device=device)
-        elif self._up_NR is not None:
-            self._up_NR.zero_()  # of what other maps' adapters left beside the new ones
+            down_RK = torch.zeros(rank, self.columns, dtype=self.dtype, device=device)
+            self._room = down_RK, torch.zeros(self._outputs, rank, dtype=self.dtype, device=device)
+        else:
+            self._room[1].zero_()  # of what other maps' adapters left beside the new ones
+        self._down_RK, self._up_NR = self._room
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where what is multiplied besides the base lies: what a captured graph must find again."""
+        return (
+            () if self._down_RK is None or self._up_NR is None else (self._down_RK.data_ptr(), self._up_NR.data_ptr())
+        )
+
+    def lend(self) -> None:
+        """Let each map use its part of the matrix by itself too, where one is kept."""
+        weight_NK = self._base.kept()
+        if weight_NK is not None:
+            for linear, start, end in self._spans:
+                linear.keep(weight_NK[start:end])
 
     @torch.no_grad()
     def cast(self) -> None:

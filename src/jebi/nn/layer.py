@@ -140,6 +140,12 @@ class LayerGroups:
     gate_up: Group
     down: Group
 
+    def stacked(self) -> Iterator[Stacked]:
+        """Those that are laid together."""
+        for group in (self.qkv, self.o, self.gate_up, self.down):
+            if isinstance(group, Stacked):
+                yield group
+
 
 class DecoderLayer(nn.Module):
     """Norm, attention, residual; norm, feed-forward, residual."""
@@ -168,14 +174,14 @@ class DecoderLayer(nn.Module):
         o, down = [self.self_attn.o_proj], [self.mlp.down_proj]
         return LayerGroups(Separate(self.qkv()), Separate(o), Separate(self.gate_up()), Separate(down))
 
-    def stack(self, base_of: Callable[[list[Linear]], BaseProduct]) -> None:
+    def stack(self, base_of: Callable[[list[Linear]], BaseProduct], answering: bool = False) -> None:
         """Lay its maps together, where `nn.group.stacks` allows; ``base_of`` says how their weights are held."""
-        if self.stackable():
+        if self.stackable(answering):
             self.stacked = LayerGroups(*(Stacked(maps, base_of(maps)) for maps in self._maps()))
 
-    def stackable(self) -> bool:
-        """Whether its maps can be laid together."""
-        return all(stacks(maps) for maps in self._maps())
+    def stackable(self, answering: bool = False) -> bool:
+        """Whether its maps can be laid together, to train or only to answer."""
+        return all(stacks(maps, answering) for maps in self._maps())
 
     def dense_values(self) -> int:
         """How many numbers its maps' weights hold that are not packed."""

@@ -21,12 +21,14 @@ Shapes: T tokens of all rows, or of a chunk, D width, F feed-forward width, H/G 
 r rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from jebi.nn.attention import attend_rows
 from jebi.nn.attention_pair import Attended, attention_backward, attention_forward
 from jebi.nn.host_memory import HostMemory
 from jebi.nn.layer import DecoderLayer
@@ -80,6 +82,29 @@ def run_layer(
     keeping = keep if isinstance(keep, Keeping) else Keeping(keep)
     trained = [p for p in layer.parameters() if p.requires_grad]
     out_TD: Tensor = _LayerNode.apply(hidden_TD, layer, tables, rows, keeping, *trained)
+    return out_TD
+
+
+@torch.no_grad()
+def run_without_graph(
+    layer: DecoderLayer,
+    hidden_TD: Tensor,
+    tables: tuple[Tensor, Tensor],
+    rows: Rows,
+    chunk: int,
+    take: Callable[[Tensor, Tensor], None],
+) -> Tensor:
+    """The layer's output (T, D) alone, ``chunk`` tokens at a time; ``take`` is given its keys and values (T, G, d)."""
+    given = _Given(hidden_TD, tables, rows, _chunks(hidden_TD, Keeping("input", chunk)))
+    q_THd, k_TGd, v_TGd = _turned(layer, given).qkv
+    take(k_TGd, v_TGd)
+    mixed_TD = attend_rows(q_THd, k_TGd, v_TGd, rows, layer.shape.attention).flatten(-2)
+    del q_THd, k_TGd, v_TGd
+    out_TD = None
+    for part in given.chunks:
+        done_TD = feed_forward(layer, behind_attention(layer, hidden_TD[part], mixed_TD[part]))
+        out_TD = _written(out_TD, done_TD, part, hidden_TD.shape[0])
+    assert out_TD is not None
     return out_TD
 
 
