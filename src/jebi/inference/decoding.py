@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from jebi.inference.engine import Engine
-from jebi.models.cache import is_fresh
+from jebi.models.cache import GrowingCache
 from jebi.models.hf import JebiForCausalLM
 
 _PREPARED = frozenset(
-    ("attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "inputs_embeds")
+    ("attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "inputs_embeds", "tokenizer")
 )
-"""Keywords for the model that `why_not` looks at."""
+"""Keywords that `why_not` looks at, or that concern what is ready by then."""
 
 
 class Decoding:
@@ -58,13 +58,14 @@ class Decoding:
         going_B = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
         told = _Told(batch, input_ids.device)
         lengths = [prompt] * batch if mask_BS is None else mask_BS.sum(1).tolist()
-        so_far: Any = input_ids  # which transformers types more narrowly than any operation of torch's gives it
+        so_far = input_ids
         pad = config._pad_token_tensor
         logits_BV = self.engine.prefill(model, input_ids, lengths, config.max_length)
         try:
             for last in range(prompt, config.max_length):
                 # A copy, since processors may write over it.
-                scores_BV = processors(so_far, logits_BV.to(torch.float32, copy=True))
+                # (Typed for a LongTensor, which no operation of torch's gives.)
+                scores_BV = processors(so_far, logits_BV.to(torch.float32, copy=True))  # type: ignore[arg-type]
                 token_B = _taken(scores_BV, config.do_sample)
                 if stops_at_eos and pad is not None:
                     token_B = torch.where(going_B, token_B, pad)
@@ -133,7 +134,8 @@ def why_not(
         return "another cache is asked for, none, or prompts in chunks"
     if config.is_assistant:
         return "it guesses tokens for another model, which wants its cache"
-    if not is_fresh(keywords.get("past_key_values")):
+    cache = keywords.get("past_key_values")
+    if cache is not None and not (isinstance(cache, GrowingCache) and cache.of_generate):
         return "a cache was given"
     if given := [name for name, value in keywords.items() if name not in _PREPARED and value is not None]:
         return f"the model is given {', '.join(given)}"

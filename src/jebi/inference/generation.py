@@ -7,7 +7,7 @@ import psutil
 from torch import Tensor
 
 from jebi.inference.decoding import Decoding
-from jebi.inference.engine import Engine
+from jebi.inference.engine import WARM_TOKENS, Engine
 from jebi.models.device import free_bytes
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import place
@@ -42,7 +42,7 @@ def prepare(model: JebiForCausalLM) -> JebiForCausalLM:
     engine = Engine()
     model.decoding = Decoding(engine)
     if model.device.type == "cuda":
-        engine.warm_up(model, model.max_seq_length)
+        engine.warm_up(model, getattr(model, "max_seq_length", WARM_TOKENS))
         if engine.warm_up_seconds > _LONG_S:
             logger.warning(f"made ready to answer in {engine.warm_up_seconds:.1f} s")
     return model

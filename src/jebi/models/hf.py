@@ -25,7 +25,7 @@ from jebi.config import Compute
 from jebi.errors import ModelError
 from jebi.kernels.linear_cross_entropy import LossForm, linear_cross_entropy, softcapped
 from jebi.kernels.sliced_cross_entropy import sliced_cross_entropy
-from jebi.models.cache import growing_cache
+from jebi.models.cache import GrowingCache
 from jebi.models.decoder import Decoder
 from jebi.models.families import DecoderShape
 from jebi.models.shell import JebiPreTrainedModel
@@ -60,7 +60,7 @@ class Backbone(Decoder):
         if (input_ids is None) == (inputs_embeds is None):
             raise ModelError("give input_ids or inputs_embeds, one of the two.")
         if use_cache or past_key_values is not None:
-            cache = past_key_values if past_key_values is not None else growing_cache()
+            cache = past_key_values if past_key_values is not None else GrowingCache()
             if any(cache.is_sliding):
                 raise ModelError("a cache with sliding layers is not available: pass DynamicCache() without a config.")
             return self._with_cache(self._embedded(input_ids, inputs_embeds), attention_mask, position_ids, cache)
@@ -234,7 +234,7 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
             raise ModelError("a static cache is not available: leave cache_implementation None; jebi's grows in place.")
         wants_own = generation_config.use_cache and generation_config.cache_implementation is None
         if wants_own and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = growing_cache()
+            model_kwargs["past_key_values"] = GrowingCache(of_generate=True)
         # Typed for a protocol with settable `device` and `dtype`, which no PreTrainedModel has.
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
@@ -255,7 +255,7 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
                     "a row outgrew its RoPE's first frequencies and would begin again from its tokens, which "
                     "inputs_embeds do not tell: pass input_ids."
                 )
-            kwargs |= {"past_key_values": growing_cache(), "next_sequence_length": None}
+            kwargs |= {"past_key_values": GrowingCache(), "next_sequence_length": None}
         # Typed for the same protocol as below.
         return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
 
