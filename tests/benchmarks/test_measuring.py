@@ -50,3 +50,12 @@ def test_startup(tmp_path: Path, tiny_llama) -> None:
     assert 0.9 * whole < sum(parts.values()) <= whole + 0.01
     assert all(name in printed for group in figures.values() for name in group)
     assert all(figures["reading"][name] > 0 for name in ("staged GB/s", "mapped GB/s"))
+
+
+def test_decode(tmp_path: Path, tiny_llama) -> None:
+    words = ("--path", str(tiny_llama("worded")), "--against", "", "--device", "cpu", "--new", "4")
+    printed, figures = run("decode.py", tmp_path / "figures.json", *words, "--rows", "1,2", "--prompts", "5,9")
+    assert isinstance(figures, list)
+    assert [(case["prompt"], case["bs"]) for case in figures] == [(5, 1), (5, 2), (9, 1), (9, 2)]
+    assert all(case["prefill_ms"] > 0 and case["decode_tok_s"] > 0 for case in figures)
+    assert printed.count("| jebi |") == 4
