@@ -37,7 +37,7 @@ def test_prompts_and_steps(tiny_llama: Callable[[str], Path], load, lengths: tup
     """The last lengths cross a step of the cache's size."""
     model = load(tiny_llama("llama3")).eval()
     if stacked:
-        model.model.stack(keep=True)
+        model.model.stack(keep=True, answering=True)
     engine, rows = Engine(), [ids(length) for length in lengths]
     assert_last_logits(model, engine.prefill(model, padded(rows), [*lengths], max(lengths) + 5), rows)
     for new in torch.randint(3, 300, (5, len(rows)), generator=torch.Generator().manual_seed(0)):
@@ -65,7 +65,7 @@ def test_a_step_with_room_to_spare_is_the_step_that_is_captured(tiny_llama: Call
 @torch.no_grad()
 def test_buffers_made_under_inference_mode_serve_outside_it(tiny_llama: Callable[[str], Path], load) -> None:
     model = load(tiny_llama("tied")).eval()
-    model.model.stack(keep=True)
+    model.model.stack(keep=True, answering=True)
     engine, row = Engine(), ids(5)
     with torch.inference_mode():
         engine.prefill(model, row[None], [5], 9)

@@ -122,7 +122,7 @@ def why_not(
 ) -> str | None:
     """Why a call goes through transformers' own loop; None where the engine serves it."""
     mask_BS, positions_BS = keywords.get("attention_mask"), keywords.get("position_ids")
-    if any(layer.stacked is None for layer in model.model.decoder_layers()):
+    if any(layer.answering is None for layer in model.model.decoder_layers()):
         return "its layers are none that are laid together: DoRA, trained weights, or an adapter put on later"
     if input_ids.device != model.device:
         return "the prompts are on another device than the model"

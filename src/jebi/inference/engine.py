@@ -74,7 +74,7 @@ class Engine:
         device = model.device
         batch = self._batch = self._batch_of(model, len(lengths), max(lengths), most)
         with torch.inference_mode(False):
-            for group in model.model.stacked_groups():
+            for group in model.model.answering_groups():
                 group.refresh()
         self._over = _addresses(model) if captures(model) else ()
         rows = rows_from_lengths(lengths, device)
@@ -196,7 +196,7 @@ def captures(model: JebiForCausalLM) -> bool:
 
 def _addresses(model: JebiForCausalLM) -> tuple[int, ...]:
     """Where lies what may be exchanged between two answers: the adapters that are on, the embedding, the head."""
-    found = [address for group in model.model.stacked_groups() for address in group.addresses()]
+    found = [address for group in model.model.answering_groups() for address in group.addresses()]
     for module in (model.model.embed_tokens, model.lm_head):
         found += [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
     return tuple(found)

@@ -35,7 +35,7 @@ def prepare(model: JebiForCausalLM) -> JebiForCausalLM:
     roomy = model.device.type == "cpu" and needed < _SHARE * psutil.virtual_memory().available
     # Whatever is not packed is kept as it is multiplied anyway.
     model.model.stack(keep=roomy, answering=True)
-    for group in model.model.stacked_groups():
+    for group in model.model.answering_groups():
         group.lend()
     for linear in linears:
         linear.keep_for_decoding(dense=roomy)

@@ -170,7 +170,7 @@ class Decoder(nn.Module):
     def unstack(self) -> None:
         """Forget what `stack` laid together; dense weights stay parts of one matrix."""
         for layer in self.decoder_layers():
-            layer.stacked = None
+            layer.stacked = layer.answering = None
 
     def cast_adapters(self, again: bool) -> None:
         """Cast the adapters of stacked layers to the compute dtype.
@@ -178,14 +178,16 @@ class Decoder(nn.Module):
         ``again`` launches the casts whatever has changed; without it they are only noted as done, for a caller that
         replays them.
         """
-        for group in self.stacked_groups():
-            group.cast() if again else group.note()
-
-    def stacked_groups(self) -> Iterator[Stacked]:
-        """The groups of all layers whose maps are laid together."""
         for layer in self.decoder_layers():
             if layer.stacked is not None:
-                yield from layer.stacked.stacked()
+                for group in layer.stacked.stacked():
+                    group.cast() if again else group.note()
+
+    def answering_groups(self) -> Iterator[Stacked]:
+        """The groups that all layers answer with, where their maps are laid together for that."""
+        for layer in self.decoder_layers():
+            if layer.answering is not None:
+                yield from layer.answering.stacked()
 
     def decoder_layers(self) -> Iterator[DecoderLayer]:
         """The layers, typed."""

@@ -166,6 +166,8 @@ class DecoderLayer(nn.Module):
             self.post_feedforward_layernorm = Norm(shape.width, shape, dtype, scale)
         self.stacked: LayerGroups | None = None
         """Its maps laid together for a card, where they are."""
+        self.answering: LayerGroups | None = None
+        """Likewise to answer with. Apart, so that whole rows are computed to the bit as they were before."""
 
     def groups(self) -> LayerGroups:
         """Its maps by their inputs, as the hand-written form calls them."""
@@ -177,7 +179,11 @@ class DecoderLayer(nn.Module):
     def stack(self, base_of: Callable[[list[Linear]], BaseProduct], answering: bool = False) -> None:
         """Lay its maps together, where `nn.group.stacks` allows; ``base_of`` says how their weights are held."""
         if self.stackable(answering):
-            self.stacked = LayerGroups(*(Stacked(maps, base_of(maps)) for maps in self._maps()))
+            groups = LayerGroups(*(Stacked(maps, base_of(maps)) for maps in self._maps()))
+            if answering:
+                self.answering = groups
+            else:
+                self.stacked = groups
 
     def stackable(self, answering: bool = False) -> bool:
         """Whether its maps can be laid together, to train or only to answer."""

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from jebi.nn.attention import attend_rows
 from jebi.nn.attention_pair import Attended, attention_backward, attention_forward
 from jebi.nn.host_memory import HostMemory
-from jebi.nn.layer import DecoderLayer
+from jebi.nn.layer import DecoderLayer, LayerGroups
 from jebi.nn.layer_steps import (
     Block,
     Normed,
@@ -95,14 +95,14 @@ def run_without_graph(
     take: Callable[[Tensor, Tensor], None],
 ) -> Tensor:
     """The layer's output (T, D) alone, ``chunk`` tokens at a time; ``take`` is given its keys and values (T, G, d)."""
-    given = _Given(hidden_TD, tables, rows, _chunks(hidden_TD, Keeping("input", chunk)))
-    q_THd, k_TGd, v_TGd = _turned(layer, given).qkv
+    given, groups = _Given(hidden_TD, tables, rows, _chunks(hidden_TD, Keeping("input", chunk))), layer.answering
+    q_THd, k_TGd, v_TGd = _turned(layer, given, groups).qkv
     take(k_TGd, v_TGd)
     mixed_TD = attend_rows(q_THd, k_TGd, v_TGd, rows, layer.shape.attention).flatten(-2)
     del q_THd, k_TGd, v_TGd
     out_TD = None
     for part in given.chunks:
-        done_TD = feed_forward(layer, behind_attention(layer, hidden_TD[part], mixed_TD[part]))
+        done_TD = feed_forward(layer, behind_attention(layer, hidden_TD[part], mixed_TD[part], groups), groups)
         out_TD = _written(out_TD, done_TD, part, hidden_TD.shape[0])
     assert out_TD is not None
     return out_TD
@@ -203,10 +203,10 @@ class _LayerNode(torch.autograd.Function):
         return dstream_TD if wanted else None, None, None, None, None, *(grads.get(p) for p in ctx.trained)
 
 
-def _turned(layer: DecoderLayer, given: _Given) -> Turned:
+def _turned(layer: DecoderLayer, given: _Given, groups: LayerGroups | None = None) -> Turned:
     """Queries, keys and values of all tokens, ready for attention."""
     if len(given.chunks) == 1:
-        return turn(layer, given.hidden_TD, given.tables)
+        return turn(layer, given.hidden_TD, given.tables, groups)
     tokens, hidden_TD = given.hidden_TD.shape[0], given.hidden_TD
     # Columns of one matrix, so that their gradients, which take their place, go through one product.
     whole_TN = torch.empty(tokens, sum(layer.shape.qkv_sizes), dtype=hidden_TD.dtype, device=hidden_TD.device)
@@ -214,7 +214,7 @@ def _turned(layer: DecoderLayer, given: _Given) -> Turned:
     raw: list[Tensor | None] = [None] * 4
     kept = []
     for chunk in given.chunks:
-        part = turn(layer, hidden_TD[chunk], (given.tables[0][chunk], given.tables[1][chunk]))
+        part = turn(layer, hidden_TD[chunk], (given.tables[0][chunk], given.tables[1][chunk]), groups)
         for whole, piece in zip((q, k, v), part.qkv):
             whole[chunk] = piece
         kept += part.kept

@@ -75,10 +75,11 @@ def plain_step(
     layer: DecoderLayer, hidden_BD: Tensor, tables: Tables, keys_BGLd: Tensor, values_BGLd: Tensor, now: Now
 ) -> Tensor:
     """See `LayerStep`; for any device."""
-    q_BHd, k_BGd, v_BGd = turn(layer, hidden_BD, tables).qkv
+    groups = layer.answering
+    q_BHd, k_BGd, v_BGd = turn(layer, hidden_BD, tables, groups).qkv
     keys_BGLd[now.rows_B, :, now.lengths_B] = k_BGd
     values_BGLd[now.rows_B, :, now.lengths_B] = v_BGd
     form = layer.shape.attention
     keys_BGLd, values_BGLd = keys_BGLd[:, :, : now.reach], values_BGLd[:, :, : now.reach]
     mixed_BSHd = attend_cached(q_BHd[:, None], keys_BGLd, values_BGLd, now.mask(form.window), form)
-    return feed_forward(layer, behind_attention(layer, hidden_BD, mixed_BSHd.flatten(1)))
+    return feed_forward(layer, behind_attention(layer, hidden_BD, mixed_BSHd.flatten(1), groups), groups)

@@ -15,7 +15,7 @@ from jebi.kernels.glu import Thin, glu_backward_, glu_forward
 from jebi.kernels.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_weight_grad
 from jebi.kernels.rope import rope_, rope_into
 from jebi.nn import group
-from jebi.nn.layer import DecoderLayer, Norm, parts
+from jebi.nn.layer import DecoderLayer, LayerGroups, Norm, parts
 from jebi.nn.linear import Grads
 
 
@@ -56,10 +56,13 @@ class Block:
     """The feed-forward block's, likewise."""
 
 
-def turn(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tensor]) -> Turned:
-    attn = layer.self_attn
+def turn(
+    layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tensor], groups: LayerGroups | None = None
+) -> Turned:
+    """Queries, keys and values; here and below ``groups`` are others than the layer's own, to answer with."""
+    attn, groups = layer.self_attn, groups or layer.groups()
     x_TD, _ = _norm(layer.input_layernorm, hidden_TD)
-    outputs, kept = layer.groups().qkv.forward(x_TD)
+    outputs, kept = groups.qkv.forward(x_TD)
     del x_TD
     q, k, v = (layer.heads(y) for y in parts(outputs, layer.shape.qkv_sizes))
     layer.scale_(v)
@@ -71,9 +74,11 @@ def turn(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tensor]) 
     return Turned((rope_(q, *tables), rope_(k, *tables), v), qk, [kept])
 
 
-def behind_attention(layer: DecoderLayer, hidden_TD: Tensor, mixed_TD: Tensor) -> Block:
+def behind_attention(
+    layer: DecoderLayer, hidden_TD: Tensor, mixed_TD: Tensor, groups: LayerGroups | None = None
+) -> Block:
     """From attention's output up to and without the gated product."""
-    groups, kept, attention_out = layer.groups(), {}, None
+    groups, kept, attention_out = groups or layer.groups(), {}, None
     if layer.attention_out_norm is None:
         (middle_TD,), kept["o"] = groups.o.forward(mixed_TD, hidden_TD)
     else:
@@ -87,10 +92,12 @@ def behind_attention(layer: DecoderLayer, hidden_TD: Tensor, mixed_TD: Tensor) -
     return Block(middle_TD, gate_TF, up_TF, kept, attention_out)
 
 
-def feed_forward(layer: DecoderLayer, block: Block) -> Tensor:
+def feed_forward(layer: DecoderLayer, block: Block, groups: LayerGroups | None = None) -> Tensor:
     """The layer's output (T, D); what a norm at its end needs is kept."""
-    act_TF = glu_forward(block.gate_TF, block.up_TF, layer.shape.activation, _thin(layer, block), layer.scale)
-    down = layer.groups().down
+    groups = groups or layer.groups()
+    thin = _thin(layer, block, groups)
+    act_TF = glu_forward(block.gate_TF, block.up_TF, layer.shape.activation, thin, layer.scale)
+    down = groups.down
     if layer.out_norm is None:
         (out_TD,), block.groups["down"] = down.forward(act_TF, block.middle_TD)
         return out_TD
@@ -100,9 +107,9 @@ def feed_forward(layer: DecoderLayer, block: Block) -> Tensor:
     return layer.scale_(out_TD).add_(block.middle_TD)
 
 
-def _thin(layer: DecoderLayer, block: Block) -> Thin:
+def _thin(layer: DecoderLayer, block: Block, groups: LayerGroups) -> Thin:
     """What is still to be added to gate and up."""
-    gate, up = layer.groups().gate_up.thin(block.groups["gate_up"], [layer.shape.ffn] * 2)
+    gate, up = groups.gate_up.thin(block.groups["gate_up"], [layer.shape.ffn] * 2)
     return gate, up
 
 
@@ -119,7 +126,7 @@ def feed_forward_backward(layer: DecoderLayer, block: Block, dout_TD: Tensor, dm
     down_kept = block.groups.get("down")
     # The product itself is needed only where the adapter's gradients do not come with it.
     wants_act = shares.thin is None or down_kept is None
-    thin, kind = _thin(layer, block), layer.shape.activation
+    thin, kind = _thin(layer, block, groups), layer.shape.activation
     made = glu_backward_(dact_TF, block.gate_TF, block.up_TF, kind, thin, shares.thin, wants_act, layer.scale)
     *up_sums, down_sum = made.sums
     groups.down.backward_trained(shares, made.act_TF, down_kept, grads, group.Sums(down_sum))
