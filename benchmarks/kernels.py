@@ -150,8 +150,6 @@ def _norm_cases(shapes: Shapes, drawn: Callable[..., Tensor]) -> Iterator[Case]:
     _, rstd = rms_norm.rms_norm_forward(x, weight, eps)
     plain = partial(rms_norm.rms_norm, x, weight, eps)
     yield Case("rms_norm forward", 2 * x.nbytes, lambda: rms_norm.rms_norm_forward(x, weight, eps), plain)
-    apply = partial(rms_norm.rms_norm_apply, x, rstd, weight)
-    yield Case("rms_norm from kept statistics", 2 * x.nbytes, apply, plain)
     backward = gradients(lambda leaf: rms_norm.rms_norm(leaf, weight, eps) + leaf, [x], dy)
     yield Case(
         "rms_norm backward + residual",

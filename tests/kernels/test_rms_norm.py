@@ -7,10 +7,10 @@ from torch import Tensor
 
 from jebi.kernels.rms_norm import (
     rms_norm,
-    rms_norm_apply,
     rms_norm_backward,
     rms_norm_forward,
     rms_norm_lean,
+    rms_norm_summed,
     rms_norm_weight_grad,
 )
 
@@ -54,13 +54,6 @@ def test_forward_and_backward_against_the_reference(at_most_twice, dtype: torch.
     at_most_twice("dx", rms_norm_backward(dy, x, rstd, weight), plain.grad, fine.grad)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_apply_rebuilds_the_forward_to_the_bit(dtype: torch.dtype) -> None:
-    x, weight, _ = inputs((33, 131), dtype)
-    y, rstd = rms_norm_forward(x, weight, EPS)
-    assert torch.equal(rms_norm_apply(x, rstd, weight), y)
-
-
 def test_a_gradient_in_place_of_its_residual() -> None:
     x, weight, dy = inputs((5, 64), torch.float32)
     residual, _, _ = inputs((5, 64), torch.float32)
@@ -96,7 +89,6 @@ def test_weights_stored_less_one_and_trained_weights(
     x, weight, dy = inputs(shape, dtype)
     stored = weight - 1 if unit_offset else weight
     y, rstd = rms_norm_forward(x, stored, EPS, unit_offset)
-    assert torch.equal(rms_norm_apply(x, rstd, stored, unit_offset), y)
 
     def run(kind: torch.dtype) -> list[Tensor]:
         leaf, trained = (value.to(kind, copy=True).requires_grad_() for value in (x, stored))
@@ -128,3 +120,17 @@ def test_an_offset_weight_is_multiplied_before_rounding_as_gemmas() -> None:
     with torch.no_grad():
         theirs.weight.copy_(weight)
         assert torch.equal(rms_norm(x, weight, 1e-6, unit_offset=True), theirs(x))
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_summed_is_the_product_with_normed_tokens(at_most_twice, dtype: torch.dtype, unit_offset: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, left = (torch.randn(37, width, generator=generator).to(dtype) for width in (64, 5))
+    weight = (torch.randn(64, generator=generator) * 0.1 + (0 if unit_offset else 1)).to(dtype)
+    y, rstd = rms_norm_forward(x, weight, EPS, unit_offset)
+    exact = (x.double() * (x.double().square().mean(-1, keepdim=True) + EPS).rsqrt()) * (
+        weight.double() + (1 if unit_offset else 0)
+    )
+    ours = rms_norm_summed(left, x, rstd, weight, unit_offset)
+    at_most_twice("summed", ours, (left.t() @ y).float(), left.double().t() @ exact)

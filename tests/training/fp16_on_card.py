@@ -92,19 +92,19 @@ def train(path: str, dtype: torch.dtype, scale: float | None = None) -> Run:
     assert (scaler is not None) == (dtype == torch.float16), "accelerate scales the loss with fp16=True alone"
     if scaler is not None and scale is not None:
         trainer.accelerator.scaler = scaler = torch.amp.GradScaler(device.type, init_scale=scale)
-    skipped = 0
+    skipped = captured = 0
     inner = trainer._maybe_log_save_evaluate
 
     def counted(*args: Any, **kwargs: Any) -> None:
-        nonlocal skipped
+        nonlocal skipped, captured
+        graphs = trainer._engine._graphs
+        captured = len(graphs._captured) if graphs is not None else 0
         skipped += int(trainer.accelerator.optimizer_step_was_skipped)
         inner(*args, **kwargs)
 
     trainer._maybe_log_save_evaluate = counted  # type: ignore[method-assign]
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    graphs = trainer._engine._graphs
-    captured = len(graphs._captured) if graphs is not None else 0
     norms = [float(entry["grad_norm"]) for entry in log]
     end = scaler.get_scale() if scaler is not None else None
     return Run([entry["loss"] for entry in log], norms, end, skipped, captured)

@@ -1,5 +1,6 @@
 """``training.engine``: the model is set up as the plan chooses; embedding and head leave the card last."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -68,9 +69,12 @@ def test_tables_leave_where_nothing_else_fits(planned: Callable[..., Any], caplo
     assert back.fits
 
 
-def test_where_even_that_does_not_fit_it_has_the_most_room(planned: Callable[..., Any]) -> None:
+def test_where_even_that_does_not_fit_it_has_the_most_room(
+    planned: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     plan, model = planned(2 * TABLE)
     assert not plan.fits
+    assert re.search(r"max_seq_length=128 tokens may not fit into the \d+\.\d\d GiB .* lower it, or free", caplog.text)
     assert placed(model) == Places("host", "host")
 
 

@@ -14,6 +14,7 @@ from jebi.config import LoraConfig
 from jebi.data.heldout import inputs_of
 from jebi.data.passes import Pass, collate, cut
 from jebi.models.hf import JebiForCausalLM
+from jebi.training import graphs
 from jebi.training.graphs import PassGraph, PassGraphs, padded
 
 CPU = torch.device("cpu")
@@ -109,5 +110,13 @@ def test_shapes_hold_every_pass_of_their_kind() -> None:
                 assert max(b - a for a, b in pairwise(ends)) <= inputs["rows"].longest
 
 
-def test_a_cpu_captures_nothing(model: Callable[[], JebiForCausalLM]) -> None:
-    assert not PassGraphs.serves(model())
+def test_what_hinders_a_capture_is_named(model: Callable[[], JebiForCausalLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "16 bits" in str(PassGraphs.hindrance(model()))
+    monkeypatch.setattr(graphs, "varlen_serves", lambda *_: True)
+    apart, stacked = model(), model()
+    apart.model.unstack()
+    assert "map by map" in str(PassGraphs.hindrance(apart))
+    assert PassGraphs.hindrance(stacked) is None
+    stacked.model.norm.weight.requires_grad_()
+    stacked.model.norm.weight.data = stacked.model.norm.weight.data.bfloat16()
+    assert PassGraphs.hindrance(stacked) == "trained weights are not float32"

@@ -31,6 +31,17 @@ Thin = tuple[LowRank | None, LowRank | None]
 """What is still to be added to gate and to up."""
 
 
+def carries(rank: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `glu_forward` and `glu_backward_` take thin products of this rank: a card's kernels have to hold three.
+
+    128 ranks in 16 bits are more than the shared memory of compute capability 8.6, 8.9 and 12.0, 64 than that of 7.5.
+    """
+    if device.type != "cuda":
+        return True
+    most = 128 if torch.cuda.get_device_capability(device) >= (8, 0) else 64
+    return rank * dtype.itemsize <= most
+
+
 def glu_forward(
     gate_TF: Tensor, up_TF: Tensor, activation: Activation, thin: Thin = (None, None), scale: float = 1.0
 ) -> Tensor:

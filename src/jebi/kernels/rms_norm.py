@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jebi.kernels.low_rank import product32
+
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
     """Reference, differentiable: ``weight * (x / rms(x))`` over the last dimension, rounded as transformers rounds.
@@ -28,9 +30,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, unit_offset: bool = False)
     return weight_D.to(x.dtype) * normed.to(x.dtype)
 
 
-def rms_norm_forward(
-    x_TD: Tensor, weight_D: Tensor, eps: float, unit_offset: bool = False, out_TD: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def rms_norm_forward(x_TD: Tensor, weight_D: Tensor, eps: float, unit_offset: bool = False) -> tuple[Tensor, Tensor]:
     """Return the normed tokens (..., T, D) and ``1 / rms`` (..., T, 1) in float32, which the backward needs.
 
     Args:
@@ -38,34 +38,19 @@ def rms_norm_forward(
         weight_D: (D,).
         eps: added to the mean square.
         unit_offset: the weight is ``1 + weight_D``.
-        out_TD: (T, D), rows strided as they like, takes the normed tokens where given.
     """
     if x_TD.is_cuda:
         from jebi.kernels.gpu import rms_norm as gpu
 
-        y, rstd = gpu.forward(x_TD.reshape(-1, x_TD.shape[-1]), weight_D, eps, unit_offset, out_TD)
+        y, rstd = gpu.forward(x_TD.reshape(-1, x_TD.shape[-1]), weight_D, eps, unit_offset)
         return y.view(*x_TD.shape[:-1], -1), rstd.view(*x_TD.shape[:-1], 1)
     x32_TD = x_TD.float()
     rstd_T1 = torch.linalg.vector_norm(x32_TD, dim=-1, keepdim=True).pow_(2).div_(x_TD.shape[-1])
     rstd_T1 = rstd_T1.add_(eps).rsqrt_()
-    return rms_norm_apply(x_TD, rstd_T1, weight_D, unit_offset, out_TD), rstd_T1
-
-
-def rms_norm_apply(
-    x_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor, unit_offset: bool = False, out_TD: Tensor | None = None
-) -> Tensor:
-    """The normed tokens once more, from the kept statistics: cheaper to rebuild than to keep."""
-    if x_TD.is_cuda:
-        from jebi.kernels.gpu import rms_norm as gpu
-
-        flat_TD = x_TD.reshape(-1, x_TD.shape[-1])
-        return gpu.apply(flat_TD, rstd_T1, weight_D, unit_offset, out_TD).view(*x_TD.shape[:-1], -1)
-    normed_TD = x_TD.float() * rstd_T1
+    normed_TD = x32_TD * rstd_T1
     if unit_offset:
-        y_TD = normed_TD.mul_(1 + weight_D.float()).to(x_TD.dtype)
-    else:
-        y_TD = normed_TD.to(x_TD.dtype).mul_(weight_D)
-    return y_TD if out_TD is None else out_TD.copy_(y_TD)
+        return normed_TD.mul_(1 + weight_D.float()).to(x_TD.dtype), rstd_T1
+    return normed_TD.to(x_TD.dtype).mul_(weight_D), rstd_T1
 
 
 def rms_norm_backward(
@@ -99,6 +84,17 @@ def rms_norm_backward(
 def rms_norm_weight_grad(dy_TD: Tensor, x_TD: Tensor, rstd_T1: Tensor) -> Tensor:
     """Gradient of a trained weight (D,) in float32: the sum of ``dy * n`` over all tokens."""
     return (x_TD.float() * rstd_T1).mul_(dy_TD).flatten(0, -2).sum(0)
+
+
+def rms_norm_summed(
+    left_TR: Tensor, x_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor, unit_offset: bool = False
+) -> Tensor:
+    """``left^T y`` (R, D) in float32 of normed tokens ``y`` (T, D), which are not made.
+
+    A norm's factors are one a row, which goes into ``left``, and one a column, which goes behind the sum.
+    """
+    scaled_TR = (left_TR.float() * rstd_T1).to(left_TR.dtype)
+    return product32(scaled_TR.t(), x_TD).mul_(weight_D.float() + 1 if unit_offset else weight_D.float())
 
 
 def rms_norm_lean(x: Tensor, weight_D: Tensor, eps: float, unit_offset: bool = False) -> Tensor:

@@ -9,6 +9,8 @@ Shapes: T tokens, H heads, d head size, R <= d rotated size; cos and sin are (..
 import torch
 from torch import Tensor
 
+from jebi.kernels.low_rank import LowRank, added
+
 
 def rope_tables(positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine of ``positions * inv_freq``, each (*positions.shape, R), computed in float32.
@@ -60,3 +62,41 @@ def rope_into(x_THd: Tensor, cos_TR: Tensor, sin_TR: Tensor, out_THd: Tensor, ba
         gpu.rotate(x_THd, cos_TR, sin_TR, out_THd, backwards)
         return out_THd
     return out_THd.copy_(rope(x_THd, cos_TR, -sin_TR if backwards else sin_TR))
+
+
+def rope_added(
+    qkv: tuple[Tensor, Tensor, Tensor], tables: tuple[Tensor, Tensor], shares: list[LowRank | None], head: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys turned and values as they are (T, H, head each), their shares added to all three before.
+
+    May write over the tensors given. On a card and where they are columns of one matrix it is one launch.
+
+    Args:
+        qkv: the maps' outputs (T, N each).
+        tables: cosines and sines (T, R).
+        shares: what is still to be added to each.
+        head: size of a head.
+    """
+    whole_TN = adjacent(list(qkv))
+    if whole_TN is not None and whole_TN.is_cuda:
+        from jebi.kernels.gpu import rope as gpu
+
+        given = shares[0], shares[1], shares[2]
+        if gpu.same_strides(given):
+            counts = [x.shape[1] // head for x in qkv]
+            whole_THd = whole_TN.unflatten(1, (-1, head))
+            gpu.rotate_added_(whole_THd, *tables, counts[0], counts[1], given)
+            q, k, v = whole_THd.split(counts, dim=1)
+            return q, k, v
+    q, k, v = (added(x, share).unflatten(1, (-1, head)) for x, share in zip(qkv, shares))
+    return rope_(q, *tables), rope_(k, *tables), v
+
+
+def adjacent(parts: list[Tensor]) -> Tensor | None:
+    """The matrix whose columns these are, one behind the other; None where they lie otherwise."""
+    first, widths = parts[0], [part.shape[1] for part in parts]
+    offsets = [(part.data_ptr() - first.data_ptr()) // first.element_size() for part in parts]
+    follow = all(offset == sum(widths[:n]) for n, offset in enumerate(offsets))
+    if follow and all(part.stride() == first.stride() for part in parts) and first.stride(0) >= sum(widths):
+        return first.as_strided((first.shape[0], sum(widths)), first.stride())
+    return None

@@ -32,6 +32,12 @@ class BaseProduct(Protocol):
         ...
 
 
+def spans(maps: list[Linear]) -> list[tuple[Linear, int, int]]:
+    """Each map with its first row below each other and the one behind its last."""
+    ends = list(accumulate(linear.out_features for linear in maps))
+    return list(zip(maps, [0, *ends], ends))
+
+
 class Scratch:
     """One buffer for weights that are dequantised at every use, as large as the largest of them."""
 
@@ -57,10 +63,8 @@ class DenseProduct:
             scratch: where 4-bit and 8-bit weights are dequantised at every use; None keeps them dequantised. Weights
                 that are dense already move into the one matrix, of which the maps' own become parts.
         """
-        ends = list(accumulate(linear.out_features for linear in maps))
-        self._spans = list(zip(maps, [0, *ends], ends))
-        """Each map with its first row and the one behind its last."""
-        self._size = ends[-1], maps[0].in_features
+        self._spans = spans(maps)
+        self._size = self._spans[-1][2], maps[0].in_features
         self._dtype, self._device = maps[0].dtype, maps[0].device()
         packed = any(not isinstance(linear.weight, nn.Parameter) for linear in maps)
         self._scratch = scratch if packed else None

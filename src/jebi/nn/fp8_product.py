@@ -5,13 +5,11 @@ Biases and adapters are `nn.group`'s. The named setting ``compute="fp8"`` and wh
 Shapes: T tokens, K inputs, N outputs of all maps.
 """
 
-from itertools import accumulate
-
 import torch
 from torch import Tensor, nn
 
 from jebi.kernels.scaled_product import columns_into, largest, product, quantized, rows_into
-from jebi.nn.base_product import Scratch
+from jebi.nn.base_product import Scratch, spans
 from jebi.nn.host_weight import HostWeight
 from jebi.nn.linear import Linear
 from jebi.quant.fp8 import Fp8Rows, scale_of
@@ -36,12 +34,11 @@ class Fp8Product:
                 dense are laid once whatever this says; the originals stay beside the copies, since generation and
                 saving read them.
         """
-        ends = list(accumulate(linear.out_features for linear in maps))
         weights = [linear.weight for linear in maps if not isinstance(linear.weight, HostWeight)]
         assert len(weights) == len(maps), "only a head is there"
-        self._spans = list(zip(weights, [0, *ends], ends))
+        self._spans = [(weight, start, end) for weight, (_, start, end) in zip(weights, spans(maps))]
         """Each map's weight with its first row and the one behind its last."""
-        self._size = ends[-1], maps[0].in_features
+        self._size = self._spans[-1][2], maps[0].in_features
         self._dtype = maps[0].dtype
         rows, columns = zip(*(largest(weight) for weight in weights))
         self._scale_N1 = scale_of(torch.cat(rows))

@@ -8,15 +8,17 @@ Shapes: T tokens, K inputs, N outputs of all maps, R ranks of all adapters.
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from jebi.kernels.glu import carries
 from jebi.kernels.low_rank import LowRank, product32
-from jebi.nn.base_product import BaseProduct
+from jebi.kernels.rope import adjacent
+from jebi.nn.base_product import BaseProduct, spans
 from jebi.nn.linear import Grads, Linear, Share, backward_input, backward_trained, project
+from jebi.nn.lora import Lora
 
 
 class Group(Protocol):
@@ -33,10 +35,6 @@ class Group(Protocol):
 
     def thin(self, kept: "Kept", sizes: list[int]) -> list[LowRank | None]:
         """What is still to be added to each part, of these sizes, after a forward without ``whole``."""
-        ...
-
-    def places(self, sizes: list[int], dtype: torch.dtype, tokens: int) -> list[Tensor] | None:
-        """Where gradients of the parts are best written: columns of one matrix; None where it is all the same."""
         ...
 
     def backward_input(
@@ -73,9 +71,11 @@ class Shares:
     dy: list[Tensor]
     """Gradients of the outputs, one tensor a map, or one for all."""
     maps: list[Share]
-    """Each map's share, or one for all."""
+    """Each map's share; none where one product makes them all."""
     thin: LowRank | None = None
     """What is still to be added to the gradient of the input."""
+    dxa_TR: Tensor | None = None
+    """Gradient of all maps' ``x A^T`` where it is one product."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,6 @@ class Separate:
     def thin(self, kept: Kept, sizes: list[int]) -> list[LowRank | None]:
         """See `Group`."""
         return [None] * len(sizes)
-
-    def places(self, sizes: list[int], dtype: torch.dtype, tokens: int) -> None:
-        """See `Group`."""
 
     def backward_input(
         self, dparts: list[Tensor], wanted: bool = True, whole: bool = True
@@ -161,20 +158,22 @@ class Stacked:
             base: their weights as one.
         """
         self.maps = maps
-        ends = list(accumulate(linear.out_features for linear in maps))
-        self._spans = list(zip(maps, [0, *ends], ends))
-        """Each map with its first row and the one behind its last."""
+        self._spans = spans(maps)
         self._base = base
-        self._outputs = ends[-1]
+        self._outputs = self._spans[-1][2]
         self.columns = maps[0].in_features
         self.dtype = maps[0].dtype
         self._state: list[object] = []
+        self._adapters: list[Lora | None] | None = None
+        """Those that the casts are arranged for."""
+        self._rooms: dict[int, tuple[Tensor, Tensor]] = {}
+        """Room for the casts by their rank; it stays, since captured graphs read it (`training.graphs`, `inference.engine`)."""
         self._down_RK: Tensor | None = None
         self._up_NR: Tensor | None = None
-        self._room: tuple[Tensor, Tensor] | None = None
-        """Where the two are, kept while the adapters are off: a captured graph goes on reading them there."""
         self._columns: list[slice | None] = []
         """Of each map's adapter, where it has one, the rows in A and columns in B of all adapters."""
+        self._thin = True
+        """Whether their shares may be left out for the kernel behind to add."""
 
     def forward(self, x_TK: Tensor, residual_TN: Tensor | None = None, whole: bool = True) -> tuple[list[Tensor], Kept]:
         """See `Group`."""
@@ -184,14 +183,14 @@ class Stacked:
             if linear.bias is not None:
                 y_TN[:, start:end] += linear.bias.to(y_TN.dtype)
         xa_TR = self._compress(x_TK)
-        if whole and xa_TR is not None and self._up_NR is not None:
+        if (whole or not self._thin) and xa_TR is not None and self._up_NR is not None:
             y_TN.addmm_(xa_TR, self._up_NR.t())
         return [y_TN], Kept([xa_TR])
 
     def thin(self, kept: Kept, sizes: list[int]) -> list[LowRank | None]:
         """See `Group`."""
         xa_TR, up_NR = kept.xa[0], self._up_NR
-        if xa_TR is None or up_NR is None:
+        if xa_TR is None or up_NR is None or not self._thin:
             return [None] * len(sizes)
         if len(sizes) != len(self.maps):
             return [LowRank(xa_TR, up_nR.t()) for up_nR in up_NR.split(sizes)]
@@ -200,11 +199,6 @@ class Stacked:
             if columns is not None:
                 shares[number] = LowRank(xa_TR[:, columns], up_NR[start:end, columns].t())
         return shares
-
-    def places(self, sizes: list[int], dtype: torch.dtype, tokens: int) -> list[Tensor]:
-        """See `Group`."""
-        whole_TN = torch.empty(tokens, self._outputs, dtype=dtype, device=self.maps[0].device())
-        return list(whole_TN.split(sizes, dim=1))
 
     def backward_input(
         self, dparts: list[Tensor], wanted: bool = True, whole: bool = True
@@ -215,17 +209,17 @@ class Stacked:
         dx_TK = self._base.backward(dy_TN) if wanted else None
         thin = None
         if dx_TK is not None and dxa_TR is not None and self._down_RK is not None:
-            if whole:
+            if whole or not self._thin:
                 dx_TK.addmm_(dxa_TR, self._down_RK)
             else:
                 thin = LowRank(dxa_TR, self._down_RK)
-        return dx_TK, Shares([dy_TN], [Share(dy_TN, dxa_TR, None)], thin)
+        return dx_TK, Shares([dy_TN], [], thin, dxa_TR)
 
     def backward_trained(
         self, shares: Shares, x_TK: Tensor | None, kept: Kept | None, grads: Grads, sums: Sums | None = None
     ) -> None:
         """See `Group`."""
-        dy_TN, dxa_TR = shares.dy[0], shares.maps[0].dxa_TR
+        dy_TN, dxa_TR = shares.dy[0], shares.dxa_TR
         for linear, start, end in self._spans:
             if linear.bias is not None and linear.bias.requires_grad:
                 grads[linear.bias] = dy_TN[:, start:end].sum(0, dtype=torch.float32)
@@ -257,18 +251,18 @@ class Stacked:
             xa_TR = self._compress(x_TK)
         assert xa_TR is not None
         dup_NR = product32(dy_TN.t(), xa_TR)
-        spans = zip(self._spans, self._columns)
-        return [dup_NR[start:end, slice(0) if columns is None else columns] for (_, start, end), columns in spans]
+        places = zip(self._spans, self._columns)
+        return [dup_NR[start:end, slice(0) if columns is None else columns] for (_, start, end), columns in places]
 
     def refresh(self) -> None:
         """Cast the adapters' matrices anew where they have changed since."""
         if self._now() != self._state:
-            self._arrange()
-            self.cast()
             self.note()
+            self.cast()
 
     def note(self) -> None:
         """Take what is cast for what the matrices are now."""
+        self._arrange()
         self._state = self._now()
 
     def _now(self) -> list[object]:
@@ -277,27 +271,28 @@ class Stacked:
 
     def _arrange(self) -> None:
         """Find which maps have adapters, and make room for these."""
-        self._columns, rank = [], 0
-        for linear in self.maps:
-            lora = linear.adapter
+        adapters = [linear.adapter for linear in self.maps]
+        if adapters == self._adapters:
+            return
+        self._adapters, self._columns, rank = adapters, [], 0
+        for lora in adapters:
             self._columns.append(slice(rank, rank + lora.rank) if lora is not None else None)
             rank += lora.rank if lora is not None else 0
-        if not rank:
-            self._down_RK = self._up_NR = None
-            return
-        if self._room is None or self._room[0].shape[0] != rank:
+        ranks = [lora.rank for lora in adapters if lora is not None]
+        self._thin = all(carries(one, self.dtype, self.maps[0].device()) for one in ranks)
+        if rank and rank not in self._rooms:
             device = self.maps[0].device()
-            down_RK = torch.zeros(rank, self.columns, dtype=self.dtype, device=device)
-            self._room = down_RK, torch.zeros(self._outputs, rank, dtype=self.dtype, device=device)
-        else:
-            self._room[1].zero_()  # of what other maps' adapters left beside the new ones
-        self._down_RK, self._up_NR = self._room
+            down_RK = torch.empty(rank, self.columns, dtype=self.dtype, device=device)
+            self._rooms[rank] = down_RK, torch.empty(self._outputs, rank, dtype=self.dtype, device=device)
+        self._down_RK, self._up_NR = self._rooms.get(rank, (None, None))
+        if self._up_NR is not None:
+            self._up_NR.zero_()  # beside each map's own part
 
     def addresses(self) -> tuple[int, ...]:
         """Where what is multiplied besides the base lies: what a captured graph must find again."""
-        return (
-            () if self._down_RK is None or self._up_NR is None else (self._down_RK.data_ptr(), self._up_NR.data_ptr())
-        )
+        if self._down_RK is None or self._up_NR is None:
+            return ()
+        return self._down_RK.data_ptr(), self._up_NR.data_ptr()
 
     def lend(self) -> None:
         """Let each map use its part of the matrix by itself too, where one is kept."""
@@ -321,9 +316,7 @@ class Stacked:
 
 def joined(dparts: list[Tensor]) -> Tensor:
     """The parts side by side: the matrix whose columns they are, or a new one."""
-    first, widths = dparts[0], [part.shape[1] for part in dparts]
-    offsets = [(part.data_ptr() - first.data_ptr()) // first.element_size() for part in dparts]
-    adjacent = all(offset == sum(widths[:n]) for n, offset in enumerate(offsets))
-    if adjacent and all(part.stride() == first.stride() for part in dparts) and first.stride(0) >= sum(widths):
-        return first.as_strided((first.shape[0], sum(widths)), first.stride())
-    return torch.cat(dparts, dim=1) if len(dparts) > 1 else first
+    whole = adjacent(dparts)
+    if whole is not None:
+        return whole
+    return torch.cat(dparts, dim=1) if len(dparts) > 1 else dparts[0]

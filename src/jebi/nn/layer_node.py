@@ -194,7 +194,7 @@ class _LayerNode(torch.autograd.Function):
         _attention_backward(layer, given, turned, kept.attended, dmixed_TD, grads)
         del kept, dmixed_TD
         wanted = ctx.needs_input_grad[0] or layer.input_layernorm.weight.requires_grad
-        for chunk, of_chunk in zip(given.chunks, turned.kept, strict=True):
+        for chunk, of_chunk in zip(given.chunks, turned.entries, strict=True):
             dturned = [dy[chunk].flatten(-2) for dy in turned.qkv]
             add(
                 grads,
@@ -212,19 +212,19 @@ def _turned(layer: DecoderLayer, given: _Given, groups: LayerGroups | None = Non
     whole_TN = torch.empty(tokens, sum(layer.shape.qkv_sizes), dtype=hidden_TD.dtype, device=hidden_TD.device)
     q, k, v = (layer.heads(y) for y in whole_TN.split(layer.shape.qkv_sizes, dim=1))
     raw: list[Tensor | None] = [None] * 4
-    kept = []
+    entries = []
     for chunk in given.chunks:
         part = turn(layer, hidden_TD[chunk], (given.tables[0][chunk], given.tables[1][chunk]), groups)
         for whole, piece in zip((q, k, v), part.qkv):
             whole[chunk] = piece
-        kept += part.kept
+        entries += part.entries
         if part.qk is not None:
             pieces = [piece for normed in part.qk for piece in (normed.x, normed.rstd)]
             raw = [_written(whole, piece, chunk, tokens) for whole, piece in zip(raw, pieces)]
     xq, rstd_q, xk, rstd_k = raw
     if xq is None or rstd_q is None or xk is None or rstd_k is None:
-        return Turned((q, k, v), None, kept)
-    return Turned((q, k, v), (Normed(xq, rstd_q), Normed(xk, rstd_k)), kept)
+        return Turned((q, k, v), None, entries)
+    return Turned((q, k, v), (Normed(xq, rstd_q), Normed(xk, rstd_k)), entries)
 
 
 def _behind_attention_backward(

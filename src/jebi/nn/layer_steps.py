@@ -9,11 +9,17 @@ Shapes: T tokens, D width, F feed-forward width, H/G query and key/value heads, 
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from jebi.kernels.glu import Thin, glu_backward_, glu_forward
-from jebi.kernels.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_weight_grad
-from jebi.kernels.rope import rope_, rope_into
+from jebi.kernels.rms_norm import (
+    rms_norm_backward,
+    rms_norm_forward,
+    rms_norm_summed,
+    rms_norm_weight_grad,
+)
+from jebi.kernels.rope import rope_, rope_added, rope_into
 from jebi.nn import group
 from jebi.nn.layer import DecoderLayer, LayerGroups, Norm, parts
 from jebi.nn.linear import Grads
@@ -35,16 +41,26 @@ class Turned:
     """q (T, H, d), k and v (T, G, d), rotated."""
     qk: tuple[Normed, Normed] | None
     """Queries and keys before their norms, where they have any."""
-    kept: list[group.Kept]
-    """What the maps keep of each chunk."""
+    entries: list["Entry"]
+    """Of each chunk."""
+
+
+@dataclass
+class Entry:
+    """What the backward of the maps before attention reads beside the layer's input."""
+
+    maps: group.Kept
+    """What they keep."""
+    rstd_T1: Tensor
+    """The norm's statistics."""
 
 
 @dataclass
 class Block:
     """What the backward of everything behind attention reads, of a chunk or of all tokens."""
 
-    middle_TD: Tensor
-    """The residual stream between the two blocks."""
+    middle: Normed
+    """The residual stream between the two blocks, which is normed."""
     gate_TF: Tensor
     """Without what `_thin` says is still to be added; likewise up."""
     up_TF: Tensor
@@ -60,18 +76,23 @@ def turn(
     layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tensor], groups: LayerGroups | None = None
 ) -> Turned:
     """Queries, keys and values; here and below ``groups`` are others than the layer's own, to answer with."""
-    attn, groups = layer.self_attn, groups or layer.groups()
-    x_TD, _ = _norm(layer.input_layernorm, hidden_TD)
-    outputs, kept = groups.qkv.forward(x_TD)
+    attn = layer.self_attn
+    x_TD, rstd_T1 = _norm(layer.input_layernorm, hidden_TD)
+    maps, sizes = (groups or layer.groups()).qkv, layer.shape.qkv_sizes
+    normed = attn.q_norm is not None and attn.k_norm is not None
+    outputs, kept = maps.forward(x_TD, whole=normed)
     del x_TD
-    q, k, v = (layer.heads(y) for y in parts(outputs, layer.shape.qkv_sizes))
+    yq, yk, yv = parts(outputs, sizes)
+    if attn.q_norm is None or attn.k_norm is None:
+        q, k, v = rope_added((yq, yk, yv), tables, maps.thin(kept, sizes), layer.shape.head_dim)
+        layer.scale_(v)
+        return Turned((q, k, v), None, [Entry(kept, rstd_T1)])
+    q, k, v = layer.heads(yq), layer.heads(yk), layer.heads(yv)
     layer.scale_(v)
-    qk = None
-    if attn.q_norm is not None and attn.k_norm is not None:
-        raw = q, k
-        (q, rstd_q), (k, rstd_k) = _norm(attn.q_norm, q), _norm(attn.k_norm, k)
-        qk = Normed(raw[0], rstd_q), Normed(raw[1], rstd_k)
-    return Turned((rope_(q, *tables), rope_(k, *tables), v), qk, [kept])
+    raw = q, k
+    (q, rstd_q), (k, rstd_k) = _norm(attn.q_norm, q), _norm(attn.k_norm, k)
+    qk = Normed(raw[0], rstd_q), Normed(raw[1], rstd_k)
+    return Turned((rope_(q, *tables), rope_(k, *tables), v), qk, [Entry(kept, rstd_T1)])
 
 
 def behind_attention(
@@ -86,10 +107,10 @@ def behind_attention(
         middle_TD, rstd = _norm(layer.attention_out_norm, raw_TD)
         attention_out = Normed(raw_TD, rstd)
         layer.scale_(middle_TD).add_(hidden_TD)
-    x_TD, _ = _norm(layer.middle_norm, middle_TD)
+    x_TD, rstd_T1 = _norm(layer.middle_norm, middle_TD)
     outputs, kept["gate_up"] = groups.gate_up.forward(x_TD, whole=False)
     gate_TF, up_TF = parts(outputs, [layer.shape.ffn, layer.shape.ffn])
-    return Block(middle_TD, gate_TF, up_TF, kept, attention_out)
+    return Block(Normed(middle_TD, rstd_T1), gate_TF, up_TF, kept, attention_out)
 
 
 def feed_forward(layer: DecoderLayer, block: Block, groups: LayerGroups | None = None) -> Tensor:
@@ -99,12 +120,12 @@ def feed_forward(layer: DecoderLayer, block: Block, groups: LayerGroups | None =
     act_TF = glu_forward(block.gate_TF, block.up_TF, layer.shape.activation, thin, layer.scale)
     down = groups.down
     if layer.out_norm is None:
-        (out_TD,), block.groups["down"] = down.forward(act_TF, block.middle_TD)
+        (out_TD,), block.groups["down"] = down.forward(act_TF, block.middle.x)
         return out_TD
     (raw_TD,), block.groups["down"] = down.forward(act_TF)
     out_TD, rstd_T1 = _norm(layer.out_norm, raw_TD)
     block.out = Normed(raw_TD, rstd_T1)
-    return layer.scale_(out_TD).add_(block.middle_TD)
+    return layer.scale_(out_TD).add_(block.middle.x)
 
 
 def _thin(layer: DecoderLayer, block: Block, groups: LayerGroups) -> Thin:
@@ -134,9 +155,10 @@ def feed_forward_backward(layer: DecoderLayer, block: Block, dout_TD: Tensor, dm
     del made, dact_TF, shares
     dx_TD, shares = groups.gate_up.backward_input(dgate_up)
     assert dx_TD is not None
-    x_TD, rstd_T1 = _norm(layer.middle_norm, block.middle_TD)
-    groups.gate_up.backward_trained(shares, x_TD, block.groups["gate_up"], grads, group.Sums(up=tuple(up_sums)))
-    _norm_backward(layer.middle_norm, dx_TD, Normed(block.middle_TD, rstd_T1), grads, dout_TD, dmiddle_TD)
+    x_TD, dA_RD = _input(layer.middle_norm, block.middle, shares)
+    sums = group.Sums(dA_RD, tuple(up_sums))
+    groups.gate_up.backward_trained(shares, x_TD, block.groups["gate_up"], grads, sums)
+    _norm_backward(layer.middle_norm, dx_TD, block.middle, grads, dout_TD, dmiddle_TD)
 
 
 def o_backward(layer: DecoderLayer, block: Block, mixed_TD: Tensor, dmiddle_TD: Tensor, grads: Grads) -> Tensor:
@@ -180,7 +202,7 @@ def turn_back(
 
 
 def before_attention_backward(
-    layer: DecoderLayer, hidden_TD: Tensor, dturned: list[Tensor], kept: group.Kept, dstream_TD: Tensor, wanted: bool
+    layer: DecoderLayer, hidden_TD: Tensor, dturned: list[Tensor], entry: Entry, dstream_TD: Tensor, wanted: bool
 ) -> Grads:
     """Gradient of the layer's input, added to ``dstream_TD`` where it is wanted; those of what is trained.
 
@@ -188,17 +210,18 @@ def before_attention_backward(
         layer: the layer.
         hidden_TD: its input.
         dturned: gradients of what the maps gave (T, N each), where `turn_back` has put them.
-        kept: what the maps kept of these tokens.
+        entry: what was kept of these tokens.
         dstream_TD: gradient of the stream between the blocks.
         wanted: whether the input or its norm need one.
     """
     norm, maps = layer.input_layernorm, layer.groups().qkv
     grads: Grads = {}
     dx_TD, shares = maps.backward_input(dturned, wanted)
-    x_TD, rstd_T1 = _norm(norm, hidden_TD)
-    maps.backward_trained(shares, x_TD, kept, grads)
+    normed = Normed(hidden_TD, entry.rstd_T1)
+    x_TD, dA_RD = _input(norm, normed, shares)
+    maps.backward_trained(shares, x_TD, entry.maps, grads, group.Sums(dA_RD))
     if dx_TD is not None:
-        _norm_backward(norm, dx_TD, Normed(hidden_TD, rstd_T1), grads, dstream_TD, dstream_TD)
+        _norm_backward(norm, dx_TD, normed, grads, dstream_TD, dstream_TD)
     return grads
 
 
@@ -206,6 +229,16 @@ def add(grads: Grads, some: Grads) -> None:
     """Add a chunk's gradients, which are float32."""
     for parameter, grad in some.items():
         grads[parameter] = grads[parameter].add_(grad) if parameter in grads else grad
+
+
+def _input(norm: Norm, normed: Normed, shares: group.Shares) -> tuple[Tensor | None, Tensor | None]:
+    """What the gradients of maps behind a norm need of its output: itself, or only its sum with ``dxa``, that of A.
+
+    Not in float16, where the product with the statistics might leave its range.
+    """
+    if shares.dxa_TR is None or shares.dxa_TR.dtype == torch.float16:
+        return _norm(norm, normed.x)[0], None
+    return None, rms_norm_summed(shares.dxa_TR, normed.x, normed.rstd, norm.weight, norm.unit_offset)
 
 
 def _norm(norm: Norm, x: Tensor) -> tuple[Tensor, Tensor]:

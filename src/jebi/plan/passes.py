@@ -1,4 +1,4 @@
-"""How many tokens one pass may have, and whether layers keep their activations, from the memory there is.
+"""How many tokens one pass may have, and what layers keep: the fastest that the memory there is allows.
 
 The count of bytes follows what `nn.layer_node` keeps and needs at a time. Rows are put into passes by `data.passes`.
 """
@@ -90,7 +90,8 @@ def kept_bytes_per_token(shape: DecoderShape, element: int, checkpointing: Check
     if layer.qk_norm:
         attention += (layer.heads + layer.kv_heads) * layer.head_dim
     normed = 2 * layer.width if layer.sandwich else 0
-    statistics = 4 * layer.heads
+    # Of the norms and of attention.
+    statistics = 4 * (2 + layer.heads)
     return len(shape.layers) * ((normed + 2 * layer.width + attention + 2 * layer.ffn) * element + statistics)
 
 

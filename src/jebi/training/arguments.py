@@ -124,6 +124,8 @@ def _precision(args: TrainingArguments, dtype: torch.dtype, device: torch.device
     asked = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     if asked is None and dtype == torch.float16 and device.type != "cpu":
         raise ConfigError("a model in float16 needs its loss scaled, or gradients vanish: set fp16=True.")
+    if dtype == torch.float16 and device.type == "cpu":
+        return "float16 is slow on a CPU, and its loss is not scaled there: load the model with dtype=torch.float32."
     if asked is None or asked == dtype:
         return None
     flag = "bf16" if args.bf16 else "fp16"

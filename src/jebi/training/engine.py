@@ -8,6 +8,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -84,6 +85,11 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
     best = min(range(len(plans)), key=lambda number: plans[number][0])
     if not plans[best][1].fits:
         best = len(plans) - 1
+        ways = "lower it, or " + ("" if asked in (None, "offload") else "leave use_gradient_checkpointing 'auto', or ")
+        logger.warning(
+            f"rows of max_seq_length={settings.longest} tokens may not fit into the {room.card / 2**30:.2f} GiB that "
+            f"are free for training: {ways}free memory."
+        )
     plan = plans[best][1]
     place(model, options[best].places)
     if best:
@@ -92,10 +98,22 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
     backbone.checkpointing, backbone.chunk_tokens = plan.checkpointing, plan.chunk
     backbone.kept_layers = plan.kept_layers
     if device.type == "cuda":
-        backbone.stack(plan.keep_weights, fp8)
+        lay_together(model, plan)
     if settings.pass_tokens is None:
         return plan
     return dataclasses.replace(plan, tokens=settings.pass_tokens)
+
+
+def lay_together(model: JebiForCausalLM, plan: PassPlan) -> None:
+    """Lay the layers' maps together as planned."""
+    model.model.stack(plan.keep_weights, model.compute == "fp8")
+
+
+def chosen(model: JebiForCausalLM, plan: PassPlan) -> dict[str, Any]:
+    """What was chosen for a training, for its report."""
+    compute = str(model.dtype).removeprefix("torch.") if model.compute == "auto" else model.compute
+    of_plan = {"pass_tokens": plan.tokens, "checkpointing": plan.checkpointing, "compute": compute}
+    return of_plan | dataclasses.asdict(placed(model))
 
 
 def _room(model: JebiForCausalLM, fp8: bool) -> Room:
@@ -125,12 +143,32 @@ def _reliefs(model: JebiForCausalLM) -> list[Relief]:
 class Engine:
     """Runs passes of one model, which `make_plan` has set up."""
 
-    def __init__(self, model: JebiForCausalLM, settings: Settings, accelerator: Accelerator):
-        self._settings, self._accelerator = settings, accelerator
+    def __init__(self, model: JebiForCausalLM, plan: PassPlan, settings: Settings, accelerator: Accelerator):
+        self._model, self._plan, self._settings, self._accelerator = model, plan, settings, accelerator
+        self._places, self._stacked = placed(model), self._count_stacked()
         self._graphs: PassGraphs | None = None
-        if settings.graphs and accelerator.num_processes == 1 and PassGraphs.serves(model):
-            keywords = {"label_smoothing": settings.label_smoothing}
-            self._graphs = PassGraphs(model, accelerator.backward, keywords)
+        self._open_graphs()
+
+    def _open_graphs(self) -> None:
+        if not self._settings.graphs or self._accelerator.num_processes > 1:
+            return
+        hindrance = PassGraphs.hindrance(self._model)
+        if hindrance is None:
+            keywords = {"label_smoothing": self._settings.label_smoothing}
+            self._graphs = PassGraphs(self._model, self._accelerator.backward, keywords)
+        elif self._model.device.type != "cpu":
+            logger.warning(f"passes are launched kernel by kernel, which short rows feel: {hindrance}.")
+
+    def _count_stacked(self) -> int:
+        return sum(layer.stacked is not None for layer in self._model.model.decoder_layers())
+
+    def _restore(self) -> None:
+        """Set the model up once more where `for_inference` in a callback took it apart: graphs read what is gone."""
+        if self._count_stacked() < self._stacked:
+            self._graphs = None
+            place(self._model, self._places)
+            lay_together(self._model, self._plan)
+            self._open_graphs()
 
     def prepare(self, passes: list[Pass]) -> list[Pass | Padded]:
         """What the host can do for them beforehand: where graphs run, padding and pinning."""
@@ -145,6 +183,7 @@ class Engine:
             items: learnt tokens of the step, over all processes, by which the losses are divided.
             loss_of: the trainer's own way to a pass's loss.
         """
+        self._restore()
         device = self._accelerator.device
         total = torch.zeros((), device=device)
         for index, part in enumerate(passes):

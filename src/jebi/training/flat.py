@@ -13,12 +13,17 @@ from torch import Tensor, nn
 from jebi.kernels.adamw8bit import BLOCK
 
 
+def padded(tensor: Tensor) -> int:
+    """Values that a tensor takes in whole blocks."""
+    return -(-tensor.numel() // BLOCK) * BLOCK
+
+
 def starts_of(tensors: list[Tensor]) -> tuple[list[int], int]:
     """Where each begins, and the values in all."""
     starts, size = [], 0
     for tensor in tensors:
         starts.append(size)
-        size += -(-tensor.numel() // BLOCK) * BLOCK
+        size += padded(tensor)
     return starts, size
 
 

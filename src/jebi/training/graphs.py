@@ -75,18 +75,26 @@ class PassGraphs:
         self._version = -1
 
     @staticmethod
-    def serves(model: JebiForCausalLM) -> bool:
-        """Whether its passes can be captured: layers stacked, and float32 masters.
+    def hindrance(model: JebiForCausalLM) -> str | None:
+        """Why its passes cannot be captured, or None where they can.
 
         Embedding and head may be in host memory that the card reaches by itself.
         """
-        stacked = all(layer.stacked is not None for layer in model.model.decoder_layers())
-        masters = all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-        same_everywhere = all(rotary.reach is None for rotary in model.model.rotary.values())
-        capped = any(shape.attention.softcap is not None for shape in model.model.shape.layers)
-        on_card = varlen_serves(model.device, model.dtype)
-        reached = all(module.locked for module in model.modules() if isinstance(module, HostWeight))
-        return stacked and masters and same_everywhere and on_card and reached and not capped
+        layers = list(model.model.decoder_layers())
+        hosts = [module for module in model.modules() if isinstance(module, HostWeight)]
+        reasons = {
+            "rows of any lengths in one call ask for 16 bits and compute capability 8.0": not varlen_serves(
+                model.device, model.dtype
+            ),
+            "DoRA, dropout and trained weights run map by map": any(layer.stacked is None for layer in layers),
+            "trained weights are not float32": any(
+                p.dtype != torch.float32 for p in model.parameters() if p.requires_grad
+            ),
+            "RoPE follows each row's length": any(r.reach is not None for r in model.model.rotary.values()),
+            "attention scores are capped": any(s.attention.softcap is not None for s in model.model.shape.layers),
+            "host memory could not be page-locked": any(not module.locked for module in hosts),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
 
     def run(self, part: Padded, items: Tensor | int) -> Tensor:
         """Forward and backward of a pass; its loss, which the next pass writes over."""
@@ -121,13 +129,14 @@ class PassGraphs:
 
     def _cast(self) -> None:
         """Cast the adapters for the step, in one replay instead of two launches a matrix."""
+        if not self._warm:
+            return
+        # First, since it also sees to it that the adapters of now have their places.
+        self._model.model.cast_adapters(again=False)
         if self._casts is None:
-            if not self._warm:
-                return
             self._casts = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._casts, pool=self._pool):
                 self._model.model.cast_adapters(again=True)
-        self._model.model.cast_adapters(again=False)
         self._casts.replay()
 
     def _pass(self, graph: "PassGraph") -> Tensor:

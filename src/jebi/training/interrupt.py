@@ -30,6 +30,7 @@ class StopOnInterrupt(TrainerCallback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Within it the first Ctrl-C is noted instead of raised. Only a main thread can listen."""
+        self.interrupted = self.saved = False
         if threading.current_thread() is not threading.main_thread():
             yield
             return

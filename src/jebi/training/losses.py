@@ -18,10 +18,6 @@ class Losses:
         """A step's loss, and the numbers of its rows."""
         self._unseen.append((step, loss, rows))
 
-    def clear(self) -> None:
-        """Forget them unseen."""
-        self._unseen = []
-
     def require_finite(self, output_dir: str | None) -> None:
         """Look at them.
 

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from jebi.errors import ConfigError
 from jebi.kernels import adamw8bit
 from jebi.kernels.adamw8bit import BLOCK, Moments8, Moments32, Rates
-from jebi.training.flat import starts_of, stretch_of
+from jebi.training.flat import padded, starts_of, stretch_of
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -126,13 +126,13 @@ class AdamW8bit(torch.optim.Optimizer):
             state = self.state[param]
             for name, whole in vars(moments).items():
                 if name.startswith("absmax"):
-                    part = whole[start // BLOCK : (start + _padded(param)) // BLOCK]
+                    part = whole[start // BLOCK : (start + padded(param)) // BLOCK]
                 else:
                     part = whole[start : start + param.numel()].view(param.shape)
                 if name in state:
                     part.copy_(state[name])
                 state[name] = part
-        padding = [torch.arange(start + param.numel(), start + _padded(param)) for param, start in zip(params, starts)]
+        padding = [torch.arange(start + param.numel(), start + padded(param)) for param, start in zip(params, starts)]
         views = [self.state[param]["state1"] for param in params]
         return _Bucket(params, starts, size, moments, torch.cat(padding).to(params[0].device), views)
 
@@ -210,17 +210,13 @@ def _batches(params: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
     batch: list[Tensor] = []
     filled = 0
     for param in params:
-        if batch and filled + _padded(param) > size:
+        if batch and filled + padded(param) > size:
             yield batch
             batch, filled = [], 0
         batch.append(param)
-        filled += _padded(param)
+        filled += padded(param)
     if batch:
         yield batch
-
-
-def _padded(param: Tensor) -> int:
-    return -(-param.numel() // BLOCK) * BLOCK
 
 
 def _stretch(device: torch.device) -> int:
@@ -246,6 +242,19 @@ def _rates(group: dict[str, Any], step: int) -> Rates:
 def adam_settings(args: TrainingArguments) -> dict[str, Any]:
     """What a trainer's arguments say of Adam, beside the weight decay, which is its groups'."""
     return {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+
+
+def tell_of_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Raise the versions of parameters that a step changed, for those who cast them once a step (`nn.group`).
+
+    torch's fused optimizers and bitsandbytes' write into memory without raising them.
+    """
+
+    def tell(stepped: torch.optim.Optimizer, *_: Any) -> None:
+        changed = [p for group in stepped.param_groups for p in group["params"] if p.grad is not None]
+        torch.autograd.graph.increment_version(changed)
+
+    optimizer.register_step_post_hook(tell)
 
 
 def set_mode(optimizer: Any, mode: str) -> None:

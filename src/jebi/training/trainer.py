@@ -8,7 +8,6 @@ at all. Everything else (schedules, logging, callbacks, saving strategies, resum
 import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,17 @@ from jebi.data.passes import Batch, Pass, collate, cut, learnt_weight, longest
 from jebi.data.preparation import FormattingFunc, Preparation
 from jebi.errors import ConfigError
 from jebi.models.hf import JebiForCausalLM
-from jebi.models.placement import placed
 from jebi.plan.passes import PassPlan
 from jebi.training import processes
 from jebi.training.arguments import OWN_OPTIMIZER, SFTConfig, check, learning_of, longest_row
 from jebi.training.checkpoints import complete_checkpoint, note_best, read_checkpoint, require_writable
-from jebi.training.engine import Engine, Settings, make_plan, settings_of
+from jebi.training.engine import Engine, Settings, chosen, make_plan, settings_of
 from jebi.training.graphs import Padded
 from jebi.training.half import exact_sums
 from jebi.training.interrupt import StopOnInterrupt
 from jebi.training.loraplus import own_rates, split_rates
 from jebi.training.losses import Losses
-from jebi.training.optimizer import AdamW8bit, adam_settings, set_mode
+from jebi.training.optimizer import AdamW8bit, adam_settings, set_mode, tell_of_steps
 from jebi.training.prefetch import Prefetch
 from jebi.training.prepared import Prepare
 from jebi.training.report import Meter, Report
@@ -107,18 +105,14 @@ class SFTTrainer(Trainer):
         )
         packed = bool(_first(packing, config and config.packing))
         own = (config.long, config.overlap, tuple(config.allow)) if config else ()
-        prepare = Prepare(tokenizer, how, packed, *own)
-        self.prepare = prepare
+        self.prepare = prepare = Prepare(tokenizer, how, packed, *own)
         self.given = train_dataset, eval_dataset
         self.texts = [train_dataset]
         self._longest = row_limit
         self._pass_tokens = config.pass_tokens if config else None
         self._rates = own_rates(config, optimizers[0] is not None)
-        self._bag: list[Batch] = []
-        self._trained_tokens = self._trained_steps = 0
         self._interrupt = StopOnInterrupt()
         self._plan: PassPlan | None = None
-        self._losses = Losses()
         self._staging: Path | None = None
         self.report = self.data_report = None
         super().__init__(
@@ -131,6 +125,8 @@ class SFTTrainer(Trainer):
             callbacks=[*(callbacks or []), self._interrupt],
             optimizers=optimizers,
         )
+        if self.optimizer is not None:
+            tell_of_steps(self.optimizer)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as Trainer does, measure it, and write ``report.json``.
@@ -142,27 +138,26 @@ class SFTTrainer(Trainer):
         """
         if self.train_dataset is None:
             raise ConfigError("train_dataset is missing.")
-        self._bag = []
-        self._interrupt.interrupted = self._interrupt.saved = False
+        self._bag: list[Batch] = []
         self._trained_tokens = self._trained_steps = 0
         if self.data_report is None and self.is_world_process_zero():
             eos = as_ids(self.model.generation_config.eos_token_id)
             self.data_report = self.prepare.check(self.train_dataset, self.texts, self.eval_dataset, eos)
-        self._plan = None
         plan = self._current_plan()
         self._drops_out = any(m.adapter is not None and m.adapter.dropout > 0 for _, m in self.model.linears())
-        self._losses.clear()
+        self._losses = Losses()
         meter = Meter(self.model.device)
-        self._engine = Engine(self.model, self._settings(), self.accelerator)
+        self._engine = Engine(self.model, plan, self._settings(), self.accelerator)
         self._prefetch = Prefetch(self._passes_of)
-        with self._interrupt.listening(), exact_sums(self.model.dtype):
-            output = super().train(*args, **kwargs)
+        try:
+            with self._interrupt.listening(), exact_sums(self.model.dtype):
+                output = super().train(*args, **kwargs)
+        finally:
+            del self._engine, self._prefetch
+            self._take_apart()
         self._losses.require_finite(self.args.output_dir)
-        compute = str(self.model.dtype)[6:] if self.model.compute == "auto" else self.model.compute
-        chosen = {"pass_tokens": plan.tokens, "checkpointing": plan.checkpointing, "compute": compute}
-        chosen |= asdict(placed(self.model))
         (tokens,) = processes.summed(self.accelerator, self._trained_tokens)
-        self.report = meter.report(self._trained_steps, int(tokens), chosen)
+        self.report = meter.report(self._trained_steps, int(tokens), chosen(self.model, plan))
         if self.args.should_save:
             self.report.write(Path(str(self.args.output_dir)) / "report.json", self.state.log_history)
         if self._interrupt.interrupted:
@@ -264,6 +259,8 @@ class SFTTrainer(Trainer):
         total, learnt = summed_loss(
             self.model, counted(), self._current_plan().tokens, self.args.label_smoothing_factor
         )
+        if not self.is_in_train:
+            self._take_apart()
         all_loss, all_learnt, all_rows = processes.summed(self.accelerator, total, learnt, seen)
         metrics = {f"{metric_key_prefix}_loss": all_loss / all_learnt if all_learnt else 0.0}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(all_rows))  # type: ignore[arg-type]
@@ -277,6 +274,11 @@ class SFTTrainer(Trainer):
             self._plan = make_plan(self.model, self._settings())
         return self._plan
 
+    def _take_apart(self) -> None:
+        """Leave the model as it was found: memory for what comes next, and no copies that another's training misses."""
+        self._plan = None
+        self.model.model.unstack()
+
     def _settings(self) -> Settings:
         # A loss of the user's own is computed his way.
         return settings_of(self.args, self._longest, self._pass_tokens, type(self).compute_loss is Trainer.compute_loss)
@@ -287,6 +289,7 @@ class SFTTrainer(Trainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(*([] if model is None else [model]))
         if fresh:
             split_rates(optimizer, self.model, self._rates)
+            tell_of_steps(optimizer)
         return optimizer
 
     @staticmethod

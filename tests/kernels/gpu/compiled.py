@@ -21,12 +21,8 @@ LONG, FLOAT, SCALAR = "i64", "*fp32", "fp32"
 def cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Each kernel with the types and constants of a Llama 3.1 8B layer, and its warps; ``value`` is a pointer."""
     norm = {"x_ptr": value, "weight_ptr": value, "y_ptr": value, "rstd_ptr": FLOAT}
-    rows = {"x_stride": "i32", "y_stride": "i32", "width": "i32", "eps": SCALAR}
-    found = [
-        (rms_norm._forward, norm | rows, {"UNIT_OFFSET": True, "APPLY": apply, "BLOCK": block}, 8)
-        for apply in (False, True)
-        for block in (4096, 8192)
-    ]
+    rows = {"x_stride": "i32", "width": "i32", "eps": SCALAR}
+    found = [(rms_norm._forward, norm | rows, {"UNIT_OFFSET": True, "BLOCK": block}, 8) for block in (4096, 8192)]
     back = {
         "dy_ptr": value,
         "x_ptr": value,
@@ -38,20 +34,39 @@ def cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[s
     back |= {"dy_stride": "i32", "x_stride": "i32", "added_stride": "i32", "width": "i32"}
     found.append((rms_norm._backward, back, {"UNIT_OFFSET": False, "ADD": True, "BLOCK": 4096}, 8))
     turn = {"x_ptr": value, "cos_ptr": value, "sin_ptr": value, "out_ptr": value}
-    turn |= dict.fromkeys(("x_token", "x_head", "out_token", "out_head", "heads", "half", "rest"), "i32")
-    found.append((rope._rotate, turn | {"sign": SCALAR}, {"HEADS": 4, "HALF": 64, "REST": 64}, 2))
+    counts = (
+        "x_token",
+        "x_head",
+        "out_token",
+        "out_head",
+        "tokens",
+        "heads",
+        "queries",
+        "keys",
+        "half",
+        "rest",
+        "size",
+    )
+    turn |= dict.fromkeys((*counts, "left_stride", "right_row", "right_column"), "i32") | {"sign": SCALAR}
+    for name in ("q", "k", "v"):
+        turn |= {f"{name}_left": value, f"{name}_right": value, f"{name}_rank": "i32"}
+    for rank, rest in ((0, 64), (16, 0), (64, 64)):
+        found.append((rope._rotate, turn, {"TOKENS": 16, "HEADS": 4, "HALF": 64, "REST": rest, "RANK": rank}, 2))
     strides = {"gate_stride": "i32", "up_stride": "i32", "tokens": "i32", "width": "i32", "scale": SCALAR}
     thin: dict[str, str] = {}
     for name in ("gate", "up", "da"):
         thin |= {f"{name}_left": value, f"{name}_right": value, f"{name}_rank": "i32"}
         thin |= dict.fromkeys((f"{name}_left_stride", f"{name}_right_row", f"{name}_right_column"), "i32")
+    # The highest rank in 16 bits that `kernels.glu.carries` names.
+    highest = 64 if capability >= 80 else 32
     for kind in range(3):
         constants = {"KIND": kind, "GATE_RANK": 16, "UP_RANK": 16, "DA_RANK": 16, "COLUMNS": 128, "STRETCH": 512}
         forward = {"gate_ptr": value, "up_ptr": value, "out_ptr": value, "out_stride": "i32"}
-        found.append((glu._forward, forward | strides | thin, constants | {"TOKENS": 16}, 4))
+        ranks = {"GATE_RANK": highest, "UP_RANK": highest}
+        found.append((glu._forward, forward | strides | thin, constants | ranks | {"TOKENS": 16}, 4))
         backward = {"da_ptr": value, "gate_ptr": value, "up_ptr": value, "da_stride": "i32"}
         backward |= {f"{name}_sum_ptr": FLOAT for name in ("gate", "up", "da")}
-        for rank in (16, 32):
+        for rank in sorted({16, 32, highest}):
             ranks = {"GATE_RANK": rank, "UP_RANK": rank, "DA_RANK": rank, "SUMMED_RANK": 32 if capability >= 80 else 0}
             flags = {"TOKENS": 32, "KEEP_ACT": True}
             found.append((glu._backward, backward | strides | thin, constants | ranks | flags, 4))

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jebi.kernels.glu import Thin
 from jebi.kernels.low_rank import LowRank, summed
 
 _COLUMNS, _WARPS = 128, 4
@@ -24,8 +25,6 @@ _STRETCH = 512
 _SUMMED_RANK = 32
 """Sums of adapters of a higher rank do not fit the registers, and none the shared memory of cards before 8.0."""
 _KINDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
-Thin = tuple[LowRank | None, LowRank | None]
-"""The adapter's shares of gate and up."""
 
 
 def forward(gate_TF: Tensor, up_TF: Tensor, activation: str, out_TF: Tensor, thin: Thin, scale: float = 1.0) -> None:

@@ -9,31 +9,17 @@ import triton.language as tl
 from torch import Tensor
 
 
-def forward(
-    x_TD: Tensor, weight_D: Tensor, eps: float, unit_offset: bool, out_TD: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The normed tokens, written into ``out_TD`` where given, and ``1 / rms`` (T, 1) in float32."""
-    y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device) if out_TD is None else out_TD
+def forward(x_TD: Tensor, weight_D: Tensor, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
+    """The normed tokens (T, D), contiguous, and ``1 / rms`` (T, 1) in float32."""
     rows, width = x_TD.shape
+    y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     rstd_T1 = torch.empty(rows, 1, dtype=torch.float32, device=x_TD.device)
     block, warps = _block(width)
     _forward[(rows,)](
-        x_TD, weight_D, y_TD, rstd_T1, x_TD.stride(0), y_TD.stride(0), width, eps,
-        UNIT_OFFSET=unit_offset, APPLY=False, BLOCK=block, num_warps=warps,
+        x_TD, weight_D, y_TD, rstd_T1, x_TD.stride(0), width, eps,
+        UNIT_OFFSET=unit_offset, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return y_TD, rstd_T1
-
-
-def apply(x_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor, unit_offset: bool, out_TD: Tensor | None) -> Tensor:
-    """The normed tokens once more, from the kept statistics."""
-    y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device) if out_TD is None else out_TD
-    rows, width = x_TD.shape
-    block, warps = _block(width)
-    _forward[(rows,)](
-        x_TD, weight_D, y_TD, rstd_T1, x_TD.stride(0), y_TD.stride(0), width, 0.0,
-        UNIT_OFFSET=unit_offset, APPLY=True, BLOCK=block, num_warps=warps,
-    )  # fmt: skip
-    return y_TD
 
 
 def backward(
@@ -69,25 +55,22 @@ def _block(width: int) -> tuple[int, int]:
 
 @triton.jit
 def _forward(
-    x_ptr, weight_ptr, y_ptr, rstd_ptr, x_stride, y_stride, width, eps,
-    UNIT_OFFSET: tl.constexpr, APPLY: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, weight_ptr, y_ptr, rstd_ptr, x_stride, width, eps,
+    UNIT_OFFSET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     x = tl.load(x_ptr + row * x_stride + columns, inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + columns, inside, other=0.0)
-    if APPLY:
-        rstd = tl.load(rstd_ptr + row)
-    else:
-        rstd = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
-        tl.store(rstd_ptr + row, rstd)
+    rstd = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+    tl.store(rstd_ptr + row, rstd)
     if UNIT_OFFSET:
         y = x * rstd * (1.0 + weight.to(tl.float32))
     else:
         # Rounded before the weight, as transformers rounds.
         y = (x * rstd).to(y_ptr.dtype.element_ty).to(tl.float32) * weight.to(tl.float32)
-    tl.store(y_ptr + row * y_stride + columns, y.to(y_ptr.dtype.element_ty), inside)
+    tl.store(y_ptr + row * width + columns, y.to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
