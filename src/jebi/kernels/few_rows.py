@@ -4,7 +4,7 @@ Everything that belongs to one launch comes along: bias, an adapter's share, the
 must be known before the product, the norm and ``x A^T``, is `normed_and_compressed`'s, one launch for all maps of one
 input. Which maps lie in one weight, and when, is the caller's.
 
-Shapes: M rows of ``x``, at most 16; K inputs, N outputs of all maps, R ranks of all adapters; F width of gate and of up.
+Shapes: M rows of ``x``, at most 16; K inputs, N outputs of all maps, R ranks of all adapters, F width of gate and up.
 """
 
 from collections.abc import Sequence
@@ -159,9 +159,15 @@ def product(
     after = gpu.Epilogue(bias_N, left, right, None if activation is None else ACTIVATIONS[activation], scale, residual)
     outputs = weight.shape[0] // (1 if activation is None else 2)
     out = torch.empty(x_MK.shape[0], outputs, dtype=x_MK.dtype, device=x_MK.device)
-    by_dots = x_MK.shape[0] > 2 and stored.kind != gpu.DENSE and torch.cuda.get_device_capability(x_MK.device) >= (8, 0)
-    (gpu_dot if by_dots else gpu).product(x_MK, stored, after, out)
+    (gpu_dot if by_dots(stored, x_MK.shape[0], x_MK.device) else gpu).product(x_MK, stored, after, out)
     return out
+
+
+def by_dots(stored: "Stored", rows: int, device: torch.device) -> bool:
+    """Whether tensor cores take the product: they pad to 16 rows what one or two rows need not."""
+    from jebi.kernels.gpu import few_rows as gpu
+
+    return rows > 2 and stored.kind != gpu.DENSE and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def as_stored(weight: Weight) -> "Stored":

@@ -3,15 +3,17 @@
 from collections.abc import Iterator
 
 import torch
-from parity import DEVICE, Check, drawn, main, wide
+from parity import DEVICE, Check, drawn, main, nan, wide
 from torch import Tensor
 
-from jebi.kernels import few_rows
+from jebi.kernels import cached_attention, few_rows
 from jebi.kernels.glu import glu
+from jebi.kernels.gpu import cached_attention as gpu_cached_attention
 from jebi.kernels.gpu import few_rows as gpu_few_rows
 from jebi.kernels.gpu import few_rows_before as gpu_few_rows_before
 from jebi.kernels.gpu import few_rows_dot as gpu_few_rows_dot
 from jebi.kernels.low_rank import LowRank
+from jebi.kernels.rope import rope_tables
 from jebi.quant import int8, nf4
 
 AFTER = ((None, False), (None, True), ("silu", True), ("gelu_tanh", False), ("gelu", True))
@@ -108,5 +110,53 @@ def check_few_rows_before(dtype: torch.dtype) -> Iterator[Check]:
             yield f"{name} A", xa, plain_xa, y.double() @ down.double().t()
 
 
+def check_cached_attention(dtype: torch.dtype) -> Iterator[Check]:
+    """One split and several, rows of different lengths and paddings, one that has nothing; S new tokens of each."""
+    if truncates(dtype):
+        return
+    cases = (
+        (1, 4, 2, 16, 150, (0.3, None, None)),
+        (1, 6, 2, 24, 150, (0.2, 50, 5.0)),
+        (3, 4, 4, 16, 40, (0.3, None, 2.0)),
+        (3, 8, 2, 16, 200, (0.3, 70, None)),
+    )
+    for new, heads, groups, size, length, form in cases:
+        q = drawn(3, new, heads, size, dtype=dtype)
+        k, v = (drawn(3, length, groups, size, seed=seed, dtype=dtype).transpose(1, 2) for seed in (1, 2))
+        first, end = (torch.tensor(x, dtype=torch.int32).to(DEVICE) for x in ((0, 5, 21), (length, 33, 24)))
+        out = nan(3, new, heads, size, dtype=dtype)
+        gpu_cached_attention.attend(q, k, v, (first, end), form, out)
+        plain = cached_attention.cached_attention_reference(q, k, v, (first, end), form)
+        exact = cached_attention.cached_attention_reference(*(x.double() for x in (q, k, v)), (first, end), form)
+        yield f"cached attention {new} {heads}/{groups} {length} {form}", out, plain, exact
+        gpu_cached_attention.attend(q, k, v, (end, end), form, out)
+        assert torch.equal(out, torch.zeros_like(out))
+
+
+def check_turned_and_stored(dtype: torch.dtype) -> Iterator[Check]:
+    if truncates(dtype):
+        return
+    for new, heads, groups, size, rotated, normed in ((1, 4, 2, 16, 16, None), (3, 3, 1, 20, 12, True)):
+        qkv = drawn(2 * new, (heads + 2 * groups) * size, dtype=dtype)
+        tables = rope_tables(
+            torch.arange(2 * new).to(DEVICE) * 3, 1 / 10 ** (torch.arange(rotated // 2).to(DEVICE) / 4), 1.1, dtype
+        )
+        weights = [drawn(size, seed=seed, dtype=dtype) for seed in (1, 2)]
+        norms = (*weights, 1e-5, False) if normed else None
+        end, results = torch.tensor([7, new], dtype=torch.int32).to(DEVICE), []
+        for kind in (dtype, dtype, torch.float64):
+            caches = [torch.zeros(2, 9, groups, size, dtype=kind, device=DEVICE).transpose(1, 2) for _ in range(2)]
+            if not results:
+                q = nan(2, new, heads, size, dtype=dtype)
+                gpu_cached_attention.turn_and_store(qkv, tables, tuple(caches), end, norms, q)
+            else:
+                fine = None if norms is None else (*(weight.to(kind) for weight in weights), 1e-5, False)
+                turning = [table.to(kind) for table in tables]
+                q = cached_attention.turned_and_stored_reference(qkv.to(kind), tuple(turning), *caches, end, fine)
+            results.append((q, *caches))
+        for name, ours, plain, exact in zip(("q", "keys", "values"), *results):
+            yield f"turned and stored {new} {heads}/{groups} {rotated} {name}", ours, plain, exact
+
+
 if __name__ == "__main__":
-    main([check_few_rows, check_few_rows_before])
+    main([check_few_rows, check_few_rows_before, check_cached_attention, check_turned_and_stored])

@@ -11,7 +11,6 @@ values). A program has ROWS rows of W and all of K, lanes along K.
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -1,8 +1,8 @@
 """``x W^T`` for 3 to 16 rows of ``x`` on tensor cores, W read once as it is stored: NF4 or int8.
 
-Compute capability 8.0 and newer; weights, epilogue and shapes are `gpu.few_rows`'s. A warp takes a block of 64 columns of
-all of a program's rows: it multiplies bare levels, and the block's scale meets the sums of its 64 products. The warps'
-sums are added at the end.
+Compute capability 8.0 and newer; weights, epilogue and shapes are `gpu.few_rows`'s. A warp takes a block of 64 columns
+of all of a program's rows: it multiplies bare levels, and the block's scale meets the sums of its 64 products. The
+warps' sums are added at the end.
 """
 
 from dataclasses import dataclass
