@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from kernels import copy_bandwidth
 from torch import Tensor
 
 from jebi.kernels import few_rows
 from jebi.kernels.gpu import few_rows as vector
 from jebi.kernels.gpu import few_rows_dot as dot
 from jebi.quant.int8 import Int8Weight
+from kernels import copy_bandwidth
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 """Outputs and inputs of a layer's maps."""
@@ -66,16 +66,15 @@ Cut = vector.Tile | dot.DotTile
 def tiles(kind: str, rows: int) -> Iterator[Cut]:
     """What is worth a try."""
     if rows <= vector.MOST:
-        for height in (2, 4, 8, 16):
+        for height in (4, 8, 16):
             for words in (2, 4) if kind != "int8" else (1, 2):
-                for warps in (1, 2, 4, 8):
+                for warps in (1, 2, 4):
                     if height * words <= 64 // min(2, rows):
                         yield vector.Tile(height, words, warps)
-    if kind != "dense":
-        for height in (16, 32, 64):
-            for warps in (2, 4, 8):
-                for stages in (1, 2, 3, 4):
-                    yield dot.DotTile(height, warps, stages)
+    for height in (16, 32, 64):
+        for warps in (2, 4, 8):
+            for stages in (1, 3) if rows > 1 else (1,):
+                yield dot.DotTile(height, warps, stages)
 
 
 def microseconds(run: Callable[[int], None], copies: int) -> float:

@@ -165,9 +165,7 @@ def product(
 
 def by_dots(stored: "Stored", rows: int, device: torch.device) -> bool:
     """Whether tensor cores take the product: they pad to 16 rows what one or two rows need not."""
-    from jebi.kernels.gpu import few_rows as gpu
-
-    return rows > 2 and stored.kind != gpu.DENSE and torch.cuda.get_device_capability(device) >= (8, 0)
+    return rows > 2 and stored.shape[1] % _BLOCK == 0 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def as_stored(weight: Weight) -> "Stored":

@@ -112,9 +112,9 @@ def few_rows_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str
             tile = few_rows.tile_of(shape, rows)
             sizes = {"M": rows, "ROWS": tile.rows, "LANES": 32 * tile.warps, "WORDS": tile.words}
             found.append((few_rows._vector, types | own, after | nested | sizes, tile.warps))
-        if kind != few_rows.DENSE and capability >= 80:
+        if capability >= 80:
             dots = few_rows_dot.tile_of(shape)
-            sizes = {"ROWS": dots.rows, "WARPS": dots.warps, "STAGES": dots.stages, "FOUR_BITS": kind == few_rows.NF4}
+            sizes = {"ROWS": dots.rows, "WARPS": dots.warps, "STAGES": dots.stages}
             found.append((few_rows_dot._dot, types | own, after | nested | sizes, dots.warps))
     before = dict.fromkeys(("x_ptr", "weight_ptr", "down_ptr", "y_ptr", "xa_ptr"), value) | {"eps": SCALAR}
     before |= dict.fromkeys(("x_stride", "down_stride", "y_stride", "width", "ranks"), "i32")

@@ -50,7 +50,7 @@ def check_few_rows(dtype: torch.dtype) -> Iterator[Check]:
         for name, weight in stored_weights(rows, columns, dtype).items():
             stored = few_rows.as_stored(weight)
             forms = {"vector": gpu_few_rows.product}
-            if stored.kind != gpu_few_rows.DENSE and not truncates(dtype) and on_tensor_cores:
+            if not truncates(dtype) and on_tensor_cores:
                 forms["dot"] = gpu_few_rows_dot.product
             for activation, full in afters:
                 width = rows if activation is None else rows // 2

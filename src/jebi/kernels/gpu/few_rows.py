@@ -84,7 +84,8 @@ def product(x_MK: Tensor, stored: Stored, after: Epilogue, out_MN: Tensor, tile:
     tokens, outputs = x_MK.shape[0], stored.shape[0]
     tile = tile or tile_of(stored, tokens)
     rows = min(MOST, triton.next_power_of_2(tokens))
-    _vector[(triton.cdiv(outputs, tile.rows), triton.cdiv(tokens, rows))](
+    # Programs of the same rows of W follow each other, so that only the first reads them from memory.
+    _vector[(triton.cdiv(tokens, rows) * triton.cdiv(outputs, tile.rows),)](
         x_MK, *weight_arguments(stored, x_MK), *epilogue_arguments(after, x_MK, out_MN),
         x_MK.stride(0), tokens, outputs,
         COLUMNS=stored.shape[1], KIND=stored.kind, **epilogue_constants(after), NESTED=stored.nested is not None,
@@ -222,7 +223,7 @@ def levels_of(words, levels_ptr, SHUFFLE: tl.constexpr):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rank"])
 def _vector(
     x_ptr, weight_ptr, scales_ptr, nested_ptr, offsets_ptr, levels_ptr, codes_ptr,
     bias_ptr, left_ptr, right_ptr, residual_ptr, out_ptr,
@@ -231,9 +232,10 @@ def _vector(
     RESIDUAL: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr,
     M: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
+    parts = tl.cdiv(tokens, M)
+    row = tl.program_id(0) // parts
     found = row_of(row, outputs, ROWS, ACTIVATION)
-    token = tl.program_id(1) * M + tl.arange(0, M)
+    token = tl.program_id(0) % parts * M + tl.arange(0, M)
     here = token < tokens
     lane = tl.arange(0, LANES)
     x_row = token[:, None].to(tl.int64) * x_stride

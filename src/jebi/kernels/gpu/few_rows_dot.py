@@ -1,4 +1,4 @@
-"""``x W^T`` for 3 to 16 rows of ``x`` on tensor cores, W read once as it is stored: NF4 or int8.
+"""``x W^T`` for 3 to 16 rows of ``x`` on tensor cores, W read once as it is stored.
 
 Compute capability 8.0 and newer; weights, epilogue and shapes are `gpu.few_rows`'s. A warp takes a block of 64 columns
 of all of a program's rows: it multiplies bare levels, and the block's scale meets the sums of its 64 products. The
@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from jebi.kernels.gpu.few_rows import (
-    NF4,
     Epilogue,
     Stored,
     epilogue_arguments,
@@ -45,24 +44,24 @@ def tile_of(stored: Stored) -> DotTile:
 
 
 def product(x_MK: Tensor, stored: Stored, after: Epilogue, out_MN: Tensor, tile: DotTile | None = None) -> None:
-    """As `gpu.few_rows.product`, for at most 16 rows of a quantised weight."""
+    """As `gpu.few_rows.product`, for at most 16 rows; K a multiple of 64."""
     tokens, (outputs, columns) = x_MK.shape[0], stored.shape
     assert tokens <= MOST
     tile = tile or tile_of(stored)
     _dot[(triton.cdiv(outputs, tile.rows),)](
         x_MK, *weight_arguments(stored, x_MK), *epilogue_arguments(after, x_MK, out_MN),
         x_MK.stride(0), tokens, outputs,
-        COLUMNS=columns, FOUR_BITS=stored.kind == NF4, **epilogue_constants(after), NESTED=stored.nested is not None,
+        COLUMNS=columns, KIND=stored.kind, **epilogue_constants(after), NESTED=stored.nested is not None,
         SHUFFLE=x_MK.is_cuda, ROWS=tile.rows, WARPS=tile.warps, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rank"])
 def _dot(
     x_ptr, weight_ptr, scales_ptr, nested_ptr, offsets_ptr, levels_ptr, codes_ptr,
     bias_ptr, left_ptr, right_ptr, residual_ptr, out_ptr,
     left_stride, right_stride, residual_stride, out_stride, rank, scale, x_stride, tokens, outputs,
-    COLUMNS: tl.constexpr, FOUR_BITS: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
+    COLUMNS: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr,
     ROWS: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +80,7 @@ def _dot(
             x_ptr + token[None, :, None] * x_stride + (block[:, None, None] * 64 + column[None, None]),
             inside[:, None, None] & here[None, :, None], other=0.0,
         )  # fmt: skip
-        if FOUR_BITS:
+        if KIND == 2:
             words = tl.load(
                 weight_ptr + long[None, :, None] * (COLUMNS // 8)
                 + (block[:, None, None] * 8 + tl.arange(0, 8)[None, None]),
@@ -97,11 +96,14 @@ def _dot(
                 weight_ptr + long[None, :, None] * COLUMNS + (block[:, None, None] * 64 + column[None, None]),
                 inside[:, None, None], other=0,
             ).to(x.dtype)  # fmt: skip
-        scales = scale_of(
-            long[None, :] * (COLUMNS // 64) + block[:, None], inside[:, None],
-            scales_ptr, nested_ptr, offsets_ptr, codes_ptr, NESTED,
-        )  # fmt: skip
-        total += tl.dot(x, tl.permute(weight, (0, 2, 1)), input_precision="ieee") * scales[:, None, :]
+        part = tl.dot(x, tl.permute(weight, (0, 2, 1)), input_precision="ieee")
+        if KIND > 0:
+            scales = scale_of(
+                long[None, :] * (COLUMNS // 64) + block[:, None], inside[:, None],
+                scales_ptr, nested_ptr, offsets_ptr, codes_ptr, NESTED,
+            )  # fmt: skip
+            part *= scales[:, None, :]
+        total += part
     finish(
         tl.sum(total, 0), token, found, row, bias_ptr, left_ptr, right_ptr, residual_ptr, out_ptr,
         left_stride, right_stride, residual_stride, out_stride, rank, scale, tokens, outputs,
