@@ -23,7 +23,9 @@ def test_kernels(tmp_path: Path) -> None:
     assert all(f"| {name} | " in printed for name in names)
     words = {
         "adamw8bit": "adamw8bit",
+        "cached_attention": "cached attention",
         "dequantize": "nf4 dequantise",
+        "few_rows": "few rows",
         "gather": "gather from host memory",
         "glu": "glu backward",
         "linear_cross_entropy": "linear cross-entropy",

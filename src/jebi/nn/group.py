@@ -167,7 +167,7 @@ class Stacked:
         self._adapters: list[Lora | None] | None = None
         """Those that the casts are arranged for."""
         self._rooms: dict[int, tuple[Tensor, Tensor]] = {}
-        """Room for the casts by their rank; it stays, since captured graphs read it (`training.graphs`, `inference.engine`)."""
+        """Room for the casts by their rank; it stays, since captured graphs read it."""
         self._down_RK: Tensor | None = None
         self._up_NR: Tensor | None = None
         self._columns: list[slice | None] = []
