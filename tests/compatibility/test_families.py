@@ -113,12 +113,15 @@ def test_other_ways_through_the_layers_give_the_same(name: str, checkpointing: s
 
 
 @every
-@pytest.mark.parametrize("ready", [False, True], ids=["as loaded", "made ready to answer"])
-def test_generation(name: str, ready: bool, twins, rows, note) -> None:
+@pytest.mark.parametrize("ready", ["as loaded", "made ready to answer", "in few launches, as on a card"])
+def test_generation(name: str, ready: str, twins, rows, note) -> None:
     """Greedy, prompts of different lengths padded on the left, past every window; through either loop of tokens."""
     ours, theirs = (model.eval() for model in twins(name))
-    if ready:
+    if ready != "as loaded":
         prepare(ours)
+    if "few" in ready:
+        ours.model.lay_for_few_rows()
+        assert all(layer.few_rows is not None for layer in ours.model.decoder_layers())
     inputs = rows(name, "left")
     del inputs["labels"]
     settings = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
@@ -126,7 +129,7 @@ def test_generation(name: str, ready: bool, twins, rows, note) -> None:
     assert torch.equal(*tokens)
     assert len(tokens[0].unique()) > 8
     note(name, "generation", f"{tokens[0].numel()} tokens equal")
-    if ready:
+    if ready != "as loaded":
         assert served(ours, inputs)
         for row, mask, answer in zip(inputs["input_ids"], inputs["attention_mask"], tokens[0], strict=True):
             assert torch.equal(ours.generate(row[mask.bool()][None], **settings)[0, -16:], answer)

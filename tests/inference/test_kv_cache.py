@@ -29,7 +29,7 @@ def test_what_is_written_stays_when_it_grows() -> None:
     assert not made.reserve(STEP)
     rows, slots = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0])
     keys, values = torch.randn(2, 3, 2, 4)
-    made.write(1, rows, slots, keys, values)
+    made.write(1, (rows, slots), keys, values)
     assert made.reserve(STEP + 1)
     assert made.slots == 2 * STEP
     for buffer, written in ((made.keys_NBGLd, keys), (made.values_NBGLd, values)):
@@ -37,3 +37,13 @@ def test_what_is_written_stays_when_it_grows() -> None:
         assert torch.equal(buffer[1, 1, :, 0], written[2])
         assert buffer.count_nonzero() == written.count_nonzero()
     assert made.bytes_for(made.slots) == 2 * made.keys_NBGLd.numel() * 4
+
+
+def test_rows_of_one_length_need_no_places() -> None:
+    keys, values = torch.randn(2, 6, 2, 4)
+    even, placed = cache(), cache()
+    for made, places in ((even, None), (placed, (torch.arange(6) // 3, torch.arange(6) % 3))):
+        made.reserve(3)
+        made.write(2, places, keys, values)
+    assert torch.equal(even.keys_NBGLd, placed.keys_NBGLd)
+    assert torch.equal(even.values_NBGLd, placed.values_NBGLd)

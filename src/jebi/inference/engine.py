@@ -8,7 +8,8 @@ Shapes: B rows, S tokens of a left-padded row, T tokens of all rows, V vocabular
 """
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,13 +17,15 @@ from torch import Tensor
 
 from jebi.inference.kv_cache import STEP, StaticCache, slots_for
 from jebi.models.hf import JebiForCausalLM
+from jebi.nn.attention import varlen_serves
+from jebi.nn.few_rows_step import few_rows_step
 from jebi.nn.host_weight import HostWeight
-from jebi.nn.layer_step import LayerStep, Now, plain_step
+from jebi.nn.layer_step import LayerStep, Now
 from jebi.nn.rows import rows_from_lengths
 
 WARM_TOKENS = 8192
 """Longest row for which steps are captured beforehand."""
-_KEPT = 2
+_KEPT = 4
 """Numbers of rows for which cache and graphs are kept from one answer to the next."""
 _SHARE = 8
 """A cache that is kept, or made as large as it may become, takes no more than this part of the card."""
@@ -51,7 +54,7 @@ class _Batch:
 class Engine:
     """Answers with one model, which every call is given again: it holds buffers and graphs, and no weights."""
 
-    def __init__(self, step: LayerStep = plain_step):
+    def __init__(self, step: LayerStep = few_rows_step):
         """``step`` is how a layer takes a token."""
         self._step = step
         self._batches: dict[int, _Batch] = {}
@@ -78,13 +81,19 @@ class Engine:
                 group.refresh()
         self._over = _addresses(model) if captures(model) else ()
         rows = rows_from_lengths(lengths, device)
+        if varlen_serves(device, model.dtype):
+            # One kernel for rows alone and together, and for every length: cuDNN would plan each anew.
+            rows = replace(rows, cu=rows.cu_seqlens())
         counts_B = torch.tensor(lengths, device=device)
-        row_T = torch.arange(len(lengths), device=device).repeat_interleave(counts_B, output_size=sum(lengths))
+        places = None
+        if len(set(lengths)) > 1:
+            row_T = torch.arange(len(lengths), device=device).repeat_interleave(counts_B, output_size=sum(lengths))
+            places = row_T, rows.positions_U
         flat_T = torch.cat([row[-length:] for row, length in zip(ids_BS, lengths)])
         out_BD = model.model.forward_prompts(
             model.model.embed_tokens(flat_T),
             rows,
-            lambda layer, k, v: batch.cache.write(layer, row_T, rows.positions_U, k, v),
+            lambda layer, k, v: batch.cache.write(layer, places, k, v),
             counts_B.cumsum(0) - 1,
         )
         batch.lengths_B.copy_(counts_B)
@@ -117,22 +126,24 @@ class Engine:
             self._batches = {rows: kept for rows, kept in self._batches.items() if kept is not batch}
 
     @torch.no_grad()
-    def warm_up(self, model: JebiForCausalLM, tokens: int, rows: int = 1) -> None:
-        """Compile what prompts of ``rows`` rows need, and capture their steps up to so many tokens a row."""
+    def warm_up(self, model: JebiForCausalLM, tokens: int, rows: Sequence[int] = (1,)) -> None:
+        """Compile what prompts of these numbers of rows need, and capture their steps up to so many tokens a row."""
         began = time.perf_counter()
-        ids_BS = torch.zeros(rows, 2, dtype=torch.long, device=model.device)
         tokens = min(tokens, WARM_TOKENS)
-        self.prefill(model, ids_BS, [2] * rows, tokens)
-        if captures(model):
+        for count in rows:
+            ids_BS = torch.zeros(count, 2, dtype=torch.long, device=model.device)
+            self.prefill(model, ids_BS, [2] * count, tokens)
             batch = self._batch
             assert batch is not None
-            self.step(model, ids_BS)
             reach = STEP
-            while reach <= batch.cache.slots:
-                self._capture(model, batch, reach)
+            while captures(model) and reach <= batch.cache.slots:
+                for _ in range(2):  # uncaptured at first
+                    batch.lengths_B.fill_(2)
+                    self._replay(model, batch, reach)
                 reach *= 2
+            self.release(model)
+        if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
-        self.release(model)
         self.warm_up_seconds += time.perf_counter() - began
 
     def _batch_of(self, model: JebiForCausalLM, rows: int, longest: int, most: int) -> _Batch:
@@ -165,7 +176,7 @@ class Engine:
     def _replay(self, model: JebiForCausalLM, batch: _Batch, reach: int) -> Tensor:
         if (reach, self._over) not in batch.graphs:
             # Kernels are compiled and libraries set up at their first use, which must not be captured.
-            first = len(batch.lengths), self._over
+            first = len(batch.lengths), reach, self._over
             if first not in self._warm:
                 self._warm.add(first)
                 return self._forward(model, batch, reach)
@@ -196,7 +207,8 @@ def captures(model: JebiForCausalLM) -> bool:
 
 def _addresses(model: JebiForCausalLM) -> tuple[int, ...]:
     """Where lies what may be exchanged between two answers: the adapters that are on, the embedding, the head."""
-    found = [address for group in model.model.answering_groups() for address in group.addresses()]
+    casts = [group.casts() for group in model.model.answering_groups()]
+    found = [cast.data_ptr() for pair in casts if pair is not None for cast in pair]
     for module in (model.model.embed_tokens, model.lm_head):
         found += [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
     return tuple(found)

@@ -1,6 +1,7 @@
 """Making a model ready to answer. Which tokens are made, and how, is `decoding`'s and `engine`'s."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -19,12 +20,12 @@ _LONG_S = 2.0
 """Seconds after which the user is told what took them."""
 
 
-def prepare(model: JebiForCausalLM) -> JebiForCausalLM:
+def prepare(model: JebiForCausalLM, rows: Sequence[int] = (1,)) -> JebiForCausalLM:
     """Turn off training and keep what each token reads in the form it is read.
 
-    On a CPU with room for it that includes 4-bit weights, dequantised; on a card steps are captured, which is said
-    where it takes long. Training again undoes it. What a training moved off the card, embedding and head, comes back
-    where there is room.
+    On a CPU with room for it that includes 4-bit weights, dequantised; on a card steps of so many ``rows`` at once are
+    captured, which is said where it takes long. Training again undoes it. What a training moved off the card,
+    embedding and head, comes back where there is room.
     """
     model.eval()
     model.config.use_cache = True
@@ -42,7 +43,8 @@ def prepare(model: JebiForCausalLM) -> JebiForCausalLM:
     engine = Engine()
     model.decoding = Decoding(engine)
     if model.device.type == "cuda":
-        engine.warm_up(model, getattr(model, "max_seq_length", WARM_TOKENS))
+        model.model.lay_for_few_rows()
+        engine.warm_up(model, getattr(model, "max_seq_length", WARM_TOKENS), rows)
         if engine.warm_up_seconds > _LONG_S:
             logger.warning(f"made ready to answer in {engine.warm_up_seconds:.1f} s")
     return model

@@ -50,10 +50,18 @@ class StaticCache:
         self.keys_NBGLd, self.values_NBGLd = (self._grown(x, slots_for(tokens)) for x in self._both())
         return True
 
-    def write(self, layer: int, row_T: Tensor, slot_T: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> None:
-        """Put a layer's keys and values of many tokens where these belong."""
+    def write(self, layer: int, places: tuple[Tensor, Tensor] | None, k_TGd: Tensor, v_TGd: Tensor) -> None:
+        """Put a layer's keys and values of many tokens where these belong.
+
+        ``places`` are each token's row and slot; None where all rows begin with equally many, laid end to end.
+        """
         for buffer_NBGLd, new_TGd in zip(self._both(), (k_TGd, v_TGd)):
-            buffer_NBGLd[layer][row_T, :, slot_T] = new_TGd
+            buffer_BGLd = buffer_NBGLd[layer]
+            if places is not None:
+                buffer_BGLd[places[0], :, places[1]] = new_TGd
+            else:
+                new_BSGd = new_TGd.unflatten(0, (buffer_BGLd.shape[0], -1))
+                buffer_BGLd[:, :, : new_BSGd.shape[1]] = new_BSGd.transpose(1, 2)
 
     def _both(self) -> tuple[Tensor, Tensor]:
         return self.keys_NBGLd, self.values_NBGLd

@@ -71,6 +71,7 @@ def turned_and_stored(
     v_BGLd: Tensor,
     end_B: Tensor,
     norms: HeadNorms | None = None,
+    value_scale: float = 1.0,
 ) -> Tensor:
     """Turn the new tokens' queries and keys, put keys and values into the cache; one launch on a card.
 
@@ -81,18 +82,19 @@ def turned_and_stored(
         v_BGLd: likewise.
         end_B: each row's end, the new tokens included; int32.
         norms: what queries and keys go through before they are turned.
+        value_scale: a factor on the values, a power of two.
 
     Returns:
         The queries, (B, S, H, d), contiguous.
     """
     if not qkv_TN.is_cuda:
-        return turned_and_stored_reference(qkv_TN, tables, k_BGLd, v_BGLd, end_B, norms)
+        return turned_and_stored_reference(qkv_TN, tables, k_BGLd, v_BGLd, end_B, norms, value_scale)
     from jebi.kernels.gpu import cached_attention as gpu
 
     batch, groups, _, size = k_BGLd.shape
     heads = qkv_TN.shape[1] // size - 2 * groups
     q_BSHd = torch.empty(batch, qkv_TN.shape[0] // batch, heads, size, dtype=qkv_TN.dtype, device=qkv_TN.device)
-    gpu.turn_and_store(qkv_TN, tables, (k_BGLd, v_BGLd), end_B, norms, q_BSHd)
+    gpu.turn_and_store(qkv_TN, tables, (k_BGLd, v_BGLd), end_B, norms, value_scale, q_BSHd)
     return q_BSHd
 
 
@@ -103,6 +105,7 @@ def turned_and_stored_reference(
     v_BGLd: Tensor,
     end_B: Tensor,
     norms: HeadNorms | None = None,
+    value_scale: float = 1.0,
 ) -> Tensor:
     """`turned_and_stored` in plain torch."""
     batch, groups, _, size = k_BGLd.shape
@@ -114,7 +117,7 @@ def turned_and_stored_reference(
     new = qkv_TN.shape[0] // batch
     place_BS = end_B[:, None] - new + torch.arange(new, device=end_B.device)
     row_B1 = torch.arange(batch, device=end_B.device)[:, None]
-    for cache, fresh_TGd in ((k_BGLd, k_TGd), (v_BGLd, v_TGd)):
+    for cache, fresh_TGd in ((k_BGLd, k_TGd), (v_BGLd, v_TGd * value_scale)):
         cache.transpose(1, 2)[row_B1, place_BS] = fresh_TGd.unflatten(0, (batch, new)).to(cache.dtype)
     q_BSHd: Tensor = q_THd.unflatten(0, (batch, new)).contiguous()
     return q_BSHd

@@ -62,6 +62,9 @@ class NF4Stack:
 Weight = Tensor | Int8Weight | NF4Stack
 """(N, K)."""
 
+NormForm = tuple[Tensor, float, bool]
+"""Weight (K,), eps and unit_offset, as `rms_norm` takes them."""
+
 
 def stacked(weights: Sequence[Tensor | PackedWeight]) -> Weight | None:
     """Maps of one input below each other, as `product` takes them; None where they are none of its forms.
@@ -198,14 +201,12 @@ def product_reference(
     return y_MN if residual is None else y_MN + residual
 
 
-def normed_and_compressed(
-    x_MK: Tensor, norm: tuple[Tensor, float, bool] | None, down_RK: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def normed_and_compressed(x_MK: Tensor, norm: NormForm | None, down_RK: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What a product needs of its input: the normed rows and ``normed A^T`` (M, R), in one launch.
 
     Args:
         x_MK: the rows.
-        norm: weight (K,), eps and unit_offset as `rms_norm` takes them; None leaves the rows as they are.
+        norm: what the rows go through; None leaves them as they are.
         down_RK: A of all maps; None where there are no adapters.
     """
     if x_MK.is_cuda and down_RK is not None:
@@ -218,7 +219,7 @@ def normed_and_compressed(
 
 
 def normed_and_compressed_reference(
-    x_MK: Tensor, norm: tuple[Tensor, float, bool] | None, down_RK: Tensor | None
+    x_MK: Tensor, norm: NormForm | None, down_RK: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """`normed_and_compressed` in plain torch."""
     x_MK = x_MK if norm is None else rms_norm(x_MK, *norm)

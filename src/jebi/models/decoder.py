@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from jebi.kernels.rms_norm import rms_norm_forward
 from jebi.models.families import DecoderShape
+from jebi.nn import few_rows_step
 from jebi.nn.attention import AttentionForm, attend_cached, attend_rows, seen
 from jebi.nn.base_product import DenseProduct, Scratch
 from jebi.nn.embedding import Embedding
@@ -26,7 +27,7 @@ from jebi.nn.group import Stacked
 from jebi.nn.host_memory import HostMemory
 from jebi.nn.layer import DecoderLayer, Norm, stream_scale
 from jebi.nn.layer_node import CHUNK_TOKENS, Keep, Keeping, run_layer, run_without_graph, serves
-from jebi.nn.layer_step import LayerStep, Now, plain_step
+from jebi.nn.layer_step import LayerStep, Now
 from jebi.nn.rotary import Rotary, Tables
 from jebi.nn.rows import Rows
 
@@ -139,7 +140,12 @@ class Decoder(nn.Module):
         return rms_norm_forward(hidden_TD[last_B], self.norm.weight, self.norm.eps, self.norm.unit_offset)[0]
 
     def forward_step(
-        self, hidden_BD: Tensor, keys_NBGLd: Tensor, values_NBGLd: Tensor, now: Now, step: LayerStep = plain_step
+        self,
+        hidden_BD: Tensor,
+        keys_NBGLd: Tensor,
+        values_NBGLd: Tensor,
+        now: Now,
+        step: LayerStep = few_rows_step.few_rows_step,
     ) -> Tensor:
         """One embedded token a row -> final hidden states (B, D); no graph.
 
@@ -170,7 +176,7 @@ class Decoder(nn.Module):
     def unstack(self) -> None:
         """Forget what `stack` laid together; dense weights stay parts of one matrix."""
         for layer in self.decoder_layers():
-            layer.stacked = layer.answering = None
+            layer.stacked = layer.answering = layer.few_rows = None
 
     def cast_adapters(self, again: bool) -> None:
         """Cast the adapters of stacked layers to the compute dtype.
@@ -188,6 +194,11 @@ class Decoder(nn.Module):
         for layer in self.decoder_layers():
             if layer.answering is not None:
                 yield from layer.answering.stacked()
+
+    def lay_for_few_rows(self) -> None:
+        """Lay the groups' weights as they are stored, for steps of few rows on a card (`nn.few_rows_step`)."""
+        for layer in self.decoder_layers():
+            few_rows_step.lay(layer)
 
     def decoder_layers(self) -> Iterator[DecoderLayer]:
         """The layers, typed."""

@@ -13,10 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from jebi.kernels.dequantize import PackedWeight
 from jebi.kernels.glu import carries
 from jebi.kernels.low_rank import LowRank, product32
 from jebi.kernels.rope import adjacent
 from jebi.nn.base_product import BaseProduct, spans
+from jebi.nn.host_weight import HostWeight
 from jebi.nn.linear import Grads, Linear, Share, backward_input, backward_trained, project
 from jebi.nn.lora import Lora
 
@@ -288,11 +290,17 @@ class Stacked:
         if self._up_NR is not None:
             self._up_NR.zero_()  # beside each map's own part
 
-    def addresses(self) -> tuple[int, ...]:
-        """Where what is multiplied besides the base lies: what a captured graph must find again."""
-        if self._down_RK is None or self._up_NR is None:
-            return ()
-        return self._down_RK.data_ptr(), self._up_NR.data_ptr()
+    def casts(self) -> tuple[Tensor, Tensor] | None:
+        """A (R, K) and ``scale * B`` (N, R) of all adapters that are on, cast; they stay where they are."""
+        return None if self._down_RK is None or self._up_NR is None else (self._down_RK, self._up_NR)
+
+    def stored(self) -> list[Tensor | PackedWeight]:
+        """The maps' weights as they are held, below each other; one where they are one matrix."""
+        whole_NK = self._base.kept()
+        if whole_NK is not None:
+            return [whole_NK]
+        weights = [linear.weight for linear in self.maps]
+        return [weight for weight in weights if not isinstance(weight, HostWeight)]
 
     def lend(self) -> None:
         """Let each map use its part of the matrix by itself too, where one is kept."""

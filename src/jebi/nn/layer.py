@@ -18,6 +18,7 @@ from jebi.kernels.rms_norm import rms_norm, rms_norm_lean
 from jebi.kernels.rope import rope
 from jebi.nn.attention import AttentionForm
 from jebi.nn.base_product import BaseProduct
+from jebi.nn.few_rows_group import FewRowsGroup
 from jebi.nn.group import Group, Separate, Stacked, stacks
 from jebi.nn.linear import Linear
 
@@ -168,6 +169,8 @@ class DecoderLayer(nn.Module):
         """Its maps laid together for a card, where they are."""
         self.answering: LayerGroups | None = None
         """Likewise to answer with. Apart, so that whole rows are computed to the bit as they were before."""
+        self.few_rows: list[FewRowsGroup] | None = None
+        """The same groups in order, for single tokens of few rows (`few_rows_step`), where they are laid so."""
 
     def groups(self) -> LayerGroups:
         """Its maps by their inputs, as the hand-written form calls them."""

@@ -1,18 +1,20 @@
 """One new token a row through a decoder layer, its keys and values in a static cache: what decoding repeats.
 
 Everything a step depends on lies in tensors on the device, so that a run of steps can be captured as a CUDA graph and
-replayed. `plain_step` is the reference, in torch's products over `layer_steps`; kernels for few rows plug in as another
-`LayerStep`. Whole prompts go through `layer_node.run_without_graph`.
+replayed. `plain_step` is the reference, in torch's products over `layer_steps`; the form of few launches is
+`few_rows_step`'s. Whole prompts go through `layer_node.run_without_graph`.
 
 Shapes: B rows, D width, H query heads, G key/value heads, d head size, L slots of the cache that are looked at.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from jebi.kernels.cached_attention import Extent
 from jebi.nn.attention import attend_cached
 from jebi.nn.layer import DecoderLayer
 from jebi.nn.layer_steps import behind_attention, feed_forward, turn
@@ -35,6 +37,12 @@ class Now:
     def __post_init__(self) -> None:
         self.rows_B = torch.arange(len(self.lengths_B), device=self.lengths_B.device)
         self._masks: dict[int | None, Tensor] = {}
+
+    @cached_property
+    def extent(self) -> Extent:
+        """The same as `kernels.cached_attention` takes it, made once a step."""
+        ends_B = (self.lengths_B + 1).int()
+        return torch.zeros_like(ends_B), ends_B
 
     def mask(self, window: int | None) -> Tensor | None:
         """(B, 1, L) booleans, true where a new token may look; None where it may look everywhere.

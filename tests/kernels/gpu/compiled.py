@@ -152,7 +152,7 @@ def cached_attention_cases(value: str) -> list[tuple[Any, dict[str, str], dict[s
             found.append((cached_attention._attend, types, flags | sizes, 4))
         found.append((cached_attention._combine, types, flags | {"SIZE": size}, 4))
     turn = types | dict.fromkeys(("qkv_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr"), value)
-    turn |= {"stride": "i32", "half": "i32", "eps": SCALAR}
+    turn |= {"stride": "i32", "half": "i32", "eps": SCALAR, "value_scale": SCALAR}
     found.append(
         (cached_attention._turn_and_store, turn, {"NORM": True, "UNIT_OFFSET": False, "HALF": 64, "REST": 64}, 1)
     )

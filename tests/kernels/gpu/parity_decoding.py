@@ -44,8 +44,8 @@ def stored_weights(rows: int, columns: int, dtype: torch.dtype) -> dict[str, few
 def check_few_rows(dtype: torch.dtype) -> Iterator[Check]:
     """Every form and number of rows, with everything that may come after the product and with nothing."""
     on_tensor_cores = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (8, 0)
-    cases = ((20, 64, 1, AFTER), (38, 192, 2, AFTER[1:3]), (20, 1152, 13, AFTER[2:3]))
-    for rows, columns, tokens, afters in cases:
+    cases = ((20, 64, 1, 11, AFTER), (38, 192, 2, 70, AFTER[1:3]), (20, 1152, 13, 11, AFTER[2:3]))
+    for rows, columns, tokens, ranks, afters in cases:
         x = drawn(tokens, columns + 8, dtype=dtype)[:, :columns]
         for name, weight in stored_weights(rows, columns, dtype).items():
             stored = few_rows.as_stored(weight)
@@ -55,7 +55,7 @@ def check_few_rows(dtype: torch.dtype) -> Iterator[Check]:
             for activation, full in afters:
                 width = rows if activation is None else rows // 2
                 bias = drawn(rows, seed=5, dtype=dtype) if full else None
-                left, right = drawn(tokens, 11, seed=6, dtype=dtype) / 4, drawn(rows, 11, seed=7, dtype=dtype)
+                left, right = drawn(tokens, ranks, seed=6, dtype=dtype) / 4, drawn(rows, ranks, seed=7, dtype=dtype)
                 thin = LowRank(left, right.t()) if full else None
                 residual = drawn(tokens, width, seed=8, dtype=dtype) if full else None
                 after = (bias, thin, activation, 0.5 if full and activation is not None else 1.0, residual)
@@ -148,11 +148,11 @@ def check_turned_and_stored(dtype: torch.dtype) -> Iterator[Check]:
             caches = [torch.zeros(2, 9, groups, size, dtype=kind, device=DEVICE).transpose(1, 2) for _ in range(2)]
             if not results:
                 q = nan(2, new, heads, size, dtype=dtype)
-                gpu_cached_attention.turn_and_store(qkv, tables, tuple(caches), end, norms, q)
+                gpu_cached_attention.turn_and_store(qkv, tables, tuple(caches), end, norms, 0.5, q)
             else:
                 fine = None if norms is None else (*(weight.to(kind) for weight in weights), 1e-5, False)
                 turning = [table.to(kind) for table in tables]
-                q = cached_attention.turned_and_stored_reference(qkv.to(kind), tuple(turning), *caches, end, fine)
+                q = cached_attention.turned_and_stored_reference(qkv.to(kind), tuple(turning), *caches, end, fine, 0.5)
             results.append((q, *caches))
         for name, ours, plain, exact in zip(("q", "keys", "values"), *results):
             yield f"turned and stored {new} {heads}/{groups} {rotated} {name}", ours, plain, exact

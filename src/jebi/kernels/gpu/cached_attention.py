@@ -52,7 +52,7 @@ def attend(q_BSHd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, extent: Extent, form:
     if splits > 1:
         _combine[(rows,)](
             parts, tops, sums, out_BSHd, splits, size,
-            SPLITS=triton.next_power_of_2(splits), SIZE=triton.next_power_of_2(size), num_warps=4,
+            SPLITS=_MOST_SPLITS, SIZE=triton.next_power_of_2(size), num_warps=4,
         )  # fmt: skip
 
 
@@ -62,6 +62,7 @@ def turn_and_store(
     caches: tuple[Tensor, Tensor],
     end_B: Tensor,
     norms: HeadNorms | None,
+    value_scale: float,
     q_BSHd: Tensor,
 ) -> None:
     """See `kernels.cached_attention.turned_and_stored`; queries go into the contiguous ``q_BSHd``."""
@@ -72,7 +73,7 @@ def turn_and_store(
     _turn_and_store[(qkv_TN.shape[0], heads + 2 * groups)](
         qkv_TN, cos_TR, sin_TR, q_norm, k_norm, q_BSHd, k_BGLd, v_BGLd, end_B,
         qkv_TN.stride(0), *k_BGLd.stride()[:3], *v_BGLd.stride()[:3],
-        heads, groups, new, rotated // 2, size, eps, NORM=norms is not None, UNIT_OFFSET=unit_offset,
+        heads, groups, new, rotated // 2, size, eps, value_scale, NORM=norms is not None, UNIT_OFFSET=unit_offset,
         HALF=triton.next_power_of_2(rotated // 2),
         REST=triton.next_power_of_2(size - rotated) if size > rotated else 0, num_warps=1,
     )  # fmt: skip
@@ -142,7 +143,7 @@ def _attend(
         tl.store(part_ptr + own[:, None] * size + column, sums, here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _combine(
     part_ptr, top_ptr, sum_ptr, out_ptr, splits, size, SPLITS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +164,7 @@ def _combine(
 @triton.jit
 def _turn_and_store(
     qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, q_ptr, k_ptr, v_ptr, end_ptr,
-    stride, k_row, k_head, k_place, v_row, v_head, v_place, heads, groups, new, half, size, eps,
+    stride, k_row, k_head, k_place, v_row, v_head, v_place, heads, groups, new, half, size, eps, value_scale,
     NORM: tl.constexpr, UNIT_OFFSET: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     dtype = qkv_ptr.dtype.element_ty
@@ -205,6 +206,9 @@ def _turn_and_store(
         target = k_ptr + row * k_row + (head - heads).to(tl.int64) * k_head + place * k_place
     else:
         target = v_ptr + row * v_row + (head - heads - groups).to(tl.int64) * v_head + place * v_place
+        a, b = a * value_scale, b * value_scale
+        if REST > 0:
+            rest *= value_scale
     tl.store(target + column, a.to(dtype), inside)
     tl.store(target + half + column, b.to(dtype), inside)
     if REST > 0:

@@ -115,7 +115,7 @@ def epilogue_constants(after: Epilogue) -> dict[str, int | bool]:
     """An epilogue's compile-time constants."""
     return {
         "BIAS": after.bias_N is not None,
-        "RANK": 0 if after.left_MR is None else max(16, triton.next_power_of_2(after.left_MR.shape[1])),
+        "RANK": 0 if after.left_MR is None else min(64, max(16, triton.next_power_of_2(after.left_MR.shape[1]))),
         "ACTIVATION": -1 if after.activation is None else after.activation,
         "RESIDUAL": after.residual_MN is not None,
     }
@@ -146,17 +146,18 @@ def finish(
     if BIAS:
         y += tl.load(bias_ptr + found).to(tl.float32)[None]
     if RANK > 0:
-        index = tl.arange(0, RANK)
-        left = tl.load(
-            left_ptr + token[:, None] * left_stride + index, here[:, None] & (index < rank)[None], other=0.0
-        ).to(tl.float32)
-        right = tl.load(
-            right_ptr + found.to(tl.int64)[:, None] * right_stride + index, (index < rank)[None], other=0.0
-        ).to(tl.float32)
-        if M >= 16:
-            y += tl.dot(left, tl.trans(right), input_precision="ieee")
-        else:
-            y += tl.sum(left[:, None, :] * right[None, :, :], 2)
+        for start in tl.range(0, rank, RANK, num_stages=1):
+            index = start + tl.arange(0, RANK)
+            left = tl.load(
+                left_ptr + token[:, None] * left_stride + index, here[:, None] & (index < rank)[None], other=0.0
+            ).to(tl.float32)
+            right = tl.load(
+                right_ptr + found.to(tl.int64)[:, None] * right_stride + index, (index < rank)[None], other=0.0
+            ).to(tl.float32)
+            if M >= 16:
+                y += tl.dot(left, tl.trans(right), input_precision="ieee")
+            else:
+                y += tl.sum(left[:, None, :] * right[None, :, :], 2)
     if ACTIVATION >= 0:
         gate, up = tl.split(tl.permute(tl.reshape(y, (M, 2, ROWS // 2)), (0, 2, 1)))
         # Each rounded where a plain layer rounds: the products, then the activation.
