@@ -102,7 +102,7 @@ def cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[s
     found.append((adamw8bit._step, step, {"BLOCK": 256}, 2))
     table = {"table_ptr": value, "ids_ptr": "*i64", "out_ptr": value, "rows": "i32", "width": "i32", "stride": "i32"}
     found.append((gather._gather, table, {"BLOCK": 1024}, 4))
-    found += few_rows_cases(value, capability) + cached_attention_cases(value)
+    found += few_rows_cases(value, capability) + cached_attention_cases(value, capability)
     return found + (fp8_cases(value) if capability >= 89 else [])
 
 
@@ -121,7 +121,7 @@ def few_rows_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str
         few_rows.NF4: {"weight_ptr": "*i32", "scales_ptr": "*u8"},
     }
     for kind, own in stored.items():
-        nested = {"KIND": kind, "NESTED": kind == few_rows.NF4, "SHUFFLE": True}
+        nested = {"KIND": kind, "NESTED": kind == few_rows.NF4, "SHUFFLE": True, "OVERLAP": capability >= 90}
         shape = few_rows.Stored(kind, *[torch.empty(0)] * 2, None, None, None, (28672, 14336))
         for rows in (1, few_rows.MOST):
             tile = few_rows.tile_of(shape, rows)
@@ -134,16 +134,18 @@ def few_rows_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str
     before = dict.fromkeys(("x_ptr", "weight_ptr", "down_ptr", "y_ptr", "xa_ptr"), value) | {"eps": SCALAR}
     before |= dict.fromkeys(("x_stride", "down_stride", "y_stride", "width", "ranks"), "i32")
     constants = {"NORM": True, "UNIT_OFFSET": False, "RANKS": few_rows_before._RANKS, "BLOCK": 16384}
+    constants["OVERLAP"] = capability >= 90
     return [*found, (few_rows_before._before, before, constants, 16)]
 
 
-def cached_attention_cases(value: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
+def cached_attention_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Heads of 128 and of 256; a few queries and many."""
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), value) | {"scale": SCALAR, "softcap": SCALAR}
     types |= {"first_ptr": "*i32", "end_ptr": "*i32", "part_ptr": FLOAT, "top_ptr": FLOAT, "sum_ptr": FLOAT}
     types |= dict.fromkeys(("k_row", "k_head", "k_place", "v_row", "v_head", "v_place", "split", "length"), "i32")
     types |= dict.fromkeys(("window", "heads", "groups", "new", "queries", "size", "splits"), "i32")
     flags = {"WINDOWED": True, "CAPPED": True, "WHOLE": False, "SPLITS": cached_attention._MOST_SPLITS}
+    flags["OVERLAP"] = capability >= 90
     found: list[tuple[Any, dict[str, str], dict[str, Any], int]] = []
     for size in (128, 256):
         tile = cached_attention.tile_of(size)
@@ -153,9 +155,8 @@ def cached_attention_cases(value: str) -> list[tuple[Any, dict[str, str], dict[s
         found.append((cached_attention._combine, types, flags | {"SIZE": size}, 4))
     turn = types | dict.fromkeys(("qkv_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr"), value)
     turn |= {"stride": "i32", "half": "i32", "eps": SCALAR, "value_scale": SCALAR}
-    found.append(
-        (cached_attention._turn_and_store, turn, {"NORM": True, "UNIT_OFFSET": False, "HALF": 64, "REST": 64}, 1)
-    )
+    constants = flags | {"NORM": True, "UNIT_OFFSET": False, "HALF": 64, "REST": 64}
+    found.append((cached_attention._turn_and_store, turn, constants, 1))
     return found
 
 

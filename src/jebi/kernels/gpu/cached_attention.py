@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jebi.kernels.cached_attention import Extent, Form, HeadNorms
+from jebi.kernels.gpu.dependent import await_inputs, let_next_begin, overlaps
 
 MOST = 32
 """Queries of one key head; more would not fit a card's shared memory everywhere."""
@@ -35,7 +36,7 @@ def attend(q_BSHd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, extent: Extent, form:
     batch, new, heads, size = q_BSHd.shape
     groups, length = k_BGLd.shape[1:3]
     scale, window, softcap = form
-    queries, device = new * heads // groups, q_BSHd.device
+    queries, device, overlap = new * heads // groups, q_BSHd.device, overlaps(q_BSHd)
     assert queries <= MOST
     tile = tile_of(size)
     splits = splits_of(batch * groups, length, tile)
@@ -47,12 +48,14 @@ def attend(q_BSHd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, extent: Extent, form:
         *k_BGLd.stride()[:3], *v_BGLd.stride()[:3], triton.cdiv(triton.cdiv(length, splits), tile) * tile, length,
         scale, window or 0, softcap or 0.0, heads, groups, new, queries, size,
         WINDOWED=window is not None, CAPPED=softcap is not None, WHOLE=splits == 1,
-        QUERIES=max(16, triton.next_power_of_2(queries)), TILE=tile, SIZE=triton.next_power_of_2(size), num_warps=4,
+        QUERIES=max(16, triton.next_power_of_2(queries)), TILE=tile, SIZE=triton.next_power_of_2(size),
+        OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
     )  # fmt: skip
     if splits > 1:
         _combine[(rows,)](
             parts, tops, sums, out_BSHd, splits, size,
-            SPLITS=_MOST_SPLITS, SIZE=triton.next_power_of_2(size), num_warps=4,
+            SPLITS=_MOST_SPLITS, SIZE=triton.next_power_of_2(size),
+            OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
         )  # fmt: skip
 
 
@@ -75,7 +78,8 @@ def turn_and_store(
         qkv_TN.stride(0), *k_BGLd.stride()[:3], *v_BGLd.stride()[:3],
         heads, groups, new, rotated // 2, size, eps, value_scale, NORM=norms is not None, UNIT_OFFSET=unit_offset,
         HALF=triton.next_power_of_2(rotated // 2),
-        REST=triton.next_power_of_2(size - rotated) if size > rotated else 0, num_warps=1,
+        REST=triton.next_power_of_2(size - rotated) if size > rotated else 0,
+        OVERLAP=overlaps(qkv_TN), launch_pdl=overlaps(qkv_TN), num_warps=1,
     )  # fmt: skip
 
 
@@ -85,8 +89,11 @@ def _attend(
     k_row, k_head, k_place, v_row, v_head, v_place, split, length,
     scale, window, softcap, heads, groups, new, queries, size,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WHOLE: tl.constexpr,
-    QUERIES: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr,
+    QUERIES: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        let_next_begin()
+        await_inputs()
     row = tl.program_id(0) // groups
     group = tl.program_id(0) % groups
     end = tl.minimum(tl.load(end_ptr + row), length)
@@ -145,8 +152,12 @@ def _attend(
 
 @triton.jit(do_not_specialize=["splits"])
 def _combine(
-    part_ptr, top_ptr, sum_ptr, out_ptr, splits, size, SPLITS: tl.constexpr, SIZE: tl.constexpr,
+    part_ptr, top_ptr, sum_ptr, out_ptr, splits, size,
+    SPLITS: tl.constexpr, SIZE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        let_next_begin()
+        await_inputs()
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, SPLITS)
     column = tl.arange(0, SIZE)
@@ -165,8 +176,11 @@ def _combine(
 def _turn_and_store(
     qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, q_ptr, k_ptr, v_ptr, end_ptr,
     stride, k_row, k_head, k_place, v_row, v_head, v_place, heads, groups, new, half, size, eps, value_scale,
-    NORM: tl.constexpr, UNIT_OFFSET: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    NORM: tl.constexpr, UNIT_OFFSET: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        let_next_begin()
+        await_inputs()
     dtype = qkv_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jebi.kernels.gpu.dependent import await_inputs, fetch, let_next_begin, overlaps
+
 DENSE, INT8, NF4 = range(3)
 
 
@@ -89,8 +91,15 @@ def product(x_MK: Tensor, stored: Stored, after: Epilogue, out_MN: Tensor, tile:
         x_MK, *weight_arguments(stored, x_MK), *epilogue_arguments(after, x_MK, out_MN),
         x_MK.stride(0), tokens, outputs,
         COLUMNS=stored.shape[1], KIND=stored.kind, **epilogue_constants(after), NESTED=stored.nested is not None,
-        SHUFFLE=x_MK.is_cuda, M=rows, ROWS=tile.rows, LANES=32 * tile.warps, WORDS=tile.words, num_warps=tile.warps,
+        SHUFFLE=x_MK.is_cuda, **overlap(stored), M=rows, ROWS=tile.rows, LANES=32 * tile.warps, WORDS=tile.words,
+        num_warps=tile.warps,
     )  # fmt: skip
+
+
+def overlap(stored: Stored) -> dict[str, bool]:
+    """How a product is launched: its weights may be fetched before its input is there."""
+    early = overlaps(stored.weight) and stored.weight.data_ptr() % 16 == 0
+    return {"OVERLAP": early, "launch_pdl": early}
 
 
 def weight_arguments(stored: Stored, absent: Tensor) -> tuple[Tensor, ...]:
@@ -131,6 +140,22 @@ def row_of(row, outputs, ROWS: tl.constexpr, ACTIVATION: tl.constexpr):
     else:
         found = tl.minimum(row * ROWS + tl.arange(0, ROWS), outputs - 1)
     return found
+
+
+@triton.jit
+def fetch_rows(
+    weight_ptr, row, outputs, COLUMNS: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, HALVES: tl.constexpr
+):
+    """Begin to fetch a program's rows of W: in one piece, or gate's and up's in two."""
+    ELEMENTS: tl.constexpr = COLUMNS // (8 if KIND == 2 else 1)
+    PIECE: tl.constexpr = ROWS // HALVES
+    size: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+    most = outputs // HALVES
+    first = tl.minimum(row * PIECE, most - 1)
+    count = tl.minimum(PIECE, most - first)
+    for half in tl.static_range(HALVES):
+        start = (half * most + first).to(tl.int64) * ELEMENTS
+        fetch(weight_ptr + start, count * (ELEMENTS * size))
 
 
 @triton.jit
@@ -230,11 +255,15 @@ def _vector(
     bias_ptr, left_ptr, right_ptr, residual_ptr, out_ptr,
     left_stride, right_stride, residual_stride, out_stride, rank, scale, x_stride, tokens, outputs,
     COLUMNS: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
-    RESIDUAL: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr,
+    RESIDUAL: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr, OVERLAP: tl.constexpr,
     M: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(tokens, M)
     row = tl.program_id(0) // parts
+    if OVERLAP:
+        let_next_begin()
+        fetch_rows(weight_ptr, row, outputs, COLUMNS, KIND, ROWS, 2 if ACTIVATION >= 0 else 1)
+        await_inputs()
     found = row_of(row, outputs, ROWS, ACTIVATION)
     token = tl.program_id(0) % parts * M + tl.arange(0, M)
     here = token < tokens

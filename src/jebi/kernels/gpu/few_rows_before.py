@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jebi.kernels.gpu.dependent import await_inputs, let_next_begin, overlaps
+
 _RANKS = 1
 """Ranks of one program: as few as there are, since nothing here is bound by memory."""
 
@@ -26,7 +28,7 @@ def normed_and_compressed(
     _before[(triton.cdiv(ranks, _RANKS), tokens)](
         x_MK, weight, down_RK, y_MK, xa_MR, x_MK.stride(0), down_RK.stride(0), y_MK.stride(0), width, ranks, eps,
         NORM=norm is not None, UNIT_OFFSET=unit_offset, RANKS=_RANKS, BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
+        OVERLAP=overlaps(x_MK), launch_pdl=overlaps(x_MK), num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return y_MK, xa_MR
 
@@ -35,7 +37,10 @@ def normed_and_compressed(
 def _before(
     x_ptr, weight_ptr, down_ptr, y_ptr, xa_ptr, x_stride, down_stride, y_stride, width, ranks, eps,
     NORM: tl.constexpr, UNIT_OFFSET: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        let_next_begin()
     dtype = y_ptr.dtype.element_ty
     token = tl.program_id(1).to(tl.int64)
     rank = tl.program_id(0) * RANKS + tl.arange(0, RANKS)
@@ -44,6 +49,8 @@ def _before(
     down = tl.load(
         down_ptr + rank[:, None] * down_stride + column[None], (rank < ranks)[:, None] & inside[None], other=0.0
     )
+    if OVERLAP:
+        await_inputs()
     x = tl.load(x_ptr + token * x_stride + column, inside, other=0.0).to(tl.float32)
     if NORM:
         weight = tl.load(weight_ptr + column, inside, other=0.0).to(tl.float32)

@@ -11,13 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jebi.kernels.gpu.dependent import await_inputs, let_next_begin
 from jebi.kernels.gpu.few_rows import (
     Epilogue,
     Stored,
     epilogue_arguments,
     epilogue_constants,
+    fetch_rows,
     finish,
     levels_of,
+    overlap,
     row_of,
     scale_of,
     weight_arguments,
@@ -52,7 +55,8 @@ def product(x_MK: Tensor, stored: Stored, after: Epilogue, out_MN: Tensor, tile:
         x_MK, *weight_arguments(stored, x_MK), *epilogue_arguments(after, x_MK, out_MN),
         x_MK.stride(0), tokens, outputs,
         COLUMNS=columns, KIND=stored.kind, **epilogue_constants(after), NESTED=stored.nested is not None,
-        SHUFFLE=x_MK.is_cuda, ROWS=tile.rows, WARPS=tile.warps, STAGES=tile.stages, num_warps=tile.warps,
+        SHUFFLE=x_MK.is_cuda, **overlap(stored), ROWS=tile.rows, WARPS=tile.warps, STAGES=tile.stages,
+        num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -62,10 +66,14 @@ def _dot(
     bias_ptr, left_ptr, right_ptr, residual_ptr, out_ptr,
     left_stride, right_stride, residual_stride, out_stride, rank, scale, x_stride, tokens, outputs,
     COLUMNS: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
-    RESIDUAL: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr,
+    RESIDUAL: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr, OVERLAP: tl.constexpr,
     ROWS: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
+    if OVERLAP:
+        let_next_begin()
+        fetch_rows(weight_ptr, row, outputs, COLUMNS, KIND, ROWS, 2 if ACTIVATION >= 0 else 1)
+        await_inputs()
     found = row_of(row, outputs, ROWS, ACTIVATION)
     long = found.to(tl.int64)
     token = tl.arange(0, 16)
