@@ -8,7 +8,10 @@ import typer
 
 from jebi.imports import uncollected
 
-HELP = "Type a question. /base and /tuned switch the adapter off and on, /new forgets what was said, /quit ends."
+HELP = (
+    "Type a question. /base and /tuned switch the adapter off and on, /new forgets what was said, /quit ends; "
+    "Ctrl-C cuts an answer off."
+)
 
 
 def command(
@@ -49,7 +52,9 @@ def command(
     typer.echo(HELP, err=True)
     while (question := _ask()) not in (None, "/quit"):
         assert question is not None
-        if question in ("/base", "/tuned"):
+        if question in ("/base", "/tuned") and adapter is None:
+            typer.echo("There is no adapter to switch: name one with --adapter.", err=True)
+        elif question in ("/base", "/tuned"):
             tuned = question == "/tuned"
             typer.echo(f"Now the {question[1:]} model answers.", err=True)
         elif question == "/new":
@@ -58,7 +63,11 @@ def command(
         elif question.startswith("/"):
             typer.echo(HELP, err=True)
         elif question:
-            said = talk.ask(question, tuned)
+            try:
+                said = talk.ask(question, tuned)
+            except KeyboardInterrupt:
+                typer.echo("\n[cut off and forgotten]", err=True)
+                continue
             typer.echo(f"[first token after {said.first_s:.2f} s, then {said.tokens_per_s:.1f} tokens/s]", err=True)
 
 
@@ -66,5 +75,5 @@ def _ask() -> str | None:
     """The next line, or None at the end of the input; the prompt is for people, and stdout for answers."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         return None
