@@ -27,8 +27,8 @@ WARM_TOKENS = 8192
 """Longest row for which steps are captured beforehand."""
 _KEPT = 4
 """Numbers of rows for which cache and graphs are kept from one answer to the next."""
-_SHARE = 8
-"""A cache that is kept, or made as large as it may become, takes no more than this part of the card."""
+_SHARE = 4
+"""Caches that are kept, or one that is made as large as it may become, take no more than this part of the card."""
 
 
 @dataclass
@@ -122,8 +122,12 @@ class Engine:
         batch, self._batch = self._batch, None
         if batch is None:
             return
-        if not captures(model) or batch.cache.bytes_for(batch.cache.slots) > _share_of(model.device):
+        if not captures(model) or batch.cache.nbytes > _share_of(model.device):
             self._batches = {rows: kept for rows, kept in self._batches.items() if kept is not batch}
+            return
+        # The oldest goes first; this one is the last.
+        while sum(kept.cache.nbytes for kept in self._batches.values()) > _share_of(model.device):
+            del self._batches[next(iter(self._batches))]
 
     @torch.no_grad()
     def warm_up(self, model: JebiForCausalLM, tokens: int, rows: Sequence[int] = (1,)) -> None:

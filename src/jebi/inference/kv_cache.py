@@ -38,6 +38,11 @@ class StaticCache:
         """L."""
         return self.keys_NBGLd.shape[3]
 
+    @property
+    def nbytes(self) -> int:
+        """Size of both buffers now."""
+        return self.bytes_for(self.slots)
+
     def bytes_for(self, slots: int) -> int:
         """Size of both buffers at so many slots."""
         layers, batch, groups, _, size = self.keys_NBGLd.shape

@@ -142,7 +142,7 @@ def cached_attention_cases(value: str, capability: int) -> list[tuple[Any, dict[
     """Heads of 128 and of 256; a few queries and many."""
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), value) | {"scale": SCALAR, "softcap": SCALAR}
     types |= {"first_ptr": "*i32", "end_ptr": "*i32", "part_ptr": FLOAT, "top_ptr": FLOAT, "sum_ptr": FLOAT}
-    types |= dict.fromkeys(("k_row", "k_head", "k_place", "v_row", "v_head", "v_place", "split", "length"), "i32")
+    types |= dict.fromkeys(("k_row", "k_head", "k_place", "v_row", "v_head", "v_place", "length"), "i32")
     types |= dict.fromkeys(("window", "heads", "groups", "new", "queries", "size", "splits"), "i32")
     flags = {"WINDOWED": True, "CAPPED": True, "WHOLE": False, "SPLITS": cached_attention._MOST_SPLITS}
     flags["OVERLAP"] = capability >= 90

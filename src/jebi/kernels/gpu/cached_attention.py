@@ -45,7 +45,7 @@ def attend(q_BSHd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, extent: Extent, form:
     tops, sums = torch.empty(2, rows, splits, dtype=torch.float32, device=device)
     _attend[(batch * groups, splits)](
         q_BSHd.contiguous(), k_BGLd, v_BGLd, *extent, parts, tops, sums, out_BSHd,
-        *k_BGLd.stride()[:3], *v_BGLd.stride()[:3], triton.cdiv(triton.cdiv(length, splits), tile) * tile, length,
+        *k_BGLd.stride()[:3], *v_BGLd.stride()[:3], length,
         scale, window or 0, softcap or 0.0, heads, groups, new, queries, size,
         WINDOWED=window is not None, CAPPED=softcap is not None, WHOLE=splits == 1,
         QUERIES=max(16, triton.next_power_of_2(queries)), TILE=tile, SIZE=triton.next_power_of_2(size),
@@ -86,7 +86,7 @@ def turn_and_store(
 @triton.jit
 def _attend(
     q_ptr, k_ptr, v_ptr, first_ptr, end_ptr, part_ptr, top_ptr, sum_ptr, out_ptr,
-    k_row, k_head, k_place, v_row, v_head, v_place, split, length,
+    k_row, k_head, k_place, v_row, v_head, v_place, length,
     scale, window, softcap, heads, groups, new, queries, size,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WHOLE: tl.constexpr,
     QUERIES: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr, OVERLAP: tl.constexpr,
@@ -108,11 +108,13 @@ def _attend(
     here = real[:, None] & (column < size)[None]
     q = tl.load(q_ptr + head.to(tl.int64)[:, None] * size + column, here, other=0.0)
     stands = end - new + token
-    start = tl.program_id(1) * split
-    stop = tl.minimum(start + split, end)
-    start = tl.maximum(start, first // TILE * TILE)
+    low = first // TILE * TILE
     if WINDOWED:
-        start = tl.maximum(start, (tl.maximum(end - new - window + 1, 0)) // TILE * TILE)
+        low = tl.maximum(low, tl.maximum(end - new - window + 1, 0) // TILE * TILE)
+    # What a row has is cut, not what the cache could hold.
+    split = tl.cdiv(tl.cdiv(tl.maximum(end - low, 0), tl.num_programs(1)), TILE) * TILE
+    start = low + tl.program_id(1) * split
+    stop = tl.minimum(start + split, end)
     top = tl.full((QUERIES,), -1e30, tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     sums = tl.zeros((QUERIES, SIZE), tl.float32)
