@@ -140,7 +140,7 @@ def measured(name: str, kind: str, rows: int, bandwidth: float) -> dict[str, obj
         except Exception as error:  # a tile that a card has no room for is no candidate; anything else is said
             print(f"    {tile}: {str(error).splitlines()[0][:90]}")
     results.sort(key=lambda result: result[0])
-    now = few_rows.by_dots(shape.stored[0], rows, shape.x.device)
+    now = few_rows.by_dots(shape.stored[0], shape.x)
     present = shape.timed(None, now)
     for took, tile in [*results[:3], (present, "now")]:
         speed = shape.bytes / took / 1e3

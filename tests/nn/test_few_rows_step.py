@@ -91,3 +91,24 @@ def test_weights_of_a_form_that_no_kernel_reads_are_left(tiny_llama: Callable[[s
     few_rows_step.lay(layer)
     assert layer.few_rows is None
     model.model.unstack()
+
+
+@pytest.mark.parametrize("storage", [{}, {"load_in_4bit": True}, {"load_in_8bit": True}], ids=str)
+@torch.no_grad()
+def test_the_model_stays_what_it_was(tiny_llama: Callable[[str], Path], load, tmp_path: Path, storage) -> None:
+    """Its own weights are parts of the laid ones: saved, trained on and laid again they are the same."""
+    model = load(tiny_llama("even"), **storage).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.arange(3, 20)[None]
+    logits = model(ids).logits
+    for _ in range(2):
+        model.model.stack(keep=False, answering=True)
+        model.model.lay_for_few_rows()
+        after = model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        model.model.unstack()
+    assert torch.equal(model(ids).logits, logits)
+    if "load_in_8bit" not in storage:  # which are never written
+        model.save_pretrained(tmp_path / "saved")
+        assert torch.equal(load(tmp_path / "saved", **storage)(ids).logits, logits)

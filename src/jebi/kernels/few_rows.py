@@ -162,13 +162,14 @@ def product(
     after = gpu.Epilogue(bias_N, left, right, None if activation is None else ACTIVATIONS[activation], scale, residual)
     outputs = weight.shape[0] // (1 if activation is None else 2)
     out = torch.empty(x_MK.shape[0], outputs, dtype=x_MK.dtype, device=x_MK.device)
-    (gpu_dot if by_dots(stored, x_MK.shape[0], x_MK.device) else gpu).product(x_MK, stored, after, out)
+    (gpu_dot if by_dots(stored, x_MK) else gpu).product(x_MK, stored, after, out)
     return out
 
 
-def by_dots(stored: "Stored", rows: int, device: torch.device) -> bool:
-    """Whether tensor cores take the product: they pad to 16 rows what one or two rows need not."""
-    return rows > 2 and stored.shape[1] % _BLOCK == 0 and torch.cuda.get_device_capability(device) >= (8, 0)
+def by_dots(stored: "Stored", x_MK: Tensor) -> bool:
+    """Whether tensor cores take the product: they pad to 16 rows what one or two rows need not, and know 16 bits."""
+    few = x_MK.shape[0] <= 2 or x_MK.dtype == torch.float32
+    return not few and stored.shape[1] % _BLOCK == 0 and torch.cuda.get_device_capability(x_MK.device) >= (8, 0)
 
 
 def as_stored(weight: Weight) -> "Stored":

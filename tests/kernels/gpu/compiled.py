@@ -173,6 +173,16 @@ def fp8_cases(value: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int
     return found
 
 
+def aligned(signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
+    """What a launch tells the compiler of a large model: pointers and strides are multiples of 16.
+
+    Loads are wide then, and several are under way at once, for which shared memory is taken.
+    """
+    strides = ("stride", "_row", "_head", "_place", "_token")
+    found = [kind.startswith("*") or (kind == "i32" and name.endswith(strides)) for name, kind in signature.items()]
+    return {(place,): [["tt.divisibility", 16]] for place, fits in enumerate(found) if fits}
+
+
 def main() -> None:
     """Compile them all."""
     for capability, limit in SHARED_KIB.items():
@@ -185,7 +195,7 @@ def main() -> None:
                 assert not missing, f"{kernel.__name__} takes {missing} too"
                 signature = {name: types.get(name, "constexpr") for name in names}
                 constants = {name: constant for name, constant in constants.items() if name in names}
-                source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+                source = ASTSource(kernel, signature, constants, aligned(signature))
                 compiled = triton.compile(source, target=target, options={"num_warps": warps})
                 worst = max(worst, compiled.metadata.shared)
                 if compiled.metadata.shared > limit * 1024:

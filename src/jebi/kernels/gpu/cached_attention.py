@@ -26,6 +26,11 @@ def tile_of(size: int) -> int:
     return _KEYS if size <= 128 else _KEYS // 2
 
 
+def stages_of(q: Tensor) -> int:
+    """Tiles of keys and values under way at once: in float32 several would not fit everywhere into shared memory."""
+    return 1 if q.dtype == torch.float32 else 3
+
+
 def splits_of(rows: int, length: int, tile: int) -> int:
     """Into how many parts the keys are cut, for ``rows`` times key heads and a cache of ``length``."""
     return max(1, min(_PROGRAMS // rows, -(-length // tile), _MOST_SPLITS))
@@ -49,7 +54,7 @@ def attend(q_BSHd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, extent: Extent, form:
         scale, window or 0, softcap or 0.0, heads, groups, new, queries, size,
         WINDOWED=window is not None, CAPPED=softcap is not None, WHOLE=splits == 1,
         QUERIES=max(16, triton.next_power_of_2(queries)), TILE=tile, SIZE=triton.next_power_of_2(size),
-        OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
+        OVERLAP=overlap, launch_pdl=overlap, num_warps=4, num_stages=stages_of(q_BSHd),
     )  # fmt: skip
     if splits > 1:
         _combine[(rows,)](
