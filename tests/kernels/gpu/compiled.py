@@ -3,7 +3,8 @@
 Prints, for each, what it takes of a block's shared memory, and fails where a card has less.
 """
 
-import sys
+import os
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -183,27 +184,30 @@ def aligned(signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
     return {(place,): [["tt.divisibility", 16]] for place, fits in enumerate(found) if fits}
 
 
+def compile_for(capability: int) -> str:
+    """Compile them all for one kind of card; what was found."""
+    target, limit, worst = GPUTarget("cuda", capability, 32), SHARED_KIB[capability], 0
+    for value in ("*fp16",) if capability < 80 else ("*fp16", "*bf16"):
+        for kernel, types, constants, warps in cases(value, capability):
+            names = kernel.arg_names
+            missing = set(names) - set(types) - set(constants)
+            assert not missing, f"{kernel.__name__} takes {missing} too"
+            signature = {name: types.get(name, "constexpr") for name in names}
+            constants = {name: constant for name, constant in constants.items() if name in names}
+            source = ASTSource(kernel, signature, constants, aligned(signature))
+            compiled = triton.compile(source, target=target, options={"num_warps": warps})
+            worst = max(worst, compiled.metadata.shared)
+            taken = f"{kernel.__name__} takes {compiled.metadata.shared} bytes of shared memory on {capability}"
+            assert compiled.metadata.shared <= limit * 1024, taken
+    count = len(cases("*fp16", capability))
+    return f"compute capability {capability / 10}: {count} kernels, at most {worst} bytes shared"
+
+
 def main() -> None:
-    """Compile them all."""
-    for capability, limit in SHARED_KIB.items():
-        target = GPUTarget("cuda", capability, 32)
-        worst = 0
-        for value in ("*fp16",) if capability < 80 else ("*fp16", "*bf16"):
-            for kernel, types, constants, warps in cases(value, capability):
-                names = kernel.arg_names
-                missing = set(names) - set(types) - set(constants)
-                assert not missing, f"{kernel.__name__} takes {missing} too"
-                signature = {name: types.get(name, "constexpr") for name in names}
-                constants = {name: constant for name, constant in constants.items() if name in names}
-                source = ASTSource(kernel, signature, constants, aligned(signature))
-                compiled = triton.compile(source, target=target, options={"num_warps": warps})
-                worst = max(worst, compiled.metadata.shared)
-                if compiled.metadata.shared > limit * 1024:
-                    sys.exit(
-                        f"{kernel.__name__} takes {compiled.metadata.shared} bytes of shared memory on {capability}"
-                    )
-        count = len(cases("*fp16", capability))
-        print(f"compute capability {capability / 10}: {count} kernels, at most {worst} bytes shared")
+    """Compile them all, a process a kind of card."""
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for found in pool.map(compile_for, SHARED_KIB):
+            print(found, flush=True)
 
 
 if __name__ == "__main__":
