@@ -314,7 +314,7 @@ def measured(case: Case, device: torch.device) -> Result:
     """Time an operation and its reference."""
     kernel = seconds(case.kernel, device)
     reference = seconds(case.reference, device) - (seconds(case.before, device) if case.before is not None else 0)
-    return Result(case.name, round(kernel * 1e3, 4), round(reference * 1e3, 4), round(case.bytes / 1e9 / kernel, 1))
+    return Result(case.name, round(kernel * 1e3, 4), round(reference * 1e3, 4), round(case.bytes / 1e9 / kernel, 3))
 
 
 def table(results: list[Result], bandwidth: float) -> str:
