@@ -18,9 +18,9 @@ from transformers.cache_utils import Cache
 
 from jebi.kernels.rms_norm import rms_norm_forward
 from jebi.models.families import DecoderShape
-from jebi.nn import few_rows_step
+from jebi.nn import few_rows_step, nf4_product
 from jebi.nn.attention import AttentionForm, attend_cached, attend_rows, seen
-from jebi.nn.base_product import DenseProduct, Scratch
+from jebi.nn.base_product import BaseProduct, DenseProduct, Scratch
 from jebi.nn.embedding import Embedding
 from jebi.nn.fp8_product import Fp8Product
 from jebi.nn.group import Stacked
@@ -28,6 +28,7 @@ from jebi.nn.host_memory import HostMemory
 from jebi.nn.layer import DecoderLayer, Norm, stream_scale
 from jebi.nn.layer_node import CHUNK_TOKENS, Keep, Keeping, run_layer, run_without_graph, serves
 from jebi.nn.layer_step import LayerStep, Now
+from jebi.nn.linear import Linear
 from jebi.nn.rotary import Rotary, Tables
 from jebi.nn.rows import Rows
 
@@ -170,8 +171,15 @@ class Decoder(nn.Module):
             answering: whether the layers are only to answer.
         """
         scratch = None if keep else Scratch()
+
+        def base_of(maps: list[Linear]) -> BaseProduct:
+            if fp8:
+                return Fp8Product(maps, scratch)
+            dense = DenseProduct(maps, scratch)
+            return nf4_product.answering(maps, dense) if answering else dense
+
         for layer in self.decoder_layers():
-            layer.stack(lambda maps: Fp8Product(maps, scratch) if fp8 else DenseProduct(maps, scratch), answering)
+            layer.stack(base_of, answering)
 
     def unstack(self) -> None:
         """Forget what `stack` laid together; dense weights stay parts of one matrix."""
