@@ -15,9 +15,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -25,7 +27,9 @@ from torch import Tensor, nn
 
 from jebi.kernels import (
     adamw8bit,
+    cached_attention,
     dequantize,
+    few_rows,
     gather,
     glu,
     linear_cross_entropy,
@@ -61,6 +65,11 @@ class Shapes:
     """Of gate's and up's adapters together."""
     trained: int = 41_943_040
     chunks: tuple[int, ...] = (128, 512, 1024, 4096)
+
+    @property
+    def groups(self) -> int:
+        """Heads of keys, one for four of queries."""
+        return self.heads // 5
 
 
 SMALL = Shapes(64, 128, 256, 6, 16, 512, 8, 65_536, (16, 64))
@@ -140,6 +149,8 @@ def cases(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Iterator[
     del weight
     yield _gather_case(shapes, drawn, generator)
     yield from _fp8_cases(shapes, drawn)
+    yield from _few_rows_cases(shapes, drawn)
+    yield _cached_attention_case(shapes, drawn)
     yield from _loss_cases(shapes, drawn, generator)
     yield from _adam_cases(shapes, device, generator)
 
@@ -215,6 +226,37 @@ def _fp8_cases(shapes: Shapes, drawn: Callable[..., Tensor]) -> Iterator[Case]:
     yield Case("scaled product, gate", moved, product, lambda: x @ weight.t())
 
 
+def _few_rows_cases(shapes: Shapes, drawn: Callable[..., Tensor]) -> Iterator[Case]:
+    """Decoding's products of 4-bit weights. Each call reads another weight, so that a card's cache holds none of it."""
+    width, ffn = shapes.width, shapes.feed_forward
+    sizes = {"qkv": ((shapes.heads + shapes.groups) * shapes.head, width), "o": (width, width), "down": (width, ffn)}
+    for name, (outputs, inputs) in (sizes | {"gate and up": (2 * ffn, width)}).items():
+        stack = few_rows.stacked([NF4Weight.quantize(drawn(outputs, inputs, scale=inputs**-0.5))])
+        assert isinstance(stack, few_rows.NF4Stack)
+        copies = [replace(stack, packed=stack.packed.clone()) for _ in range(REPEATS)]
+        stored = sum(part.nbytes for part in vars(stack).values() if isinstance(part, Tensor))
+        for rows in (1, 4, 16):
+            x, turn = drawn(rows, inputs), cycle(copies)
+            activation: glu.Activation | None = "silu" if name == "gate and up" else None
+
+            def run(x: Tensor = x, turn: Iterator[few_rows.NF4Stack] = turn, activation: Any = activation) -> object:
+                return few_rows.product(x, next(turn), activation=activation)
+
+            plain = partial(few_rows.product_reference, x, stack, activation=activation)
+            yield Case(f"few rows, {name}, {rows}", stored, run, plain)
+
+
+def _cached_attention_case(shapes: Shapes, drawn: Callable[..., Tensor]) -> Case:
+    """Of 16 rows, the cache full."""
+    q = drawn(16, 1, 4 * shapes.groups, shapes.head)
+    k, v = (drawn(16, shapes.groups, shapes.tokens, shapes.head) for _ in range(2))
+    ends = (torch.full((16,), place, dtype=torch.int32, device=q.device) for place in (0, shapes.tokens))
+    settings = (q, k, v, (next(ends), next(ends)), (shapes.head**-0.5, None, None))
+    reference = partial(cached_attention.cached_attention_reference, *settings)
+    moved = k.nbytes + v.nbytes
+    return Case("cached attention, 16 rows", moved, partial(cached_attention.cached_attention, *settings), reference)
+
+
 def _loss_cases(shapes: Shapes, drawn: Callable[..., Tensor], generator: torch.Generator) -> Iterator[Case]:
     hidden = drawn(shapes.tokens, shapes.width).requires_grad_()
     head = drawn(shapes.vocabulary, shapes.width, scale=shapes.width**-0.5)
@@ -272,7 +314,7 @@ def measured(case: Case, device: torch.device) -> Result:
     """Time an operation and its reference."""
     kernel = seconds(case.kernel, device)
     reference = seconds(case.reference, device) - (seconds(case.before, device) if case.before is not None else 0)
-    return Result(case.name, round(kernel * 1e3, 4), round(reference * 1e3, 4), round(case.bytes / 1e9 / kernel, 1))
+    return Result(case.name, round(kernel * 1e3, 4), round(reference * 1e3, 4), round(case.bytes / 1e9 / kernel, 3))
 
 
 def table(results: list[Result], bandwidth: float) -> str:

@@ -235,9 +235,15 @@ class FastLanguageModel:
         return JebiForSequenceClassification(model, random_state)
 
     @staticmethod
-    def for_inference(model: JebiForCausalLM) -> JebiForCausalLM:
-        """Make the model ready to answer: no dropout, cache on, weights kept as decoding reads them fastest."""
-        return prepare(model)
+    def for_inference(model: JebiForCausalLM, rows: Sequence[int] = (1,)) -> JebiForCausalLM:
+        """Make the model ready to answer: no dropout, cache on, weights kept as decoding reads them fastest.
+
+        Args:
+            model: with an adapter or without.
+            rows: for a card: how many prompts will be answered at once. What these numbers need is compiled and
+                captured now; other numbers work too, and are captured when they come.
+        """
+        return prepare(model, rows)
 
     @staticmethod
     def for_training(model: JebiForCausalLM) -> JebiForCausalLM:

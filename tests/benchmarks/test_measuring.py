@@ -23,7 +23,9 @@ def test_kernels(tmp_path: Path) -> None:
     assert all(f"| {name} | " in printed for name in names)
     words = {
         "adamw8bit": "adamw8bit",
+        "cached_attention": "cached attention",
         "dequantize": "nf4 dequantise",
+        "few_rows": "few rows",
         "gather": "gather from host memory",
         "glu": "glu backward",
         "linear_cross_entropy": "linear cross-entropy",
@@ -71,3 +73,12 @@ def test_plan_runs(tmp_path: Path) -> None:
     literals = json.loads((tmp_path / "plan_literals.json").read_text())
     assert [result["choice"] for result in literals] == ["auto", "True", "False", "unsloth"]
     assert "auto slower by" in (tmp_path / "plan_literals.md").read_text()
+
+
+def test_decode(tmp_path: Path, tiny_llama) -> None:
+    words = ("--path", str(tiny_llama("worded")), "--against", "", "--device", "cpu", "--new", "4")
+    printed, figures = run("decode.py", tmp_path / "figures.json", *words, "--rows", "1,2", "--prompts", "5,9")
+    assert isinstance(figures, list)
+    assert [(case["prompt"], case["bs"]) for case in figures] == [(5, 1), (5, 2), (9, 1), (9, 2)]
+    assert all(case["prefill_ms"] > 0 and case["decode_tok_s"] > 0 for case in figures)
+    assert printed.count("| jebi |") == 4

@@ -1,7 +1,14 @@
 """``jebi train``, ``compare`` and ``chat`` in turn on a tiny model: results on stdout, progress on stderr."""
 
 import json
+import os
+import pty
 import re
+import select
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +194,53 @@ def test_chat_ends_with_its_input_and_uses_the_trainings_template(jebi: Run, tin
     done = jebi("chat", "--base", str(tiny_model), "--max-new-tokens", "2", "--template", "alpaca", stdin="hello")
     assert done.code == 0, done.err
     assert done.err.count("tokens/s]") == 1
+
+
+def test_chat_without_an_adapter_has_nothing_to_switch(jebi: Run, tiny_model: Path) -> None:
+    done = jebi("chat", "--base", str(tiny_model), "--max-new-tokens", "2", stdin="/base\n")
+    assert done.code == 0, done.err
+    assert "There is no adapter to switch: name one with --adapter." in done.err
+
+
+def test_chat_in_a_terminal(tiny_model: Path) -> None:
+    """A prompt for people, an answer cut off by Ctrl-C, the next one whole."""
+    words = [
+        "chat",
+        "--base",
+        str(tiny_model),
+        "--no-load-in-4bit",
+        "--template",
+        "alpaca",
+        "--max-new-tokens",
+        "50000",
+    ]
+    terminal, theirs = pty.openpty()
+    command = [sys.executable, "-c", "from jebi.cli.main import run; run()", *words]
+    chat = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+
+    def until(word: bytes) -> None:
+        nonlocal seen
+        end = time.monotonic() + 120
+        while word not in seen:
+            assert select.select([terminal], [], [], max(0.0, end - time.monotonic()))[0], seen
+            seen += os.read(terminal, 4096)
+        seen = seen.partition(word)[2]
+
+    try:
+        until(b"> ")
+        os.write(terminal, b"Say hello.\n")
+        until(b"Say hello.\r\n")
+        time.sleep(1)  # the terminal echoes before the question is read; the answer takes far longer
+        chat.send_signal(signal.SIGINT)
+        until(b"[cut off and forgotten]")
+        until(b"> ")
+        os.write(terminal, b"/quit\n")
+        assert chat.wait(60) == 0
+    finally:
+        chat.kill()
+        os.close(terminal)
 
 
 def test_the_base_model_is_the_adapters_own_unless_named(jebi: Run, trained: Path, tiny_model: Path) -> None:

@@ -11,12 +11,18 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 
 from jebi.adapters.lora import attach
 from jebi.adapters.peft_files import adapter_tensors
 from jebi.config import LoraConfig
 from jebi.errors import ModelError
+from jebi.inference.generation import prepare
 from jebi.models.families import FAMILIES
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.reward import JebiForSequenceClassification
@@ -107,9 +113,15 @@ def test_other_ways_through_the_layers_give_the_same(name: str, checkpointing: s
 
 
 @every
-def test_generation(name: str, twins, rows, note) -> None:
-    """Greedy, prompts of different lengths padded on the left, past every window."""
+@pytest.mark.parametrize("ready", ["as loaded", "made ready to answer", "in few launches, as on a card"])
+def test_generation(name: str, ready: str, twins, rows, note) -> None:
+    """Greedy, prompts of different lengths padded on the left, past every window; through either loop of tokens."""
     ours, theirs = (model.eval() for model in twins(name))
+    if ready != "as loaded":
+        prepare(ours)
+    if "few" in ready:
+        ours.model.lay_for_few_rows()
+        assert all(layer.few_rows is not None for layer in ours.model.decoder_layers())
     inputs = rows(name, "left")
     del inputs["labels"]
     settings = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
@@ -117,17 +129,31 @@ def test_generation(name: str, twins, rows, note) -> None:
     assert torch.equal(*tokens)
     assert len(tokens[0].unique()) > 8
     note(name, "generation", f"{tokens[0].numel()} tokens equal")
+    if ready != "as loaded":
+        assert served(ours, inputs)
+        for row, mask, answer in zip(inputs["input_ids"], inputs["attention_mask"], tokens[0], strict=True):
+            assert torch.equal(ours.generate(row[mask.bool()][None], **settings)[0, -16:], answer)
+
+
+def served(model: JebiForCausalLM, inputs: dict[str, Any]) -> bool:
+    """Whether jebi's engine serves the call."""
+    assert model.decoding is not None
+    keywords = {"attention_mask": inputs["attention_mask"]}
+    return model.decoding.serves(model, inputs["input_ids"], GenerationConfig(max_length=99), keywords)
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
-def test_each_row_outgrows_its_frequencies_at_its_own_length(settings: dict[str, Any], twins) -> None:
+@pytest.mark.parametrize("ready", [False, True], ids=["as loaded", "made ready to answer"])
+def test_each_row_outgrows_its_frequencies_at_its_own_length(settings: dict[str, Any], ready: bool, twins) -> None:
     """Three rows that cross 20 tokens at different steps: each answers as transformers lets it alone."""
     ours, theirs = (model.eval() for model in twins("phi3, longrope that generation outgrows"))
+    if ready:
+        prepare(ours)
     prompts = [torch.randint(3, 300, (1, n), generator=torch.Generator().manual_seed(n)) for n in (13, 7, 2)]
     batch, mask = (torch.zeros(3, 13, dtype=torch.long) for _ in range(2))
     for row, prompt in enumerate(prompts):
         batch[row, 13 - prompt.shape[1] :], mask[row, 13 - prompt.shape[1] :] = prompt[0], 1
-    settings |= {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    settings = settings | {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     made = ours.generate(batch, attention_mask=mask, **settings)[:, 13:]
     for prompt, answer in zip(prompts, made, strict=True):
         alone = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)

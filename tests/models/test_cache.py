@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import Cache
 
 from jebi.errors import ModelError
-from jebi.models.cache import STEP, GrowingLayer, growing_cache
+from jebi.models.cache import STEP, GrowingCache, GrowingLayer
 
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -22,7 +22,7 @@ def close(ours: Tensor, whole: Tensor) -> None:
     assert (ours - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
-@pytest.mark.parametrize("make", [DynamicCache, growing_cache])
+@pytest.mark.parametrize("make", [DynamicCache, GrowingCache])
 @pytest.mark.parametrize("variant", ["tied", "llama3"])
 @pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 6], [1, 11]])
 @torch.no_grad()
@@ -42,7 +42,7 @@ def test_left_padded_chunks_equal_each_row_alone(tiny_llama, load, chunks: list[
     model = load(tiny_llama())
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[1, :5] = 0
-    cache, parts, start = growing_cache(), [], 0
+    cache, parts, start = GrowingCache(), [], 0
     for size in chunks:
         end = start + size
         parts.append(model(IDS[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits)
@@ -79,7 +79,7 @@ def states(tokens: int, batch: int = 2) -> tuple[Tensor, Tensor]:
     ids=["append", "crop", "swap", "beam", "select", "reset"],
 )
 def test_growing_cache_holds_what_the_dynamic_one_holds(between: Callable[[Cache], object]) -> None:
-    ours, theirs = growing_cache(), DynamicCache()
+    ours, theirs = GrowingCache(), DynamicCache()
     for size in (5, 1, 1, STEP, 3):
         for layer in (0, 1):
             mine, other = (cache.update(*states(size), layer) for cache in (ours, theirs))
@@ -91,7 +91,7 @@ def test_growing_cache_holds_what_the_dynamic_one_holds(between: Callable[[Cache
 
 
 def test_appending_a_token_copies_nothing() -> None:
-    cache = growing_cache()
+    cache = GrowingCache()
     keys, _ = cache.update(*states(5), 0)
     for _ in range(STEP - 5):
         longer, _ = cache.update(*states(1), 0)

@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from jebi.errors import ConfigError, ModelError
+from jebi.inference.generation import prepare
 from jebi.models.files import find
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.loading import load_model
@@ -179,11 +180,14 @@ def test_logits_of_rows_within_and_beyond_the_trained_length(tiny_llama, kind: s
             assert_logits(mine, theirs()(row).logits)
 
 
+@pytest.mark.parametrize("ready", [False, True], ids=["as loaded", "made ready to answer"])
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", "yarn"])
-def test_a_batch_decodes_past_the_length_at_which_frequencies_change(tiny_llama, kind: str) -> None:
+def test_a_batch_decodes_past_the_length_at_which_frequencies_change(tiny_llama, kind: str, ready: bool) -> None:
     """From 4 tokens before it to 8 beyond, beside a much shorter row: the tokens transformers says for each alone."""
     at = {"longrope": 32}.get(kind, 128)
     ours, theirs = twins(tiny_llama(), with_rope(tiny_llama(), KINDS[kind]))
+    if ready:
+        prepare(ours)
     long, short = ids(at - 4), ids(9)
     padded = torch.cat((torch.zeros(1, at - 13, dtype=torch.long), short), dim=1)
     mask = torch.ones(2, at - 4, dtype=torch.long)

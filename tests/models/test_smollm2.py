@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from jebi.adapters.lora import attach
 from jebi.adapters.peft_files import adapter_tensors
 from jebi.config import LoraConfig
+from jebi.inference.generation import prepare
 from jebi.models.files import find
 from jebi.models.tokenizer import ready
 
@@ -66,6 +67,21 @@ def test_greedy_answers_to_a_left_padded_batch(models) -> None:
     assert inputs["attention_mask"].eq(0).any()
     ours, theirs = answers(models, inputs, do_sample=False)
     assert torch.equal(ours, theirs)
+
+
+def test_answers_through_the_engine_together_and_alone(models, load, smollm2_folder) -> None:
+    """Prompts of different lengths, rows that end at different tokens or not at all."""
+    ours = prepare(load(smollm2_folder))
+    ours.generation_config = models.ours.generation_config
+    inputs = ask(models, QUESTIONS)
+    settings = {"max_new_tokens": 24, "do_sample": False, "stop_strings": [" sea", "."], "tokenizer": models.tokenizer}
+    together = ours.generate(**inputs, **settings)
+    assert torch.equal(together, models.theirs.generate(**inputs, **settings))
+    for ids, mask, row in zip(inputs["input_ids"], inputs["attention_mask"], together, strict=True):
+        alone = ours.generate(ids[mask.bool()][None], **settings)[0, mask.sum() :]
+        answer = row[len(mask) :]
+        assert torch.equal(answer[: len(alone)], alone)
+        assert answer[len(alone) :].eq(models.tokenizer.pad_token_id).all()
 
 
 def test_any_of_several_eos_tokens_ends_an_answer(models) -> None:

@@ -2,19 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from jebi.imports import uncollected
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from jebi.data.templates import Template
-    from jebi.models.hf import JebiForCausalLM
-
-HELP = "Type a question. /base and /tuned switch the adapter off and on, /quit ends."
+HELP = (
+    "Type a question. /base and /tuned switch the adapter off and on, /new forgets what was said, /quit ends; "
+    "Ctrl-C cuts an answer off."
+)
 
 
 def command(
@@ -34,6 +31,7 @@ def command(
         from jebi.adapters.peft_config import read_config
         from jebi.data.templates import CHAT, named
         from jebi.fast import FastLanguageModel
+        from jebi.inference.talk import Talk
         from jebi.models.tokenizer import beside
         from jebi.run import base_for, model_settings, template_of
 
@@ -50,51 +48,32 @@ def command(
         tokenizer = beside(adapter, tokenizer, model)
     FastLanguageModel.for_inference(model)
     form = named(spec or (CHAT if tokenizer.chat_template else template_of(None, None)), tokenizer)
+    talk, tuned = Talk(model, tokenizer, form, max_new_tokens), True
     typer.echo(HELP, err=True)
-    tuned = True
     while (question := _ask()) not in (None, "/quit"):
         assert question is not None
-        if question in ("/base", "/tuned"):
+        if question in ("/base", "/tuned") and adapter is None:
+            typer.echo("There is no adapter to switch: name one with --adapter.", err=True)
+        elif question in ("/base", "/tuned"):
             tuned = question == "/tuned"
             typer.echo(f"Now the {question[1:]} model answers.", err=True)
+        elif question == "/new":
+            talk.forget()
+            typer.echo("Forgotten.", err=True)
         elif question.startswith("/"):
             typer.echo(HELP, err=True)
         elif question:
-            _reply(model, tokenizer, form, question, max_new_tokens, tuned)
+            try:
+                said = talk.ask(question, tuned)
+            except KeyboardInterrupt:
+                typer.echo("\n[cut off and forgotten]", err=True)
+                continue
+            typer.echo(f"[first token after {said.first_s:.2f} s, then {said.tokens_per_s:.1f} tokens/s]", err=True)
 
 
 def _ask() -> str | None:
     """The next line, or None at the end of the input; the prompt is for people, and stdout for answers."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         return None
-
-
-def _reply(
-    model: "JebiForCausalLM",
-    tokenizer: "PreTrainedTokenizerBase",
-    form: "Template",
-    question: str,
-    max_new_tokens: int,
-    tuned: bool,
-) -> None:
-    """Stream one answer to stdout; its speed to stderr."""
-    import time
-    from contextlib import nullcontext
-
-    import torch
-    from transformers import TextStreamer
-
-    from jebi.data.conversation import question as asked
-    from jebi.data.encoding import Encoder
-    from jebi.inference.generation import generate
-
-    prompts = Encoder(tokenizer, form.literals).prompts(form, [asked(question)])
-    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    began = time.perf_counter()
-    with torch.no_grad(), nullcontext() if tuned else model.disable_adapter():
-        output = generate(model, **inputs, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False)
-    made = output.shape[1] - inputs["input_ids"].shape[1]
-    typer.echo(f"[{made / (time.perf_counter() - began):.1f} tokens/s]", err=True)

@@ -1,22 +1,31 @@
-"""Making a model ready to answer. Generation itself is transformers' ``generate`` over the model's cached path."""
+"""Making a model ready to answer. Which tokens are made, and how, is `decoding`'s and `engine`'s."""
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
 from torch import Tensor
 
+from jebi.inference.decoding import Decoding
+from jebi.inference.engine import WARM_TOKENS, Engine
 from jebi.models.device import free_bytes
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import place
 
+logger = logging.getLogger(__name__)
+
 _SHARE = 0.5
+_LONG_S = 2.0
+"""Seconds after which the user is told what took them."""
 
 
-def prepare(model: JebiForCausalLM) -> JebiForCausalLM:
+def prepare(model: JebiForCausalLM, rows: Sequence[int] = (1,)) -> JebiForCausalLM:
     """Turn off training and keep what each token reads in the form it is read.
 
-    On a CPU with room for it that includes 4-bit weights, dequantised. Training again drops the copies. What a
-    training moved off the card, embedding and head, comes back where there is room.
+    On a CPU with room for it that includes 4-bit weights, dequantised; on a card steps of so many ``rows`` at once are
+    captured, which is said where it takes long. Training again undoes it. What a training moved off the card,
+    embedding and head, comes back where there is room.
     """
     model.eval()
     model.config.use_cache = True
@@ -24,10 +33,25 @@ def prepare(model: JebiForCausalLM) -> JebiForCausalLM:
     _bring_back(model)
     linears = [linear for _, linear in model.linears()]
     needed = sum(m.in_features * m.out_features for m in linears) * model.dtype.itemsize
-    stay = model.device.type == "cpu" and not model.model.sharded
-    roomy = stay and needed < _SHARE * psutil.virtual_memory().available
+    # Layers that several processes share are gathered as modules are called, which the engine's steps do not do.
+    shared = model.model.sharded
+    roomy = model.device.type == "cpu" and not shared and needed < _SHARE * psutil.virtual_memory().available
+    if not shared:
+        # Whatever is not packed is kept as it is multiplied anyway.
+        model.model.stack(keep=roomy, answering=True)
+        for group in model.model.answering_groups():
+            group.lend()
     for linear in linears:
         linear.keep_for_decoding(dense=roomy)
+    if shared:
+        return model
+    engine = Engine()
+    model.decoding = Decoding(engine)
+    if model.device.type == "cuda":
+        model.model.lay_for_few_rows()
+        engine.warm_up(model, getattr(model, "max_seq_length", WARM_TOKENS), rows)
+        if engine.warm_up_seconds > _LONG_S:
+            logger.warning(f"made ready to answer in {engine.warm_up_seconds:.1f} s")
     return model
 
 

@@ -47,6 +47,10 @@ class GrowingLayer(DynamicLayer):
         return buffer[..., :length, :]
 
 
-def growing_cache() -> Cache:
-    """An empty cache for any number of layers."""
-    return Cache(layer_class_to_replicate=GrowingLayer)
+class GrowingCache(Cache):
+    """A cache of growing layers, as many as the model has."""
+
+    def __init__(self, of_generate: bool = False):
+        """Empty; ``of_generate`` where ``generate`` made it for itself, so that nobody looks at it afterwards."""
+        super().__init__(layer_class_to_replicate=GrowingLayer)
+        self.of_generate = of_generate

@@ -8,6 +8,7 @@ Shapes: T tokens of all rows, B batch, S new tokens, L cached length, D width.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +18,19 @@ from transformers.cache_utils import Cache
 
 from jebi.config import Checkpointing
 from jebi.config.limits import CHUNK_TOKENS
+from jebi.kernels.rms_norm import rms_norm_forward
 from jebi.models.families import DecoderShape
+from jebi.nn import few_rows_step, nf4_product
 from jebi.nn.attention import attend_cached, attend_rows, seen
-from jebi.nn.base_product import DenseProduct, Scratch
+from jebi.nn.base_product import BaseProduct, DenseProduct, Scratch
 from jebi.nn.embedding import Embedding
 from jebi.nn.fp8_product import Fp8Product
 from jebi.nn.group import Stacked
 from jebi.nn.host_memory import HostMemory
 from jebi.nn.layer import DecoderLayer, Norm, stream_scale
-from jebi.nn.layer_node import Keep, Keeping, run_layer, serves
+from jebi.nn.layer_node import Keep, Keeping, run_layer, run_without_graph, serves
+from jebi.nn.layer_step import LayerStep, Now
+from jebi.nn.linear import Linear
 from jebi.nn.rotary import Rotary, Tables
 from jebi.nn.rows import Rows
 from jebi.nn.shape import AttentionForm
@@ -121,6 +126,38 @@ class Decoder(nn.Module):
         out_BSD: Tensor = self.norm(hidden_BSD)
         return out_BSD
 
+    def forward_prompts(
+        self, hidden_TD: Tensor, rows: Rows, take: Callable[[int, Tensor, Tensor], None], last_B: Tensor
+    ) -> Tensor:
+        """Embedded rows laid end to end -> final hidden states (B, D) of the tokens ``last_B``; no graph.
+
+        ``take`` is given every layer's number and its keys and values (T, G, d).
+        """
+        tables = self._tables(lambda rotary: rotary.of_rows(rows, hidden_TD.dtype))
+        hidden_TD = self._carried(hidden_TD)
+        for number, layer in enumerate(self.decoder_layers()):
+            turned, chunk = tables[layer.shape.kind], self.chunk_tokens
+            hidden_TD = run_without_graph(layer, hidden_TD, turned, rows, chunk, partial(take, number))
+        return rms_norm_forward(hidden_TD[last_B], self.norm.weight, self.norm.eps, self.norm.unit_offset)[0]
+
+    def forward_step(
+        self,
+        hidden_BD: Tensor,
+        keys_NBGLd: Tensor,
+        values_NBGLd: Tensor,
+        now: Now,
+        step: LayerStep = few_rows_step.few_rows_step,
+    ) -> Tensor:
+        """One embedded token a row -> final hidden states (B, D); no graph.
+
+        Keys and values of all N layers are in two tensors, to which the new tokens' are written.
+        """
+        tables = self._tables(lambda rotary: _one_each(rotary.of_positions(now.lengths_B[:, None], hidden_BD.dtype)))
+        hidden_BD = self._carried(hidden_BD)
+        for layer, keys_BGLd, values_BGLd in zip(self.decoder_layers(), keys_NBGLd, values_NBGLd):
+            hidden_BD = step(layer, hidden_BD, tables[layer.shape.kind], keys_BGLd, values_BGLd, now)
+        return rms_norm_forward(hidden_BD, self.norm.weight, self.norm.eps, self.norm.unit_offset)[0]
+
     def _keeping(self, device: torch.device) -> Iterator[Keeping]:
         """What each layer keeps of a pass."""
         # Without a backward nothing is kept anyway, and in chunks a row costs no more to evaluate than to train on.
@@ -140,22 +177,30 @@ class Decoder(nn.Module):
         """Embedded tokens as the residual stream begins."""
         return embedded if self._scale == 1 else embedded * self._scale
 
-    def stack(self, keep: bool, fp8: bool = False) -> None:
-        """Lay every layer's maps together for a card.
+    def stack(self, keep: bool, fp8: bool = False, answering: bool = False) -> None:
+        """Lay every layer's maps together: for training on a card, or for answering anywhere.
 
         Args:
             keep: whether packed weights are kept as they are multiplied, instead of made so at every use.
             fp8: multiply by the frozen weights in 8-bit floats; who may ask for it is `models.compute`'s.
+            answering: whether the layers are only to answer.
         """
         stay = not self.sharded
         scratch = None if keep and stay else Scratch()
+
+        def base_of(maps: list[Linear]) -> BaseProduct:
+            if fp8:
+                return Fp8Product(maps, scratch)
+            dense = DenseProduct(maps, scratch, stay)
+            return nf4_product.answering(maps, dense) if answering else dense
+
         for layer in self.decoder_layers():
-            layer.stack(lambda maps: Fp8Product(maps, scratch) if fp8 else DenseProduct(maps, scratch, stay))
+            layer.stack(base_of, answering)
 
     def unstack(self) -> None:
         """Forget what `stack` laid together; dense weights stay parts of one matrix."""
         for layer in self.decoder_layers():
-            layer.stacked = None
+            layer.stacked = layer.answering = layer.few_rows = None
 
     def cast_adapters(self, again: bool) -> None:
         """Cast the adapters of stacked layers to the compute dtype.
@@ -165,9 +210,19 @@ class Decoder(nn.Module):
         """
         for layer in self.decoder_layers():
             if layer.stacked is not None:
-                for group in (layer.stacked.qkv, layer.stacked.o, layer.stacked.gate_up, layer.stacked.down):
-                    assert isinstance(group, Stacked)
+                for group in layer.stacked.stacked():
                     group.cast() if again else group.note()
+
+    def answering_groups(self) -> Iterator[Stacked]:
+        """The groups that all layers answer with, where their maps are laid together for that."""
+        for layer in self.decoder_layers():
+            if layer.answering is not None:
+                yield from layer.answering.stacked()
+
+    def lay_for_few_rows(self) -> None:
+        """Lay the groups' weights as they are stored, for steps of few rows on a card (`nn.few_rows_step`)."""
+        for layer in self.decoder_layers():
+            few_rows_step.lay(layer)
 
     def decoder_layers(self) -> Iterator[DecoderLayer]:
         """The layers, typed."""
@@ -191,6 +246,11 @@ def _plain_rows(layer: DecoderLayer, hidden_TD: Tensor, tables: Tables, rows: Ro
     form = layer.shape.attention
     out_TD: Tensor = layer(hidden_TD, tables, lambda q, k, v: attend_rows(q, k, v, rows, form))
     return out_TD
+
+
+def _one_each(tables: Tables) -> Tables:
+    """Tables (B, 1, R) of one new token a row as (B, R)."""
+    return tables[0][:, 0], tables[1][:, 0]
 
 
 def _mask(mask_BL: Tensor | None, new: int, past: int, window: int | None, device: torch.device) -> Tensor | None:

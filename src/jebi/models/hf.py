@@ -7,11 +7,17 @@ computes the loss over labelled tokens without ever making all logits. What a mo
 Shapes: B batch, S tokens of a padded row, T real tokens, D width, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PretrainedConfig,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -19,7 +25,7 @@ from jebi.config import Compute
 from jebi.errors import ModelError
 from jebi.kernels.linear_cross_entropy import LossForm, linear_cross_entropy, softcapped
 from jebi.kernels.sliced_cross_entropy import sliced_cross_entropy
-from jebi.models.cache import growing_cache
+from jebi.models.cache import GrowingCache
 from jebi.models.decoder import Decoder
 from jebi.models.families import DecoderShape
 from jebi.models.shell import JebiPreTrainedModel
@@ -54,7 +60,7 @@ class Backbone(Decoder):
         if (input_ids is None) == (inputs_embeds is None):
             raise ModelError("give input_ids or inputs_embeds, one of the two.")
         if use_cache or past_key_values is not None:
-            cache = past_key_values if past_key_values is not None else growing_cache()
+            cache = past_key_values if past_key_values is not None else GrowingCache()
             if any(cache.is_sliding):
                 raise ModelError("a cache with sliding layers is not available: pass DynamicCache() without a config.")
             return self._with_cache(self._embedded(input_ids, inputs_embeds), attention_mask, position_ids, cache)
@@ -88,6 +94,29 @@ class Backbone(Decoder):
         return BaseModelOutputWithPast(last_hidden_state=out_BSD, past_key_values=cache)
 
 
+class Decoding(Protocol):
+    """Another way through ``generate``'s loop of tokens than transformers', which serves most of what is asked."""
+
+    def serves(
+        self, model: "JebiForCausalLM", input_ids: Tensor, config: GenerationConfig, keywords: dict[str, Any]
+    ) -> bool:
+        """Whether it serves this call, ``keywords`` being what the model's forward would be given."""
+        ...
+
+    def answer(
+        self,
+        model: "JebiForCausalLM",
+        input_ids: Tensor,
+        mask_BS: Tensor | None,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer: Any,
+    ) -> Tensor:
+        """Prompts and answers, as ``generate`` returns them."""
+        ...
+
+
 class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
     """jebi's decoder with its language-model head."""
 
@@ -99,6 +128,8 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
     """Whether a training may choose what layers keep."""
     compute: Compute
     """What multiplies by the frozen base in training."""
+    decoding: Decoding | None = None
+    """How tokens are made where transformers' loop need not; put here when the model is made ready to answer."""
 
     accepts_loss_kwargs = True
 
@@ -159,8 +190,41 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
             logits = None
             if loss is None or kwargs.get("return_logits"):
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-                logits = softcapped(self._product(hidden_BSD[:, kept]), self.model.shape.logit_softcap)
+                logits = self.logits_of(hidden_BSD[:, kept])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of final hidden states (..., D)."""
+        return softcapped(self._product(hidden), self.model.shape.logit_softcap)
+
+    def train(self, mode: bool = True) -> Self:
+        """As any model's; training undoes what was done to answer faster."""
+        if mode and self.decoding is not None:
+            self.decoding = None
+            self.model.unstack()
+        super().train(mode)
+        return self
+
+    def _sample(
+        self,
+        input_ids: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """``generate``'s loop for greedy and sampled answers: through `decoding` where that serves the call."""
+        ours = self.decoding
+        if ours is not None and not synced_gpus and ours.serves(self, input_ids, generation_config, model_kwargs):
+            mask_BS = model_kwargs.get("attention_mask")
+            return ours.answer(
+                self, input_ids, mask_BS, logits_processor, stopping_criteria, generation_config, streamer
+            )
+        return super()._sample(  # type: ignore[misc]  # for the same reason as below
+            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -170,7 +234,7 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
             raise ModelError("a static cache is not available: leave cache_implementation None; jebi's grows in place.")
         wants_own = generation_config.use_cache and generation_config.cache_implementation is None
         if wants_own and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = growing_cache()
+            model_kwargs["past_key_values"] = GrowingCache(of_generate=True)
         # Typed for a protocol with settable `device` and `dtype`, which no PreTrainedModel has.
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
@@ -191,7 +255,7 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
                     "a row outgrew its RoPE's first frequencies and would begin again from its tokens, which "
                     "inputs_embeds do not tell: pass input_ids."
                 )
-            kwargs |= {"past_key_values": growing_cache(), "next_sequence_length": None}
+            kwargs |= {"past_key_values": GrowingCache(), "next_sequence_length": None}
         # Typed for the same protocol as below.
         return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
 
@@ -222,12 +286,12 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
             shifted_BS = shifted_BS.masked_fill(mask_BS == 0, IGNORED)
         return learnt_of(shifted_BS, kwargs.get("counts"))
 
-    def _product(self, hidden_BSD: Tensor) -> Tensor:
+    def _product(self, hidden: Tensor) -> Tensor:
         """The head's output; a head that is not dense comes in slices."""
         if (slices := self._slices()) is not None:
-            return sliced_product(hidden_BSD, slices)
-        logits_BSV: Tensor = self.lm_head(hidden_BSD)
-        return logits_BSV
+            return sliced_product(hidden, slices)
+        logits: Tensor = self.lm_head(hidden)
+        return logits
 
     def _slices(self) -> WeightSlices | None:
         weight = self.lm_head.weight

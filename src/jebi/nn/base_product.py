@@ -27,6 +27,10 @@ class BaseProduct(Protocol):
         """``dy W`` in a new tensor (T, K)."""
         ...
 
+    def kept(self) -> Tensor | None:
+        """The matrix (N, K) in the compute dtype, where it is held in that form."""
+        ...
+
 
 def spans(maps: list[Linear]) -> list[tuple[Linear, int, int]]:
     """Each map with its first row below each other and the one behind its last."""
@@ -76,6 +80,10 @@ class DenseProduct:
     def backward(self, dy_TN: Tensor) -> Tensor:
         """See `BaseProduct`."""
         return dy_TN @ self._weight()
+
+    def kept(self) -> Tensor | None:
+        """See `BaseProduct`."""
+        return self._weight_NK
 
     def _weight(self) -> Tensor:
         if self._weight_NK is not None:

@@ -58,6 +58,9 @@ class Fp8Product:
         numbers_KN = self._kept[1] if self._kept is not None else self._columns()
         return product(quantized(dy_TN), Fp8Rows(numbers_KN, self._scale_K1), self._dtype)
 
+    def kept(self) -> None:
+        """See `BaseProduct`: never in the compute dtype."""
+
     def _rows(self) -> Tensor:
         numbers_NK = (self._scratch or Scratch()).matrix(*self._size, torch.float8_e4m3fn, self._scale_N1.device)
         for weight, start, end in self._spans:

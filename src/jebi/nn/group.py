@@ -13,10 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from jebi.kernels.dequantize import PackedWeight
 from jebi.kernels.glu import carries
 from jebi.kernels.low_rank import LowRank, product32
 from jebi.kernels.rope import adjacent
 from jebi.nn.base_product import BaseProduct, spans
+from jebi.nn.host_weight import HostWeight
 from jebi.nn.linear import Grads, Linear, Share, backward_input, backward_trained, project
 from jebi.nn.lora import Lora
 
@@ -133,13 +135,16 @@ class Separate:
             backward_trained(linear, dy_TN, share, x_TK, xa_TR, grads)
 
 
-def stacks(maps: list[Linear]) -> bool:
-    """Whether `Stacked` serves these maps: frozen weights, and adapters that are low-rank products and no more."""
+def stacks(maps: list[Linear], answering: bool = False) -> bool:
+    """Whether `Stacked` serves these maps: frozen weights, and adapters that are low-rank products and no more.
+
+    Dropout does not count where the maps are only to answer.
+    """
     for linear in maps:
         if isinstance(linear.weight, nn.Parameter) and linear.weight.requires_grad:
             return False
         for lora in (linear.lora, linear.lora and linear.lora.stand_in):
-            if lora is not None and (lora.magnitude_N is not None or lora.dropout > 0):
+            if lora is not None and (lora.magnitude_N is not None or (lora.dropout > 0 and not answering)):
                 return False
     return True
 
@@ -164,7 +169,7 @@ class Stacked:
         self._adapters: list[Lora | None] | None = None
         """Those that the casts are arranged for."""
         self._rooms: dict[int, tuple[Tensor, Tensor]] = {}
-        """Room for the casts by their rank; it stays, since captured passes read it (`training.graphs`)."""
+        """Room for the casts by their rank; it stays, since captured graphs read it."""
         self._down_RK: Tensor | None = None
         self._up_NR: Tensor | None = None
         self._columns: list[slice | None] = []
@@ -284,6 +289,25 @@ class Stacked:
         self._down_RK, self._up_NR = self._rooms.get(rank, (None, None))
         if self._up_NR is not None:
             self._up_NR.zero_()  # beside each map's own part
+
+    def casts(self) -> tuple[Tensor, Tensor] | None:
+        """A (R, K) and ``scale * B`` (N, R) of all adapters that are on, cast; they stay where they are."""
+        return None if self._down_RK is None or self._up_NR is None else (self._down_RK, self._up_NR)
+
+    def stored(self) -> list[Tensor | PackedWeight]:
+        """The maps' weights as they are held, below each other; one where they are one matrix."""
+        whole_NK = self._base.kept()
+        if whole_NK is not None:
+            return [whole_NK]
+        weights = [linear.weight for linear in self.maps]
+        return [weight for weight in weights if not isinstance(weight, HostWeight)]
+
+    def lend(self) -> None:
+        """Let each map use its part of the matrix by itself too, where one is kept."""
+        weight_NK = self._base.kept()
+        if weight_NK is not None:
+            for linear, start, end in self._spans:
+                linear.keep(weight_NK[start:end])
 
     @torch.no_grad()
     def cast(self) -> None:

@@ -16,6 +16,7 @@ from jebi.kernels.glu import glu
 from jebi.kernels.rms_norm import rms_norm, rms_norm_lean
 from jebi.kernels.rope import rope
 from jebi.nn.base_product import BaseProduct
+from jebi.nn.few_rows_group import FewRowsGroup
 from jebi.nn.group import Group, Separate, Stacked, stacks
 from jebi.nn.linear import Linear
 from jebi.nn.shape import LayerShape
@@ -88,6 +89,12 @@ class LayerGroups:
     gate_up: Group
     down: Group
 
+    def stacked(self) -> Iterator[Stacked]:
+        """Those that are laid together."""
+        for group in (self.qkv, self.o, self.gate_up, self.down):
+            if isinstance(group, Stacked):
+                yield group
+
 
 class DecoderLayer(nn.Module):
     """Norm, attention, residual; norm, feed-forward, residual."""
@@ -110,6 +117,10 @@ class DecoderLayer(nn.Module):
         """Its maps laid together for a card, where they are."""
         self.shard: Shard | None = None
         """This process's part of it, where several share it."""
+        self.answering: LayerGroups | None = None
+        """Likewise to answer with. Apart, so that whole rows are computed to the bit as they were before."""
+        self.few_rows: list[FewRowsGroup] | None = None
+        """The same groups in order, for single tokens of few rows (`few_rows_step`), where they are laid so."""
 
     def groups(self) -> LayerGroups:
         """Its maps by their inputs, as the hand-written form calls them."""
@@ -118,14 +129,18 @@ class DecoderLayer(nn.Module):
         o, down = [self.self_attn.o_proj], [self.mlp.down_proj]
         return LayerGroups(Separate(self.qkv()), Separate(o), Separate(self.gate_up()), Separate(down))
 
-    def stack(self, base_of: Callable[[list[Linear]], BaseProduct]) -> None:
+    def stack(self, base_of: Callable[[list[Linear]], BaseProduct], answering: bool = False) -> None:
         """Lay its maps together, where `nn.group.stacks` allows; ``base_of`` says how their weights are held."""
-        if self.stackable():
-            self.stacked = LayerGroups(*(Stacked(maps, base_of(maps)) for maps in self._maps()))
+        if self.stackable(answering):
+            groups = LayerGroups(*(Stacked(maps, base_of(maps)) for maps in self._maps()))
+            if answering:
+                self.answering = groups
+            else:
+                self.stacked = groups
 
-    def stackable(self) -> bool:
-        """Whether its maps can be laid together."""
-        return all(stacks(maps) for maps in self._maps())
+    def stackable(self, answering: bool = False) -> bool:
+        """Whether its maps can be laid together, to train or only to answer."""
+        return all(stacks(maps, answering) for maps in self._maps())
 
     def dense_values(self) -> int:
         """How many numbers its maps' weights hold that are not packed."""

@@ -21,6 +21,7 @@ Shapes: T tokens of all rows, or of a chunk, D width, F feed-forward width, H/G 
 r rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,9 +30,10 @@ from torch import Tensor, nn
 
 from jebi.config.limits import CHUNK_TOKENS
 from jebi.nn import sharding
+from jebi.nn.attention import attend_rows
 from jebi.nn.attention_pair import Attended, attention_backward, attention_forward
 from jebi.nn.host_memory import HostMemory
-from jebi.nn.layer import DecoderLayer
+from jebi.nn.layer import DecoderLayer, LayerGroups
 from jebi.nn.layer_steps import (
     Block,
     Normed,
@@ -83,6 +85,29 @@ def run_layer(
     keeping = keep if isinstance(keep, Keeping) else Keeping(keep)
     trained = [p for p in layer.parameters() if p.requires_grad]
     out_TD: Tensor = _LayerNode.apply(hidden_TD, layer, tables, rows, keeping, *trained)
+    return out_TD
+
+
+@torch.no_grad()
+def run_without_graph(
+    layer: DecoderLayer,
+    hidden_TD: Tensor,
+    tables: tuple[Tensor, Tensor],
+    rows: Rows,
+    chunk: int,
+    take: Callable[[Tensor, Tensor], None],
+) -> Tensor:
+    """The layer's output (T, D) alone, ``chunk`` tokens at a time; ``take`` is given its keys and values (T, G, d)."""
+    given, groups = _Given(hidden_TD, tables, rows, _chunks(hidden_TD, Keeping("input", chunk))), layer.answering
+    q_THd, k_TGd, v_TGd = _turned(layer, given, groups).qkv
+    take(k_TGd, v_TGd)
+    mixed_TD = attend_rows(q_THd, k_TGd, v_TGd, rows, layer.shape.attention).flatten(-2)
+    del q_THd, k_TGd, v_TGd
+    out_TD = None
+    for part in given.chunks:
+        done_TD = feed_forward(layer, behind_attention(layer, hidden_TD[part], mixed_TD[part], groups=groups), groups)
+        out_TD = _written(out_TD, done_TD, part, hidden_TD.shape[0])
+    assert out_TD is not None
     return out_TD
 
 
@@ -197,10 +222,10 @@ class _LayerNode(torch.autograd.Function):
         return dstream_TD if wanted else None, None, None, None, None, *(grads.get(p) for p in ctx.trained)
 
 
-def _turned(layer: DecoderLayer, given: _Given) -> Turned:
+def _turned(layer: DecoderLayer, given: _Given, groups: LayerGroups | None = None) -> Turned:
     """Queries, keys and values of all tokens, ready for attention."""
     if len(given.chunks) == 1:
-        return turn(layer, given.hidden_TD, given.tables)
+        return turn(layer, given.hidden_TD, given.tables, groups)
     tokens, hidden_TD = given.hidden_TD.shape[0], given.hidden_TD
     # Columns of one matrix, so that their gradients, which take their place, go through one product.
     whole_TN = torch.empty(tokens, sum(layer.shape.qkv_sizes), dtype=hidden_TD.dtype, device=hidden_TD.device)
@@ -208,7 +233,7 @@ def _turned(layer: DecoderLayer, given: _Given) -> Turned:
     raw: list[Tensor | None] = [None] * 4
     entries = []
     for chunk in given.chunks:
-        part = turn(layer, hidden_TD[chunk], (given.tables[0][chunk], given.tables[1][chunk]))
+        part = turn(layer, hidden_TD[chunk], (given.tables[0][chunk], given.tables[1][chunk]), groups)
         for whole, piece in zip((q, k, v), part.qkv):
             whole[chunk] = piece
         entries += part.entries

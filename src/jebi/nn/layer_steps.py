@@ -21,7 +21,7 @@ from jebi.kernels.rms_norm import (
 )
 from jebi.kernels.rope import adjacent, rope_, rope_added, rope_into
 from jebi.nn import group
-from jebi.nn.layer import DecoderLayer, Norm, parts
+from jebi.nn.layer import DecoderLayer, LayerGroups, Norm, parts
 from jebi.nn.linear import Grads
 
 
@@ -72,10 +72,13 @@ class Block:
     """The feed-forward block's, likewise."""
 
 
-def turn(layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tensor]) -> Turned:
+def turn(
+    layer: DecoderLayer, hidden_TD: Tensor, tables: tuple[Tensor, Tensor], groups: LayerGroups | None = None
+) -> Turned:
+    """Queries, keys and values; here and below ``groups`` are others than the layer's own, to answer with."""
     attn = layer.self_attn
     x_TD, rstd_T1 = _norm(layer.input_layernorm, hidden_TD)
-    maps, sizes = layer.groups().qkv, layer.shape.qkv_sizes
+    maps, sizes = (groups or layer.groups()).qkv, layer.shape.qkv_sizes
     normed = attn.q_norm is not None and attn.k_norm is not None
     outputs, kept = maps.forward(x_TD, whole=normed)
     del x_TD
@@ -102,9 +105,15 @@ class Wide:
     """What these maps keep."""
 
 
-def behind_attention(layer: DecoderLayer, hidden_TD: Tensor, mixed_TD: Tensor, wide: Wide | None = None) -> Block:
+def behind_attention(
+    layer: DecoderLayer,
+    hidden_TD: Tensor,
+    mixed_TD: Tensor,
+    wide: Wide | None = None,
+    groups: LayerGroups | None = None,
+) -> Block:
     """From attention's output up to and without the gated product; ``wide`` is not made again where it is given."""
-    groups, kept, attention_out = layer.groups(), {}, None
+    groups, kept, attention_out = groups or layer.groups(), {}, None
     if layer.attention_out_norm is None:
         (middle_TD,), kept["o"] = groups.o.forward(mixed_TD, hidden_TD)
     else:
@@ -127,10 +136,12 @@ def wide_of(block: Block) -> Wide:
     return Wide(pair if whole is None else [whole], block.groups["gate_up"])
 
 
-def feed_forward(layer: DecoderLayer, block: Block) -> Tensor:
+def feed_forward(layer: DecoderLayer, block: Block, groups: LayerGroups | None = None) -> Tensor:
     """The layer's output (T, D); what a norm at its end needs is kept."""
-    act_TF = glu_forward(block.gate_TF, block.up_TF, layer.shape.activation, _thin(layer, block), layer.scale)
-    down = layer.groups().down
+    groups = groups or layer.groups()
+    thin = _thin(layer, block, groups)
+    act_TF = glu_forward(block.gate_TF, block.up_TF, layer.shape.activation, thin, layer.scale)
+    down = groups.down
     if layer.out_norm is None:
         (out_TD,), block.groups["down"] = down.forward(act_TF, block.middle.x)
         return out_TD
@@ -140,9 +151,9 @@ def feed_forward(layer: DecoderLayer, block: Block) -> Tensor:
     return layer.scale_(out_TD).add_(block.middle.x)
 
 
-def _thin(layer: DecoderLayer, block: Block) -> Thin:
+def _thin(layer: DecoderLayer, block: Block, groups: LayerGroups) -> Thin:
     """What is still to be added to gate and up."""
-    gate, up = layer.groups().gate_up.thin(block.groups["gate_up"], [layer.shape.ffn] * 2)
+    gate, up = groups.gate_up.thin(block.groups["gate_up"], [layer.shape.ffn] * 2)
     return gate, up
 
 
@@ -159,7 +170,7 @@ def feed_forward_backward(layer: DecoderLayer, block: Block, dout_TD: Tensor, dm
     down_kept = block.groups.get("down")
     # The product itself is needed only where the adapter's gradients do not come with it.
     wants_act = shares.thin is None or down_kept is None
-    thin, kind = _thin(layer, block), layer.shape.activation
+    thin, kind = _thin(layer, block, groups), layer.shape.activation
     made = glu_backward_(dact_TF, block.gate_TF, block.up_TF, kind, thin, shares.thin, wants_act, layer.scale)
     *up_sums, down_sum = made.sums
     groups.down.backward_trained(shares, made.act_TF, down_kept, grads, group.Sums(down_sum))

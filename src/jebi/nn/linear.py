@@ -42,8 +42,7 @@ class Linear(nn.Module):
 
     def dense(self) -> Tensor:
         """The weight (N, K) in the compute dtype: itself, the kept copy, or dequantised into a new tensor."""
-        # A trained weight's copy is not its original's, which may be in its place for a while.
-        if self._kept is not None and self._kept[0] is self.weight:
+        if self._kept is not None and self._is_kept:
             return self._kept[1]
         if isinstance(self.weight, HostWeight):
             return self.weight.dense()
@@ -61,7 +60,12 @@ class Linear(nn.Module):
     @property
     def is_dense(self) -> bool:
         """Whether `dense` makes no matrix anew."""
-        return isinstance(self.weight, nn.Parameter) or (self._kept is not None and self._kept[0] is self.weight)
+        return isinstance(self.weight, nn.Parameter) or self._is_kept
+
+    @property
+    def _is_kept(self) -> bool:
+        # A trained weight's copy is not its original's, which may be in its place for a while.
+        return self._kept is not None and self._kept[0] is self.weight
 
     def store(self, weight: nn.Parameter | PackedWeight | HostWeight) -> None:
         """Take the checkpoint's weight, in whichever form it is to be held."""
@@ -70,10 +74,18 @@ class Linear(nn.Module):
         if self.lora is not None:
             self.lora.base_squares_N = None
 
+    def keep(self, weight_NK: Tensor) -> None:
+        """Keep the weight in the compute dtype, which somebody has made of it already."""
+        self._kept = self.weight, weight_NK
+
     def keep_for_decoding(self, dense: bool) -> None:
         """Keep what decoding reads once a token: the adapter's matrices cast; if ``dense``, the weight dequantised."""
-        if dense and not (isinstance(self.weight, nn.Parameter) and self.weight.dtype == self.dtype):
-            self._kept = self.weight, self.dense().detach()
+        if (
+            dense
+            and not self._is_kept
+            and not (isinstance(self.weight, nn.Parameter) and self.weight.dtype == self.dtype)
+        ):
+            self.keep(self.dense().detach())
         for lora in self._adapters():
             lora.keep_cast(self.dtype, dora.gain(lora, self.dense()) if lora.magnitude_N is not None else None)
 

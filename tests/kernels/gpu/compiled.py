@@ -3,14 +3,29 @@
 Prints, for each, what it takes of a block's shared memory, and fails where a card has less.
 """
 
-import sys
+import os
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from jebi.kernels.gpu import adamw8bit, cross_entropy, fp8, gather, glu, nf4, rms_norm, rope
+from jebi.kernels.gpu import (
+    adamw8bit,
+    cached_attention,
+    cross_entropy,
+    few_rows,
+    few_rows_before,
+    few_rows_dot,
+    fp8,
+    gather,
+    glu,
+    nf4,
+    rms_norm,
+    rope,
+)
 
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory that one block may have, by compute capability (CUDA programming guide, technical specifications)."""
@@ -88,7 +103,62 @@ def cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[s
     found.append((adamw8bit._step, step, {"BLOCK": 256}, 2))
     table = {"table_ptr": value, "ids_ptr": "*i64", "out_ptr": value, "rows": "i32", "width": "i32", "stride": "i32"}
     found.append((gather._gather, table, {"BLOCK": 1024}, 4))
+    found += few_rows_cases(value, capability) + cached_attention_cases(value, capability)
     return found + (fp8_cases(value) if capability >= 89 else [])
+
+
+def few_rows_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """Decoding's products: every form at one row and at the most, with all that may come after them."""
+    types = {"scales_ptr": FLOAT, "scale": SCALAR}
+    types |= dict.fromkeys(("x_ptr", "bias_ptr", "left_ptr", "right_ptr", "residual_ptr", "out_ptr"), value)
+    types |= dict.fromkeys(("nested_ptr", "offsets_ptr", "levels_ptr", "codes_ptr"), FLOAT)
+    types |= dict.fromkeys(("left_stride", "right_stride", "residual_stride", "out_stride", "x_stride"), "i32")
+    types |= dict.fromkeys(("rank", "tokens", "outputs"), "i32")
+    after = {"COLUMNS": 14336, "BIAS": True, "RANK": 64, "ACTIVATION": 0, "RESIDUAL": True}
+    found: list[tuple[Any, dict[str, str], dict[str, Any], int]] = []
+    stored = {
+        few_rows.DENSE: {"weight_ptr": value},
+        few_rows.INT8: {"weight_ptr": "*i8"},
+        few_rows.NF4: {"weight_ptr": "*i32", "scales_ptr": "*u8"},
+    }
+    for kind, own in stored.items():
+        nested = {"KIND": kind, "NESTED": kind == few_rows.NF4, "SHUFFLE": True, "OVERLAP": capability >= 90}
+        shape = few_rows.Stored(kind, *[torch.empty(0)] * 2, None, None, None, (28672, 14336))
+        for rows in (1, few_rows.MOST):
+            tile = few_rows.tile_of(shape, rows)
+            sizes = {"M": rows, "ROWS": tile.rows, "LANES": 32 * tile.warps, "WORDS": tile.words}
+            found.append((few_rows._vector, types | own, after | nested | sizes, tile.warps))
+        if capability >= 80:
+            dots = few_rows_dot.tile_of(shape)
+            sizes = {"ROWS": dots.rows, "WARPS": dots.warps, "STAGES": dots.stages}
+            found.append((few_rows_dot._dot, types | own, after | nested | sizes, dots.warps))
+    before = dict.fromkeys(("x_ptr", "weight_ptr", "down_ptr", "y_ptr", "xa_ptr"), value) | {"eps": SCALAR}
+    before |= dict.fromkeys(("x_stride", "down_stride", "y_stride", "width", "ranks"), "i32")
+    constants = {"NORM": True, "UNIT_OFFSET": False, "RANKS": few_rows_before._RANKS, "BLOCK": 16384}
+    constants["OVERLAP"] = capability >= 90
+    return [*found, (few_rows_before._before, before, constants, 16)]
+
+
+def cached_attention_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """Heads of 128 and of 256; a few queries and many."""
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), value) | {"scale": SCALAR, "softcap": SCALAR}
+    types |= {"first_ptr": "*i32", "end_ptr": "*i32", "part_ptr": FLOAT, "top_ptr": FLOAT, "sum_ptr": FLOAT}
+    types |= dict.fromkeys(("k_row", "k_head", "k_place", "v_row", "v_head", "v_place", "length"), "i32")
+    types |= dict.fromkeys(("window", "heads", "groups", "new", "queries", "size", "splits"), "i32")
+    flags = {"WINDOWED": True, "CAPPED": True, "WHOLE": False, "SPLITS": cached_attention._MOST_SPLITS}
+    flags["OVERLAP"] = capability >= 90
+    found: list[tuple[Any, dict[str, str], dict[str, Any], int]] = []
+    for size in (128, 256):
+        tile = cached_attention.tile_of(size)
+        for queries in (16, cached_attention.MOST):
+            sizes = {"QUERIES": queries, "TILE": tile, "SIZE": size}
+            found.append((cached_attention._attend, types, flags | sizes, 4))
+        found.append((cached_attention._combine, types, flags | {"SIZE": size}, 4))
+    turn = types | dict.fromkeys(("qkv_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr"), value)
+    turn |= {"stride": "i32", "half": "i32", "eps": SCALAR, "value_scale": SCALAR}
+    constants = flags | {"NORM": True, "UNIT_OFFSET": False, "HALF": 64, "REST": 64}
+    found.append((cached_attention._turn_and_store, turn, constants, 1))
+    return found
 
 
 def fp8_cases(value: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
@@ -104,27 +174,40 @@ def fp8_cases(value: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int
     return found
 
 
+def aligned(signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
+    """What a launch tells the compiler of a large model: pointers and strides are multiples of 16.
+
+    Loads are wide then, and several are under way at once, for which shared memory is taken.
+    """
+    strides = ("stride", "_row", "_head", "_place", "_token")
+    found = [kind.startswith("*") or (kind == "i32" and name.endswith(strides)) for name, kind in signature.items()]
+    return {(place,): [["tt.divisibility", 16]] for place, fits in enumerate(found) if fits}
+
+
+def compile_for(capability: int) -> str:
+    """Compile them all for one kind of card; what was found."""
+    target, limit, worst = GPUTarget("cuda", capability, 32), SHARED_KIB[capability], 0
+    for value in ("*fp16",) if capability < 80 else ("*fp16", "*bf16"):
+        for kernel, types, constants, warps in cases(value, capability):
+            names = kernel.arg_names
+            missing = set(names) - set(types) - set(constants)
+            assert not missing, f"{kernel.__name__} takes {missing} too"
+            signature = {name: types.get(name, "constexpr") for name in names}
+            constants = {name: constant for name, constant in constants.items() if name in names}
+            source = ASTSource(kernel, signature, constants, aligned(signature))
+            compiled = triton.compile(source, target=target, options={"num_warps": warps})
+            worst = max(worst, compiled.metadata.shared)
+            taken = f"{kernel.__name__} takes {compiled.metadata.shared} bytes of shared memory on {capability}"
+            assert compiled.metadata.shared <= limit * 1024, taken
+    count = len(cases("*fp16", capability))
+    return f"compute capability {capability / 10}: {count} kernels, at most {worst} bytes shared"
+
+
 def main() -> None:
-    """Compile them all."""
-    for capability, limit in SHARED_KIB.items():
-        target = GPUTarget("cuda", capability, 32)
-        worst = 0
-        for value in ("*fp16",) if capability < 80 else ("*fp16", "*bf16"):
-            for kernel, types, constants, warps in cases(value, capability):
-                names = kernel.arg_names
-                missing = set(names) - set(types) - set(constants)
-                assert not missing, f"{kernel.__name__} takes {missing} too"
-                signature = {name: types.get(name, "constexpr") for name in names}
-                constants = {name: constant for name, constant in constants.items() if name in names}
-                source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-                compiled = triton.compile(source, target=target, options={"num_warps": warps})
-                worst = max(worst, compiled.metadata.shared)
-                if compiled.metadata.shared > limit * 1024:
-                    sys.exit(
-                        f"{kernel.__name__} takes {compiled.metadata.shared} bytes of shared memory on {capability}"
-                    )
-        count = len(cases("*fp16", capability))
-        print(f"compute capability {capability / 10}: {count} kernels, at most {worst} bytes shared")
+    """Compile them all, a process a kind of card."""
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for found in pool.map(compile_for, SHARED_KIB):
+            print(found, flush=True)
 
 
 if __name__ == "__main__":

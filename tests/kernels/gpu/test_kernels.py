@@ -11,9 +11,10 @@ HERE = Path(__file__).resolve().parent
 pytest.importorskip("triton")
 
 
-def test_interpreted_kernels_equal_their_references() -> None:
+@pytest.mark.parametrize("script", ["parity.py", "parity_decoding.py"])
+def test_interpreted_kernels_equal_their_references(script: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, str(HERE / "parity.py")], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, str(HERE / script)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") > 60
 

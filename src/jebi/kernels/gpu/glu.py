@@ -139,7 +139,7 @@ def _activated(gate, KIND: tl.constexpr):
     return act, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _forward(
     gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, out_stride, tokens, width, scale,
     gate_left, gate_right, gate_left_stride, gate_right_row, gate_right_column, gate_rank,

@@ -76,7 +76,7 @@ def _added(x, left, right_ptr, right_row, right_column, rank, first, column, ins
     return tl.dot(left, right, x, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _rotate(
     x_ptr, cos_ptr, sin_ptr, out_ptr, x_token, x_head, out_token, out_head, tokens, heads,
     queries, keys, half, rest, size, sign,

@@ -1,0 +1,65 @@
+"""What a product of few rows needs of its input first: the norm and ``x A^T`` of all adapters, in one launch.
+
+Shapes: M rows, K columns, R ranks. A program has one row and a few ranks; each takes the row's norm anew, which costs
+less than a launch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jebi.kernels.gpu.dependent import await_inputs, let_next_begin, overlaps
+
+_RANKS = 1
+"""Ranks of one program: as few as there are, since nothing here is bound by memory."""
+
+
+def normed_and_compressed(
+    x_MK: Tensor, norm: tuple[Tensor, float, bool] | None, down_RK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The normed rows, or the given ones where there is no norm, and ``normed A^T`` (M, R) in their dtype."""
+    tokens, width = x_MK.shape
+    ranks = down_RK.shape[0]
+    weight, eps, unit_offset = norm if norm is not None else (x_MK, 0.0, False)
+    y_MK = torch.empty(tokens, width, dtype=x_MK.dtype, device=x_MK.device) if norm is not None else x_MK
+    xa_MR = torch.empty(tokens, ranks, dtype=x_MK.dtype, device=x_MK.device)
+    block = triton.next_power_of_2(width)
+    _before[(triton.cdiv(ranks, _RANKS), tokens)](
+        x_MK, weight, down_RK, y_MK, xa_MR, x_MK.stride(0), down_RK.stride(0), y_MK.stride(0), width, ranks, eps,
+        NORM=norm is not None, UNIT_OFFSET=unit_offset, RANKS=_RANKS, BLOCK=block,
+        OVERLAP=overlaps(x_MK), launch_pdl=overlaps(x_MK), num_warps=min(16, max(1, block // 512)),
+    )  # fmt: skip
+    return y_MK, xa_MR
+
+
+@triton.jit
+def _before(
+    x_ptr, weight_ptr, down_ptr, y_ptr, xa_ptr, x_stride, down_stride, y_stride, width, ranks, eps,
+    NORM: tl.constexpr, UNIT_OFFSET: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    if OVERLAP:
+        let_next_begin()
+    dtype = y_ptr.dtype.element_ty
+    token = tl.program_id(1).to(tl.int64)
+    rank = tl.program_id(0) * RANKS + tl.arange(0, RANKS)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    down = tl.load(
+        down_ptr + rank[:, None] * down_stride + column[None], (rank < ranks)[:, None] & inside[None], other=0.0
+    )
+    if OVERLAP:
+        await_inputs()
+    x = tl.load(x_ptr + token * x_stride + column, inside, other=0.0).to(tl.float32)
+    if NORM:
+        weight = tl.load(weight_ptr + column, inside, other=0.0).to(tl.float32)
+        x *= tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+        # Rounded where `gpu.rms_norm` rounds.
+        x = x * (1.0 + weight) if UNIT_OFFSET else x.to(dtype).to(tl.float32) * weight
+        x = x.to(dtype)
+        if tl.program_id(0) == 0:
+            tl.store(y_ptr + token * y_stride + column, x, inside)
+        x = x.to(tl.float32)
+    xa = tl.sum(down.to(tl.float32) * x[None], 1)
+    tl.store(xa_ptr + token * ranks + rank, xa.to(dtype), rank < ranks)

@@ -1,0 +1,68 @@
+"""One new token a row through a decoder layer in few launches: what `layer_step.plain_step` does, for up to 16 rows.
+
+Weights are read as they are stored; norms, biases, adapters, activation and residual come along with the products. Each
+of the four groups of maps is two launches on a card (what goes before the product, and the product), attention three;
+without adapters two of these fall away.
+
+Shapes: as in `layer_step`; N outputs of q, k and v.
+"""
+
+from torch import Tensor
+
+from jebi.kernels import few_rows
+from jebi.kernels.cached_attention import HeadNorms, cached_attention, turned_and_stored
+from jebi.kernels.rms_norm import rms_norm_forward
+from jebi.nn.few_rows_group import laid
+from jebi.nn.layer import DecoderLayer, Norm
+from jebi.nn.layer_step import Now, plain_step
+from jebi.nn.rotary import Tables
+
+MOST_HEADS = 32
+"""Query heads that share a head of keys, as many as attention's kernel takes."""
+
+
+def lay(layer: DecoderLayer) -> None:
+    """Lay the weights of a layer that is to answer, where its form and theirs allow."""
+    if layer.answering is None or layer.shape.heads > MOST_HEADS * layer.shape.kv_heads:
+        return
+    groups = [laid(group) for group in layer.answering.stacked()]
+    found = [group for group in groups if group is not None]
+    if len(found) == len(groups) == 4:
+        layer.few_rows = found
+
+
+def few_rows_step(
+    layer: DecoderLayer, hidden_BD: Tensor, tables: Tables, keys_BGLd: Tensor, values_BGLd: Tensor, now: Now
+) -> Tensor:
+    """See `LayerStep`; what it does not serve goes through `plain_step`."""
+    if layer.few_rows is None or hidden_BD.shape[0] > few_rows.MOST:
+        return plain_step(layer, hidden_BD, tables, keys_BGLd, values_BGLd, now)
+    shape, (qkv, o, gate_up, down) = layer.shape, layer.few_rows
+    qkv_BN = qkv.forward(hidden_BD, _form(layer.input_layernorm))
+    ends_B = now.extent[1]
+    q_B1Hd = turned_and_stored(qkv_BN, tables, keys_BGLd, values_BGLd, ends_B, _head_norms(layer), layer.scale)
+    form = shape.attention.scale, shape.attention.window, shape.attention.softcap
+    held = keys_BGLd[:, :, : now.reach], values_BGLd[:, :, : now.reach]
+    mixed_BN = cached_attention(q_B1Hd, *held, now.extent, form).flatten(1)
+    if layer.attention_out_norm is None:
+        middle_BD = o.forward(mixed_BN, residual=hidden_BD)
+    else:
+        middle_BD = _added(layer, layer.attention_out_norm, o.forward(mixed_BN), hidden_BD)
+    act_BF = gate_up.forward(middle_BD, _form(layer.middle_norm), shape.activation, layer.scale)
+    if layer.out_norm is None:
+        return down.forward(act_BF, residual=middle_BD)
+    return _added(layer, layer.out_norm, down.forward(act_BF), middle_BD)
+
+
+def _form(norm: Norm) -> few_rows.NormForm:
+    return norm.weight, norm.eps, norm.unit_offset
+
+
+def _head_norms(layer: DecoderLayer) -> HeadNorms | None:
+    q_norm, k_norm = layer.self_attn.q_norm, layer.self_attn.k_norm
+    return None if q_norm is None or k_norm is None else (q_norm.weight, k_norm.weight, q_norm.eps, q_norm.unit_offset)
+
+
+def _added(layer: DecoderLayer, norm: Norm, block_BD: Tensor, stream_BD: Tensor) -> Tensor:
+    """A block's output through its norm, at the stream's scale, on the stream."""
+    return layer.scale_(rms_norm_forward(block_BD, *_form(norm))[0]).add_(stream_BD)

@@ -1,0 +1,363 @@
+"""``generate`` through the engine beside transformers' own loop: the same tokens, greedy and drawn, for every setting.
+
+Every field of `GenerationConfig` is in one of two tables: those the engine serves, and those that send the call to
+transformers' loop (or to another of its modes). The tokens are compared either way.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    StoppingCriteria,
+    TextIteratorStreamer,
+    TextStreamer,
+)
+
+from jebi.adapters.lora import attach
+from jebi.adapters.peft_files import adapter_tensors
+from jebi.config import LoraConfig
+from jebi.fast import FastLanguageModel
+from jebi.inference.decoding import Decoding, why_not
+from jebi.inference.engine import Engine
+from jebi.inference.generation import prepare
+from jebi.models.hf import JebiForCausalLM
+
+IDS = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(IDS)
+MASK[1, :5] = 0
+MASK[2, :1] = 0
+NEW = 12
+
+SERVED: dict[str, Any] = {
+    "max_length": 15,
+    "max_new_tokens": 5,
+    "min_length": 14,
+    "min_new_tokens": 3,
+    "max_time": 60.0,
+    "stop_strings": ["e", "no"],
+    "do_sample": True,
+    "num_beams": 1,
+    "use_cache": True,
+    "temperature": 0.7,
+    "top_k": 5,
+    "top_p": 0.6,
+    "min_p": 0.05,
+    "top_h": 0.5,
+    "typical_p": 0.7,
+    "epsilon_cutoff": 0.004,
+    "eta_cutoff": 0.004,
+    "repetition_penalty": 1.5,
+    "encoder_repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 2,
+    "bad_words_ids": [[40], [41, 42]],
+    "renormalize_logits": True,
+    "forced_bos_token_id": 5,
+    "forced_eos_token_id": 2,
+    "remove_invalid_values": True,
+    "exponential_decay_length_penalty": (2, 1.5),
+    "suppress_tokens": [40, 41],
+    "begin_suppress_tokens": [40, 41],
+    "sequence_bias": [[[40], 5.0]],
+    "guidance_scale": 1.5,
+    "watermarking_config": {"greenlist_ratio": 0.5, "bias": 4.0},
+    "num_return_sequences": 2,
+    "pad_token_id": 7,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 40],
+    "encoder_no_repeat_ngram_size": 2,
+    "disable_compile": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": True,
+    "output_logits": True,
+}
+"""Served by the engine; scores that are asked for without ``return_dict_in_generate`` are not returned by either."""
+
+LEFT: dict[str, dict[str, Any]] = {
+    "return_dict_in_generate": {"return_dict_in_generate": True},
+    "use_cache": {"use_cache": False},
+    "cache_implementation": {"cache_implementation": "dynamic"},
+    "prefill_chunk_size": {"prefill_chunk_size": 4},
+    "num_beams": {"num_beams": 2},
+    "early_stopping": {"num_beams": 2, "early_stopping": True},
+    "length_penalty": {"num_beams": 2, "length_penalty": 0.5},
+}
+"""Left to transformers."""
+
+ELSEWHERE = {
+    "cache_config", "max_cache_len", "compile_config", "continuous_batching_config", "low_memory",  # of other caches
+    "use_mtp", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_early_exit",
+    "assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_lookbehind",
+    "target_lookbehind", "assistant_ensemble_weight", "speculation_type",  # guessed tokens, a mode of its own
+    "penalty_alpha", "dola_layers", "diversity_penalty", "num_beam_groups", "constraints", "force_words_ids",  # modes
+    "token_healing",  # changes the prompts before the loop, and needs a tokenizer
+    "decoder_start_token_id", "transformers_version",  # of encoder-decoders; no setting
+}  # fmt: skip
+"""Not settings of the loop of tokens: transformers is done with them before it, or runs another loop."""
+
+
+class Counted(Decoding):
+    """A decoding that says how often it was used."""
+
+    calls = 0
+
+    def answer(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        return super().answer(*args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Callable[[str], Path], load, tokenizer) -> JebiForCausalLM:
+    """With an adapter that is not zero."""
+    made = load(tiny_llama("untied"))
+    attach(made, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in adapter_tensors(made).values():
+            tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
+    prepare(made)
+    made.decoding = Counted(Engine())
+    return made
+
+
+def both(
+    model: JebiForCausalLM,
+    *args: Any,
+    served: bool = True,
+    made_anew: dict[str, Callable[[], Any]] | None = None,
+    **settings: Any,
+) -> Tensor:
+    """What the engine answers, after seeing that transformers' loop answers the same.
+
+    ``made_anew`` are settings that cannot be used twice.
+    """
+    made_anew = made_anew or {}
+    settings = {"pad_token_id": 0, "max_new_tokens": NEW, "attention_mask": MASK} | settings
+    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = {"do_sample": False} | settings
+    ours, made = model.decoding, []
+    assert isinstance(ours, Counted)
+    before = ours.calls
+    for model.decoding in (ours, None):
+        torch.manual_seed(3)
+        given = settings | {name: make() for name, make in made_anew.items()}
+        output = model.generate(*args or (IDS,), **given)
+        made.append(output if isinstance(output, Tensor) else output.sequences)
+    model.decoding = ours
+    assert torch.equal(*made)
+    assert (ours.calls > before) == served
+    return made[0]
+
+
+def test_every_setting_has_its_place() -> None:
+    fields = {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
+    fields |= {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    assert fields - set(SERVED) - set(LEFT) - ELSEWHERE == set()
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_what_the_engine_serves(model, tokenizer, name: str) -> None:
+    settings: dict[str, Any] = {name: SERVED[name]}
+    if name in ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+        settings["do_sample"] = True
+    if name == "num_return_sequences":
+        settings["do_sample"] = True
+    if name == "stop_strings":
+        settings["tokenizer"] = tokenizer
+    if name in ("max_length", "min_length"):
+        settings["max_new_tokens"] = None
+    if name == "min_length":
+        settings |= {"max_length": 20, "eos_token_id": list(range(3, 200))}
+    if name == "min_new_tokens":
+        settings["eos_token_id"] = list(range(3, 200))
+    both(model, **settings)
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_transformers_serves(model, name: str) -> None:
+    both(model, served=False, **LEFT[name])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2},
+        {"temperature": 1.5, "top_k": 0},
+        {"top_k": 1},
+    ],
+    ids=str,
+)
+def test_the_same_seed_draws_the_same_tokens(model, settings: dict[str, Any]) -> None:
+    made = both(model, do_sample=True, max_new_tokens=20, **settings)
+    assert len(made[:, 9:].unique()) > 3
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["even", "padded"])
+def test_rows_that_end_early_are_filled_and_the_others_go_on(model, mask: Tensor | None) -> None:
+    free = both(model, attention_mask=mask)
+    end = free[0, 11].item()
+    made = both(model, attention_mask=mask, eos_token_id=[end, 299])
+    first = free[0, 9:].tolist().index(end) + 9
+    assert made[0, first] == end
+    assert made[0, first + 1 :].eq(0).all()
+
+
+def test_a_batch_ends_when_its_last_row_does(model) -> None:
+    free = both(model)
+    made = both(model, eos_token_id=free[:, 11].tolist())
+    assert made.shape[1] <= 12
+
+
+def test_each_row_answers_as_it_does_alone(model) -> None:
+    together = both(model, max_new_tokens=30)
+    for row, mask, answer in zip(IDS, MASK, together, strict=True):
+        alone = both(model, row[mask.bool()][None], attention_mask=None, max_new_tokens=30)
+        assert answer[9:].tolist() == alone[0, mask.sum() :].tolist()
+
+
+class Even(LogitsProcessor):  # type: ignore[misc]
+    """Even tokens only; writes over what it is given."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, 1::2] = -torch.inf
+        return scores
+
+
+class Long(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row at its own length."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.tensor([input_ids.shape[1] >= length for length in (12, 14, 13)])
+
+
+def test_processors_and_criteria_of_the_callers(model) -> None:
+    made = both(model, logits_processor=[Even()], stopping_criteria=[Long()])
+    assert made.shape[1] == 14
+    assert made[:, 9:].remainder(2).eq(0).all()
+
+
+def test_streamers_are_told_every_token(model, tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for decoding in (model.decoding, None):
+        kept, model.decoding = model.decoding, decoding
+        streamer = TextStreamer(tokenizer, skip_prompt=True)
+        tokens = model.generate(IDS[:1], max_new_tokens=NEW, do_sample=False, pad_token_id=0, streamer=streamer)
+        said.append((capsys.readouterr().out, tokens.tolist()))
+        model.decoding = kept
+    assert said[0] == said[1]
+    iterator = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    model.generate(IDS[:1], max_new_tokens=NEW, do_sample=False, pad_token_id=0, streamer=iterator)
+    assert "".join(iterator) == said[0][0].removesuffix("\n")
+
+
+def test_an_error_in_a_streamer_lets_go_of_the_buffers(model) -> None:
+    class Broken:
+        def put(self, value: Tensor) -> None:
+            if value.dim() == 1:
+                raise OSError("nobody listens")
+
+        def end(self) -> None: ...
+
+    with pytest.raises(OSError, match="nobody listens"):
+        model.generate(IDS[:1], max_new_tokens=NEW, pad_token_id=0, streamer=Broken())
+    assert model.decoding.engine._batches == {}
+    both(model)
+
+
+def holes() -> Tensor:
+    mask = MASK.clone()
+    mask[0, 4] = 0
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("keywords", "why"),
+    [
+        ({}, None),
+        ({"attention_mask": MASK, "past_key_values": None, "logits_to_keep": 1, "use_cache": True}, None),
+        ({"position_ids": torch.arange(9).expand(3, -1)}, None),
+        ({"position_ids": (MASK.cumsum(-1) - 1).clamp(min=0), "attention_mask": MASK}, None),
+        ({"position_ids": torch.arange(9).expand(3, -1) + 1}, "positions are given"),
+        ({"attention_mask": MASK.flip(1)}, "padding stands elsewhere"),
+        ({"attention_mask": holes()}, "padding stands elsewhere"),
+        ({"past_key_values": DynamicCache()}, "a cache was given"),
+        ({"inputs_embeds": torch.zeros(3, 9, 64)}, "no tokens to begin with"),
+        ({"labels": IDS}, "the model is given labels"),
+    ],
+    ids=str,
+)
+def test_why_a_call_is_left_to_transformers(model, keywords: dict[str, Any], why: str | None) -> None:
+    found = why_not(model, IDS, GenerationConfig(max_length=20), keywords)
+    assert found is None if why is None else why in found
+
+
+def test_a_cache_of_the_callers_is_filled(model) -> None:
+    cache = DynamicCache()
+    both(model, served=False, made_anew={"past_key_values": DynamicCache})
+    model.generate(IDS, max_new_tokens=3, pad_token_id=0, past_key_values=cache)
+    assert cache.get_seq_length() == 11
+
+
+def test_the_adapter_is_switched_within_one_loaded_model(model, tiny_llama, load) -> None:
+    """And back: what a switch leaves in the buffers must not be read."""
+    tuned = both(model)
+    with model.disable_adapter():
+        base = both(model)
+    assert torch.equal(both(model), tuned)
+    plain = load(tiny_llama("untied")).eval()
+    expected = plain.generate(IDS, attention_mask=MASK, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    assert torch.equal(base, expected)
+    assert not torch.equal(base, tuned)
+
+
+def test_generating_under_inference_mode_and_outside_it(model) -> None:
+    with torch.inference_mode():
+        inside = both(model)
+    assert torch.equal(both(model), inside)
+
+
+def test_nothing_is_warned_of(model, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture) -> None:
+    both(model)
+    assert not recwarn.list
+    assert not caplog.records
+
+
+@pytest.fixture
+def fresh(tiny_llama: Callable[[str], Path], load) -> JebiForCausalLM:
+    return load(tiny_llama("tied"), load_in_4bit=True)
+
+
+def test_training_undoes_it(fresh: JebiForCausalLM) -> None:
+    attach(fresh, LoraConfig(r=4, lora_dropout=0.1))
+    FastLanguageModel.for_inference(fresh)
+    assert fresh.decoding is not None
+    # An adapter's dropout does nothing while a model answers.
+    assert why_not(fresh, IDS, GenerationConfig(max_length=20), {}) is None
+    FastLanguageModel.for_training(fresh)
+    assert fresh.decoding is None
+    assert all(layer.answering is None for layer in fresh.model.decoder_layers())
+
+
+def test_four_bits_are_dequantised_once_for_both_ways(fresh: JebiForCausalLM) -> None:
+    expected = fresh.eval()(IDS).logits
+    prepare(fresh)
+    linear = next(fresh.model.decoder_layers()).self_attn.k_proj
+    kept = next(fresh.model.answering_groups())._base.kept()
+    assert kept is not None
+    assert kept.data_ptr() <= linear.dense().data_ptr() < kept.data_ptr() + kept.nbytes
+    assert torch.equal(fresh(IDS).logits, expected)
+
+
+def test_what_cannot_be_laid_together_goes_through_transformers(tiny_llama, load) -> None:
+    made = load(tiny_llama("tied"))
+    attach(made, LoraConfig(r=4, use_dora=True))
+    prepare(made)
+    made.decoding = Counted(Engine())
+    both(made, served=False)

@@ -1,0 +1,81 @@
+"""The engine's logits are those of whole rows, whatever stands beside a row and however long it gets."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from jebi.inference.engine import Engine
+from jebi.inference.kv_cache import STEP
+from jebi.models.hf import JebiForCausalLM
+
+BAR = 1e-5
+"""Of the largest logit: the same float32 products, blocked otherwise, over two layers."""
+
+
+def ids(length: int) -> Tensor:
+    return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(length))
+
+
+def padded(rows: list[Tensor]) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
+
+
+def assert_last_logits(model: JebiForCausalLM, logits_BV: Tensor, rows: list[Tensor]) -> None:
+    for mine, row in zip(logits_BV, rows, strict=True):
+        whole = model(row[None]).logits[0, -1]
+        assert (mine - whole).abs().max() <= BAR * whole.abs().max()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("lengths", [(7,), (7, 7), (3, 11, 1), (STEP - 2, 5)])
+@torch.no_grad()
+def test_prompts_and_steps(tiny_llama: Callable[[str], Path], load, lengths: tuple[int, ...], stacked: bool) -> None:
+    """The last lengths cross a step of the cache's size."""
+    model = load(tiny_llama("llama3")).eval()
+    if stacked:
+        model.model.stack(keep=True, answering=True)
+    engine, rows = Engine(), [ids(length) for length in lengths]
+    assert_last_logits(model, engine.prefill(model, padded(rows), [*lengths], max(lengths) + 5), rows)
+    for new in torch.randint(3, 300, (5, len(rows)), generator=torch.Generator().manual_seed(0)):
+        rows = [torch.cat((row, token[None])) for row, token in zip(rows, new)]
+        assert_last_logits(model, engine.step(model, padded(rows)), rows)
+    engine.release(model)
+    assert not engine._batches  # nothing is kept where nothing is captured
+
+
+@torch.no_grad()
+def test_a_step_with_room_to_spare_is_the_step_that_is_captured(tiny_llama: Callable[[str], Path], load) -> None:
+    model = load(tiny_llama("tied")).eval()
+    rows = [ids(9), ids(4)]
+    engines = Engine(), Engine()
+    for engine in engines:
+        engine.prefill(model, padded(rows), [9, 4], 16)
+    exact = engines[0].step(model, padded([torch.cat((row, row[:1])) for row in rows]))
+    batch = engines[1]._batches[2]
+    batch.ids_B.copy_(torch.stack([row[0] for row in rows]))
+    spare = engines[1]._forward(model, batch, STEP)
+    assert (spare - exact).abs().max() <= BAR * exact.abs().max()
+    assert batch.lengths_B.tolist() == [10, 5]
+
+
+@torch.no_grad()
+def test_buffers_made_under_inference_mode_serve_outside_it(tiny_llama: Callable[[str], Path], load) -> None:
+    model = load(tiny_llama("tied")).eval()
+    model.model.stack(keep=True, answering=True)
+    engine, row = Engine(), ids(5)
+    with torch.inference_mode():
+        engine.prefill(model, row[None], [5], 9)
+    row = torch.cat((row, row[:1]))
+    assert_last_logits(model, engine.step(model, row[None]), [row])
+
+
+@torch.no_grad()
+def test_warming_up_leaves_nothing_behind_on_a_cpu(tiny_llama: Callable[[str], Path], load) -> None:
+    model, engine = load(tiny_llama("tied")).eval(), Engine()
+    engine.warm_up(model, 64)
+    assert engine.warm_up_seconds > 0
+    assert not engine._batches

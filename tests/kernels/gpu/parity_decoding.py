@@ -1,0 +1,162 @@
+"""The kernels of decoding against their references, as parity.py has the others'; called as that is."""
+
+from collections.abc import Iterator
+
+import torch
+from parity import DEVICE, Check, drawn, main, nan, wide
+from torch import Tensor
+
+from jebi.kernels import cached_attention, few_rows
+from jebi.kernels.glu import glu
+from jebi.kernels.gpu import cached_attention as gpu_cached_attention
+from jebi.kernels.gpu import few_rows as gpu_few_rows
+from jebi.kernels.gpu import few_rows_before as gpu_few_rows_before
+from jebi.kernels.gpu import few_rows_dot as gpu_few_rows_dot
+from jebi.kernels.low_rank import LowRank
+from jebi.kernels.rope import rope_tables
+from jebi.quant import int8, nf4
+
+AFTER = ((None, False), (None, True), ("silu", True), ("gelu_tanh", False), ("gelu", True))
+"""Activations, and whether there are a bias, an adapter, a factor and a residual too."""
+
+
+def truncates(dtype: torch.dtype) -> bool:
+    """The interpreter rounds to bfloat16 towards zero, and multiplies matrices of it by their bits."""
+    return DEVICE == "cpu" and dtype == torch.bfloat16
+
+
+def stored_weights(rows: int, columns: int, dtype: torch.dtype) -> dict[str, few_rows.Weight]:
+    """A weight of two maps in every form: dense, int8, NF4 whose scales are coded, decoded, or never were coded."""
+    whole = drawn(rows, columns, seed=3, dtype=dtype) / columns**0.5
+    maps = [whole[: rows // 3].clone(), whole[rows // 3 :].clone()]
+    coded = [nf4.NF4Weight.quantize(part) for part in maps]
+    plain = [nf4.NF4Weight(w.packed, w.scales(), None, None, shape=w.shape, dtype=dtype) for w in coded]
+    forms = {
+        "dense": few_rows.stacked(maps),
+        "int8": few_rows.stacked([int8.Int8Weight.quantize(part) for part in maps]),
+        "nf4 decoded": few_rows.stacked(coded),
+        "nf4 plain": few_rows.stacked(plain),
+        "nf4": few_rows.stacked([nf4.NF4Weight.quantize(whole)]),
+    }
+    return {name: weight for name, weight in forms.items() if weight is not None}
+
+
+def check_few_rows(dtype: torch.dtype) -> Iterator[Check]:
+    """Every form and number of rows, with everything that may come after the product and with nothing."""
+    on_tensor_cores = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (8, 0)
+    cases = ((20, 64, 1, 11, AFTER), (38, 192, 2, 70, AFTER[1:3]), (20, 1152, 13, 11, AFTER[2:3]))
+    for rows, columns, tokens, ranks, afters in cases:
+        x = drawn(tokens, columns + 8, dtype=dtype)[:, :columns]
+        for name, weight in stored_weights(rows, columns, dtype).items():
+            stored = few_rows.as_stored(weight)
+            forms = {"vector": gpu_few_rows.product}
+            if not truncates(dtype) and on_tensor_cores:
+                forms["dot"] = gpu_few_rows_dot.product
+            for activation, full in afters:
+                width = rows if activation is None else rows // 2
+                bias = drawn(rows, seed=5, dtype=dtype) if full else None
+                left, right = drawn(tokens, ranks, seed=6, dtype=dtype) / 4, drawn(rows, ranks, seed=7, dtype=dtype)
+                thin = LowRank(left, right.t()) if full else None
+                residual = drawn(tokens, width, seed=8, dtype=dtype) if full else None
+                after = (bias, thin, activation, 0.5 if full and activation is not None else 1.0, residual)
+                plain, exact = few_rows.product_reference(x, weight, *after), exact_product(x, weight, *after)
+                epilogue = gpu_few_rows.Epilogue(
+                    bias,
+                    left if full else None,
+                    right if full else None,
+                    few_rows.ACTIVATIONS.get(activation),
+                    after[3],
+                    residual,
+                )
+                for form, product in forms.items():
+                    out = wide(tokens, width, torch.float32 if truncates(dtype) else dtype)
+                    product(x, stored, epilogue, out)
+                    said = f"{rows}x{columns} {tokens} {activation}{' and all' * full}"
+                    yield f"few rows {name} {form} {said}", out, plain, exact
+
+
+def exact_product(
+    x: Tensor,
+    weight: few_rows.Weight,
+    bias: Tensor | None,
+    thin: LowRank | None,
+    activation: str | None,
+    factor: float,
+    residual: Tensor | None,
+) -> Tensor:
+    """`few_rows.product_reference` in float64, of the weight as it is stored."""
+    dense = weight if isinstance(weight, Tensor) else weight.dense(torch.float32)
+    y = x.double() @ dense.double().t()
+    y = y if bias is None else y + bias.double()
+    y = y if thin is None else y + thin.left_TR.double() @ thin.right_RF.double()
+    y = y if activation is None else glu(*y.chunk(2, dim=1), activation, factor)
+    return y if residual is None else y + residual.double()
+
+
+def check_few_rows_before(dtype: torch.dtype) -> Iterator[Check]:
+    if truncates(dtype):
+        return
+    for tokens, width, ranks in ((1, 64, 5), (3, 131, 16)):
+        x, down = drawn(tokens, width, dtype=dtype), drawn(ranks, width, seed=1, dtype=dtype) / width**0.5
+        weight = drawn(width, seed=2, dtype=dtype)
+        for norm in (None, (weight, 1e-5, False), (weight, 1e-5, True)):
+            y, xa = gpu_few_rows_before.normed_and_compressed(x, norm, down)
+            plain, plain_xa = few_rows.normed_and_compressed_reference(x, norm, down)
+            exact = plain.double() if norm is None else x.double() * (weight.double() + norm[2])
+            exact = exact if norm is None else exact / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+            name = f"before few rows {tokens}x{width} {norm and norm[2]}"
+            yield f"{name} normed", y, plain, exact
+            # Of the rounded rows, as both have them.
+            yield f"{name} A", xa, plain_xa, y.double() @ down.double().t()
+
+
+def check_cached_attention(dtype: torch.dtype) -> Iterator[Check]:
+    """One split and several, rows of different lengths and paddings, one that has nothing; S new tokens of each."""
+    if truncates(dtype):
+        return
+    cases = (
+        (1, 4, 2, 16, 150, (0.3, None, None)),
+        (1, 6, 2, 24, 150, (0.2, 50, 5.0)),
+        (3, 4, 4, 16, 40, (0.3, None, 2.0)),
+        (3, 8, 2, 16, 200, (0.3, 70, None)),
+    )
+    for new, heads, groups, size, length, form in cases:
+        q = drawn(3, new, heads, size, dtype=dtype)
+        k, v = (drawn(3, length, groups, size, seed=seed, dtype=dtype).transpose(1, 2) for seed in (1, 2))
+        first, end = (torch.tensor(x, dtype=torch.int32).to(DEVICE) for x in ((0, 5, 21), (length, 33, 24)))
+        out = nan(3, new, heads, size, dtype=dtype)
+        gpu_cached_attention.attend(q, k, v, (first, end), form, out)
+        plain = cached_attention.cached_attention_reference(q, k, v, (first, end), form)
+        exact = cached_attention.cached_attention_reference(*(x.double() for x in (q, k, v)), (first, end), form)
+        yield f"cached attention {new} {heads}/{groups} {length} {form}", out, plain, exact
+        gpu_cached_attention.attend(q, k, v, (end, end), form, out)
+        assert torch.equal(out, torch.zeros_like(out))
+
+
+def check_turned_and_stored(dtype: torch.dtype) -> Iterator[Check]:
+    if truncates(dtype):
+        return
+    for new, heads, groups, size, rotated, normed in ((1, 4, 2, 16, 16, None), (3, 3, 1, 20, 12, True)):
+        qkv = drawn(2 * new, (heads + 2 * groups) * size, dtype=dtype)
+        tables = rope_tables(
+            torch.arange(2 * new).to(DEVICE) * 3, 1 / 10 ** (torch.arange(rotated // 2).to(DEVICE) / 4), 1.1, dtype
+        )
+        weights = [drawn(size, seed=seed, dtype=dtype) for seed in (1, 2)]
+        norms = (*weights, 1e-5, False) if normed else None
+        end, results = torch.tensor([7, new], dtype=torch.int32).to(DEVICE), []
+        for kind in (dtype, dtype, torch.float64):
+            caches = [torch.zeros(2, 9, groups, size, dtype=kind, device=DEVICE).transpose(1, 2) for _ in range(2)]
+            if not results:
+                q = nan(2, new, heads, size, dtype=dtype)
+                gpu_cached_attention.turn_and_store(qkv, tables, tuple(caches), end, norms, 0.5, q)
+            else:
+                fine = None if norms is None else (*(weight.to(kind) for weight in weights), 1e-5, False)
+                turning = [table.to(kind) for table in tables]
+                q = cached_attention.turned_and_stored_reference(qkv.to(kind), tuple(turning), *caches, end, fine, 0.5)
+            results.append((q, *caches))
+        for name, ours, plain, exact in zip(("q", "keys", "values"), *results):
+            yield f"turned and stored {new} {heads}/{groups} {rotated} {name}", ours, plain, exact
+
+
+if __name__ == "__main__":
+    main([check_few_rows, check_few_rows_before, check_cached_attention, check_turned_and_stored])
