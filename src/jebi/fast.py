@@ -86,14 +86,13 @@ class FastLanguageModel:
             rope_scaling: how RoPE is scaled, in transformers' keys, such as ``{"rope_type": "yarn", "factor": 4.0}``;
                 None keeps the model's own, carried on where ``max_seq_length`` exceeds its length.
             full_finetuning: train every weight instead of an adapter; they are float32 and cast to ``dtype``.
-            embedding: "card", or "host": in host memory, out of which the card reads single rows. "auto" is the card,
-                until a training's plan finds no room there otherwise.
+            embedding: "card" or "host", whose memory the card reads single rows out of. "auto" is the card, until a
+                training's plan finds no room there otherwise.
             head: "card", "host" (copied over in slices) or "auto", likewise; or quantised on the card, "int8" or
                 "nf4", which changes what is computed.
             compute: "fp8" multiplies the frozen base in 8-bit floats while training, scaled by rows, on cards of
                 compute capability 9.0 and newer; "auto" multiplies in ``dtype``.
-            shard: divide the frozen layers among the processes that torchrun or accelerate has started on this machine,
-                for a model that one card does not hold; a process alone holds everything as ever.
+            shard: divide the frozen layers among the processes that torchrun or accelerate started on this machine.
 
         Raises:
             ConfigError: settings exclude each other, or ``compute`` cannot be had here.
@@ -125,9 +124,8 @@ class FastLanguageModel:
                 logger.warning(notice)
             tokenizer = files.tokenizer()
         kind, mesh = dtype or default_dtype(place), join(place) if shard else None
-        require_model(
-            Loading(model_name, read_family(config), asked.storage, kind, asked.places, max_seq_length), place
-        )
+        loading = Loading(model_name, read_family(config), asked.storage, kind, asked.places, max_seq_length)
+        require_model(loading, place)
         model = load_model(files, config, kind, place, asked.storage, asked.places, mesh)
         model.compute = compute
         if generation := files.generation_config():

@@ -50,7 +50,9 @@ def test_a_model_holds_what_is_said(tiny_llama: Callable[[str], Path], load: Cal
     attach(model, LoraConfig(r=4))
     assert model.trainable_parameters()[0] == adapter_values(shape, 4)
     held = rank_bytes(shape, "dense", 4, 4, ranks=2, shard=False)
-    assert held.total == dense + 2 * shape.vocabulary * shape.layer.width * 4 + 16 * adapter_values(shape, 4)
+    assert held.divided + held.tables == dense + 2 * shape.vocabulary * shape.layer.width * 4
+    # In whole blocks of 256 values.
+    assert 0 <= held.trained - 16 * adapter_values(shape, 4) < 12 * 256
     halved = rank_bytes(shape, "dense", 4, 4, ranks=2, shard=True)
     assert halved.divided == dense / 2
 

@@ -15,6 +15,7 @@ from jebi.data.heldout import inputs_of
 from jebi.data.passes import Pass, collate, cut
 from jebi.models.hf import JebiForCausalLM
 from jebi.training import graphs
+from jebi.training.flat import FlatGradients
 from jebi.training.graphs import PassGraph, PassGraphs, padded
 
 CPU = torch.device("cpu")
@@ -139,7 +140,8 @@ def test_a_larger_pass_pins_host_memory_before_it_is_captured(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     ours = model()
     ours.model.checkpointing = "offload"
-    passes = PassGraphs(ours, lambda loss: loss.backward(), {})
+    gradients = FlatGradients([p for p in ours.parameters() if p.requires_grad])
+    passes = PassGraphs(ours, lambda loss: loss.backward(), {}, gradients)
 
     def runs(rows: int) -> None:
         (part,) = cut([collate([row(n, 40, []) for n in range(rows)])], 4096)
