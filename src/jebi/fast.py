@@ -75,8 +75,8 @@ class FastLanguageModel:
         """Load a model and its tokenizer.
 
         Args:
-            model_name: ``smollm2``, a folder, a .gguf file, a hub id, or a folder that a training wrote (its base
-                model is loaded and the adapter put on it; its tokenizer is the adapter's where one lies there).
+            model_name: ``smollm2``, a folder, a .gguf file, a hub id, or a folder that a training wrote, whose base
+                model is loaded with its adapter and tokenizer.
             max_seq_length: longest row; beyond the model's own length RoPE is scaled.
             dtype: torch.float32, bfloat16 or float16; None takes what the device computes fastest.
             load_in_4bit: store the projections as NF4; None does, unless ``load_in_8bit`` is True.
@@ -96,8 +96,7 @@ class FastLanguageModel:
 
         Raises:
             ConfigError: settings exclude each other, or ``compute`` cannot be had here.
-            ModelError: the model is not there, or of a kind that jebi does not have; or embedding and head are one
-                table, which is to be in two places.
+            ModelError: the model is not there, or of no known kind; or its one table is to be in two places.
             WeightsError: its weights are incomplete or broken.
             OutOfMemoryError: its weights do not fit; told before any is read, with what would.
         """
