@@ -161,7 +161,7 @@ class Stacked:
         """
         self.maps = maps
         self._spans = spans(maps)
-        self._base = base
+        self.base = base
         self._outputs = self._spans[-1][2]
         self.columns = maps[0].in_features
         self.dtype = maps[0].dtype
@@ -180,7 +180,7 @@ class Stacked:
     def forward(self, x_TK: Tensor, residual_TN: Tensor | None = None, whole: bool = True) -> tuple[list[Tensor], Kept]:
         """See `Group`."""
         self.refresh()
-        y_TN = self._base.forward(x_TK, residual_TN)
+        y_TN = self.base.forward(x_TK, residual_TN)
         for linear, start, end in self._spans:
             if linear.bias is not None:
                 y_TN[:, start:end] += linear.bias.to(y_TN.dtype)
@@ -208,7 +208,7 @@ class Stacked:
         """See `Group`."""
         dy_TN = joined(dparts)
         dxa_TR = dy_TN @ self._up_NR if self._up_NR is not None else None
-        dx_TK = self._base.backward(dy_TN) if wanted else None
+        dx_TK = self.base.backward(dy_TN) if wanted else None
         thin = None
         if dx_TK is not None and dxa_TR is not None and self._down_RK is not None:
             if whole or not self._thin:
@@ -296,7 +296,7 @@ class Stacked:
 
     def stored(self) -> list[Tensor | PackedWeight]:
         """The maps' weights as they are held, below each other; one where they are one matrix."""
-        whole_NK = self._base.kept()
+        whole_NK = self.base.kept()
         if whole_NK is not None:
             return [whole_NK]
         weights = [linear.weight for linear in self.maps]
@@ -304,7 +304,7 @@ class Stacked:
 
     def lend(self) -> None:
         """Let each map use its part of the matrix by itself too, where one is kept."""
-        weight_NK = self._base.kept()
+        weight_NK = self.base.kept()
         if weight_NK is not None:
             for linear, start, end in self._spans:
                 linear.keep(weight_NK[start:end])
