@@ -152,14 +152,17 @@ def stacks(maps: list[Linear], answering: bool = False) -> bool:
 class Stacked:
     """All maps of one input as one matrix."""
 
-    def __init__(self, maps: list[Linear], base: BaseProduct):
+    def __init__(self, maps: list[Linear], base: BaseProduct, apart: bool = True):
         """Lay the adapters below each other.
 
         Args:
             maps: of one input; `stacks` says whether they can be.
             base: their weights as one.
+            apart: whether `thin` may be asked for the adapters' shares; otherwise they are added at once, all maps' in
+                one product, which is less where no kernel takes them along.
         """
         self.maps = maps
+        self._apart = apart
         self._spans = spans(maps)
         self.base = base
         self._outputs = self._spans[-1][2]
@@ -281,7 +284,7 @@ class Stacked:
             self._columns.append(slice(rank, rank + lora.rank) if lora is not None else None)
             rank += lora.rank if lora is not None else 0
         ranks = [lora.rank for lora in adapters if lora is not None]
-        self._thin = all(carries(one, self.dtype, self.maps[0].device()) for one in ranks)
+        self._thin = self._apart and all(carries(one, self.dtype, self.maps[0].device()) for one in ranks)
         if rank and rank not in self._rooms:
             device = self.maps[0].device()
             down_RK = torch.empty(rank, self.columns, dtype=self.dtype, device=device)
