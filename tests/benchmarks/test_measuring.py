@@ -35,7 +35,9 @@ def test_kernels(tmp_path: Path) -> None:
         "scaled_product": "scaled product",
         "sliced_cross_entropy": "sliced cross-entropy",
     }
-    files = {file.stem for file in (ROOT / "src" / "jebi" / "kernels").glob("*.py")} - {"__init__"}
+    # The last one is bitsandbytes' own kernel, which decode_cpu.py measures.
+    others = {"__init__", "nf4_on_cpu"}
+    files = {file.stem for file in (ROOT / "src" / "jebi" / "kernels").glob("*.py")} - others
     assert words.keys() == files
     assert all(any(word in name for name in names) for word in words.values())
     assert len(names) == len(set(names)) >= 11

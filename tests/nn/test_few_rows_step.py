@@ -10,6 +10,7 @@ from torch import nn
 from jebi.adapters.lora import attach
 from jebi.adapters.peft_files import adapter_tensors
 from jebi.config import LoraConfig
+from jebi.kernels import nf4_on_cpu
 from jebi.models.hf import JebiForCausalLM
 from jebi.nn import few_rows_step
 from jebi.nn.layer_step import Now, plain_step
@@ -18,6 +19,12 @@ BAR = 1e-5
 """Of the largest value: the same float32 products, blocked otherwise."""
 
 Made = Callable[..., JebiForCausalLM]
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`plain_step` is the reference here, in float32: no kernel that rounds, whatever the CPU has."""
+    monkeypatch.setattr(nf4_on_cpu, "available", lambda: False)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import psutil
+import torch
 from torch import Tensor
 
 from jebi.inference.decoding import Decoding
@@ -12,6 +13,7 @@ from jebi.inference.engine import WARM_TOKENS, Engine
 from jebi.models.device import free_bytes
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import place
+from jebi.nn.nf4_product import NF4Product
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +25,10 @@ _LONG_S = 2.0
 def prepare(model: JebiForCausalLM, rows: Sequence[int] = (1,)) -> JebiForCausalLM:
     """Turn off training and keep what each token reads in the form it is read.
 
-    On a CPU with room for it that includes 4-bit weights, dequantised; on a card steps of so many ``rows`` at once are
-    captured, which is said where it takes long. Training again undoes it. What a training moved off the card,
-    embedding and head, comes back where there is room.
+    On a CPU with room for it that includes 4-bit weights, dequantised, and where there is a kernel for it the 4 bits
+    themselves (`kernels.nf4_on_cpu`), which rounds to bfloat16: said where float32 was asked for. On a card steps of so
+    many ``rows`` at once are captured, which is said where it takes long. Training again undoes it. What a training
+    moved off the card, embedding and head, comes back where there is room.
     """
     model.eval()
     model.config.use_cache = True
@@ -45,6 +48,13 @@ def prepare(model: JebiForCausalLM, rows: Sequence[int] = (1,)) -> JebiForCausal
         linear.keep_for_decoding(dense=roomy)
     if shared:
         return model
+    if model.dtype == torch.float32 and any(
+        isinstance(group.base, NF4Product) for group in model.model.answering_groups()
+    ):
+        logger.warning(
+            "answers multiply the 4-bit weights in bfloat16, by bitsandbytes' kernel for this CPU; without "
+            "for_inference they are multiplied in float32"
+        )
     engine = Engine()
     model.decoding = Decoding(engine)
     if model.device.type == "cuda":

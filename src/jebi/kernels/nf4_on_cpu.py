@@ -59,7 +59,7 @@ def product_of(weights: Sequence[Tensor | PackedWeight], dtype: torch.dtype) -> 
     fits = all(weight.block == _BLOCK for weight in nf4) and columns % _BLOCK == 0 and rows % _TILE == 0
     if len(nf4) < len(weights) or not fits or dtype not in (torch.float32, torch.bfloat16) or not available():
         return None
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     packed, scales = torch.cat([weight.packed for weight in nf4]), torch.cat([weight.scales() for weight in nf4])
     stored = to_bitsandbytes(NF4Weight(packed, scales, None, None, shape=(rows, columns), dtype=dtype))

@@ -152,16 +152,19 @@ def stacks(maps: list[Linear], answering: bool = False) -> bool:
 class Stacked:
     """All maps of one input as one matrix."""
 
-    def __init__(self, maps: list[Linear], base: BaseProduct):
+    def __init__(self, maps: list[Linear], base: BaseProduct, apart: bool = True):
         """Lay the adapters below each other.
 
         Args:
             maps: of one input; `stacks` says whether they can be.
             base: their weights as one.
+            apart: whether `thin` may be asked for the adapters' shares; otherwise they are added at once, all maps' in
+                one product, which is less where no kernel takes them along.
         """
         self.maps = maps
+        self._apart = apart
         self._spans = spans(maps)
-        self._base = base
+        self.base = base
         self._outputs = self._spans[-1][2]
         self.columns = maps[0].in_features
         self.dtype = maps[0].dtype
@@ -180,7 +183,7 @@ class Stacked:
     def forward(self, x_TK: Tensor, residual_TN: Tensor | None = None, whole: bool = True) -> tuple[list[Tensor], Kept]:
         """See `Group`."""
         self.refresh()
-        y_TN = self._base.forward(x_TK, residual_TN)
+        y_TN = self.base.forward(x_TK, residual_TN)
         for linear, start, end in self._spans:
             if linear.bias is not None:
                 y_TN[:, start:end] += linear.bias.to(y_TN.dtype)
@@ -208,7 +211,7 @@ class Stacked:
         """See `Group`."""
         dy_TN = joined(dparts)
         dxa_TR = dy_TN @ self._up_NR if self._up_NR is not None else None
-        dx_TK = self._base.backward(dy_TN) if wanted else None
+        dx_TK = self.base.backward(dy_TN) if wanted else None
         thin = None
         if dx_TK is not None and dxa_TR is not None and self._down_RK is not None:
             if whole or not self._thin:
@@ -281,7 +284,7 @@ class Stacked:
             self._columns.append(slice(rank, rank + lora.rank) if lora is not None else None)
             rank += lora.rank if lora is not None else 0
         ranks = [lora.rank for lora in adapters if lora is not None]
-        self._thin = all(carries(one, self.dtype, self.maps[0].device()) for one in ranks)
+        self._thin = self._apart and all(carries(one, self.dtype, self.maps[0].device()) for one in ranks)
         if rank and rank not in self._rooms:
             device = self.maps[0].device()
             down_RK = torch.empty(rank, self.columns, dtype=self.dtype, device=device)
@@ -296,7 +299,7 @@ class Stacked:
 
     def stored(self) -> list[Tensor | PackedWeight]:
         """The maps' weights as they are held, below each other; one where they are one matrix."""
-        whole_NK = self._base.kept()
+        whole_NK = self.base.kept()
         if whole_NK is not None:
             return [whole_NK]
         weights = [linear.weight for linear in self.maps]
@@ -304,7 +307,7 @@ class Stacked:
 
     def lend(self) -> None:
         """Let each map use its part of the matrix by itself too, where one is kept."""
-        weight_NK = self._base.kept()
+        weight_NK = self.base.kept()
         if weight_NK is not None:
             for linear, start, end in self._spans:
                 linear.keep(weight_NK[start:end])

@@ -132,7 +132,9 @@ class DecoderLayer(nn.Module):
     def stack(self, base_of: Callable[[list[Linear]], BaseProduct], answering: bool = False) -> None:
         """Lay its maps together, where `nn.group.stacks` allows; ``base_of`` says how their weights are held."""
         if self.stackable(answering):
-            groups = LayerGroups(*(Stacked(maps, base_of(maps)) for maps in self._maps()))
+            # To train on a CPU they are stacked in tests alone, for what a card does.
+            apart = not answering or self.self_attn.o_proj.device().type == "cuda"
+            groups = LayerGroups(*(Stacked(maps, base_of(maps), apart) for maps in self._maps()))
             if answering:
                 self.answering = groups
             else:
