@@ -33,6 +33,7 @@ from jebi.kernels import (
     gather,
     glu,
     linear_cross_entropy,
+    nf4_on_cpu,
     rms_norm,
     rope,
     scaled_product,
@@ -150,6 +151,8 @@ def cases(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Iterator[
     yield _gather_case(shapes, drawn, generator)
     yield from _fp8_cases(shapes, drawn)
     yield from _few_rows_cases(shapes, drawn)
+    if device.type == "cpu":
+        yield _nf4_on_cpu_case(shapes, drawn)
     yield _cached_attention_case(shapes, drawn)
     yield from _loss_cases(shapes, drawn, generator)
     yield from _adam_cases(shapes, device, generator)
@@ -244,6 +247,14 @@ def _few_rows_cases(shapes: Shapes, drawn: Callable[..., Tensor]) -> Iterator[Ca
 
             plain = partial(few_rows.product_reference, x, stack, activation=activation)
             yield Case(f"few rows, {name}, {rows}", stored, run, plain)
+
+
+def _nf4_on_cpu_case(shapes: Shapes, drawn: Callable[..., Tensor]) -> Case:
+    """One row; where bitsandbytes' kernel is not, both columns are the product that layers make then."""
+    weight, x = NF4Weight.quantize(drawn(2 * shapes.feed_forward, shapes.width)), drawn(1, shapes.width)
+    plain = partial(nf4_on_cpu.product_reference, x, [weight])
+    product = nf4_on_cpu.product_of([weight], x.dtype)
+    return Case("nf4 on a CPU, 1 row", weight.nbytes, plain if product is None else partial(product, x), plain)
 
 
 def _cached_attention_case(shapes: Shapes, drawn: Callable[..., Tensor]) -> Case:
