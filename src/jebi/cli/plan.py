@@ -30,7 +30,7 @@ _BRIEFLY = {
 """What layers keep, for a table of many cards."""
 
 
-def command(
+def command(  # noqa: PLR0913  (options of a command)
     model: Annotated[
         str, typer.Argument(help="A folder, a .gguf file, smollm2, a hub id, or a shape such as llama-3.1-8b.")
     ] = "",
