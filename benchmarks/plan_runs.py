@@ -83,7 +83,8 @@ def train(run: Run) -> dict[str, Any]:
     from jebi.models.device import default_device, default_dtype
     from jebi.models.families import read_config
     from jebi.models.loading import load_model
-    from jebi.plan.inventory import CONTEXT_BYTES, GIB, Held, by_part
+    from jebi.plan.held import Held
+    from jebi.plan.inventory import CONTEXT_BYTES, GIB, by_part
     from jebi.plan.jobs import Job
     from jebi.plan.prediction import predict
     from jebi.plan.present import available, card_of, host_bytes, memory_of

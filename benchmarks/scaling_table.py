@@ -5,37 +5,28 @@ python benchmarks/scaling_table.py --write    puts it into the page
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import LlamaConfig
 
+from jebi.config import LoraConfig
 from jebi.models.families import DecoderShape, read_config
-from jebi.plan.ranks import (
-    Link,
-    StepBytes,
-    adapter_values,
-    efficiency,
-    layer_bytes,
-    maps_of,
-    rank_bytes,
-    step_bytes,
-)
+from jebi.plan.cards import CARDS, REACHED
+from jebi.plan.held import Held
+from jebi.plan.inventory import adapter_items, model_items, total
+from jebi.plan.ranks import MACHINES, NETWORK, Link, StepBytes, efficiency, links_of, step_bytes, waiting, world_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
 MARKS = "<!-- computed by benchmarks/scaling_table.py -->", "<!-- end -->"
 
-NVLINK = Link("NVLink 4", 450e9, 5e-6)
-PCIE = Link("PCIe 5.0 x16", 64e9, 10e-6)
-NETWORK = Link("100 Gbit/s", 12.5e9, 20e-6)
-"""What their makers say of each direction; delays of NCCL's rings as usually measured."""
-CARDS = 8
-"""Of a machine; beyond that the network is between them, one adapter a machine."""
-REACHED = 0.75
-"""Share of a link's rate that large messages reach."""
-RANK, ELEMENT, PASS = 16, 2, 8192
+NVLINK = replace(links_of(world_of(1, shard=False), CARDS["h200"])[1], name="NVLink 4")
+PCIE = Link("PCIe 5.0 x16", REACHED * 64e9, 10e-6)
+PASS = 8192
+MACHINE = MACHINES[-1]
 COUNTS = (2, 8, 16, 64)
 
-RATES = {"full": 17_088, "chat": 14_315}
+RATES = {"full": 17_290, "chat": 14_406}
 """Tokens a second of Llama 3.1 8B's shape in 4 bits on one H200 (docs/benchmarks/h200.md)."""
 TOKENS = {"full": 8 * 2048, "chat": 1800}
 """Of a step's rows in each process: 8 of 2,048 tokens, and 8 of chat."""
@@ -55,29 +46,23 @@ def llama(layers: int, width: int, ffn: int, heads: int) -> DecoderShape:
 SHAPES = {"8B": llama(32, 4096, 14336, 32), "70B": llama(80, 8192, 28672, 64)}
 
 
-def values(shape: DecoderShape) -> int:
-    """Numbers that every token is multiplied with in the layers."""
-    return sum(inputs * outputs for layer in shape.layers for inputs, outputs in maps_of(layer))
+def of_one(name: str, ranks: int = 1, shard: bool = False) -> Held:
+    """What one of so many processes holds; moments in float32."""
+    world = world_of(ranks, shard)
+    return Held(SHAPES[name], "nf4", 2, lora=LoraConfig(r=16), optimizer="adamw_torch", on_card=False, world=world)
 
 
 def seconds(name: str, rows: str) -> float:
     """Of a step on one card: as measured for 8B, by its multiplications for 70B."""
     rate = RATES[rows]
     if name == "70B":
-        rate = rate * values(SHAPES["8B"]) / values(SHAPES["70B"]) * RECOMPUTING
+        rate = rate * of_one("8B").projected / of_one("70B").projected * RECOMPUTING
     return TOKENS[rows] / rate
 
 
 def sent(name: str, rows: str, ranks: int, shard: bool) -> StepBytes:
     """By each process in a step."""
-    shape = SHAPES[name]
-    divided = layer_bytes(shape, "nf4", ELEMENT) * len(shape.layers) if shard else 0
-    return step_bytes(adapter_values(shape, RANK), divided, ranks, min(ranks, CARDS), -(-TOKENS[rows] // PASS))
-
-
-def reached(link: Link) -> Link:
-    """What large messages get of it."""
-    return Link(link.name, REACHED * link.bytes_s, link.delay_s)
+    return step_bytes(of_one(name, ranks, shard), -(-TOKENS[rows] // PASS))
 
 
 CASES = (("8B", "full", False), ("8B", "chat", False), ("70B", "full", True), ("70B", "chat", True))
@@ -89,10 +74,12 @@ def held() -> list[str]:
         "| model | trained numbers | frozen layers, 4 bits | GiB a process, whole | divided by 2 | by 8 |",
         "|---|---|---|---|---|---|",
     ]
-    for name, shape in SHAPES.items():
-        frozen = layer_bytes(shape, "nf4", ELEMENT) * len(shape.layers) / 2**30
-        each = [rank_bytes(shape, "nf4", ELEMENT, RANK, ranks, ranks > 1).total / 2**30 for ranks in (1, 2, CARDS)]
-        cells = [f"{adapter_values(shape, RANK) / 1e6:.1f} million", f"{frozen:.1f} GiB"]
+    for name in SHAPES:
+        each = []
+        for one in (of_one(name, ranks, shard=True) for ranks in (1, 2, MACHINE)):
+            each.append((total(model_items(one)) + total(adapter_items(one)) + one.gathered) / 2**30)
+        whole = of_one(name)
+        cells = [f"{sum(whole.matrices) / 1e6:.1f} million", f"{whole.parts / 2**30:.1f} GiB"]
         made.append(f"| {name} | {' | '.join(cells + [f'{gib:.1f}' for gib in each])} |")
     return made
 
@@ -105,11 +92,11 @@ def travelling() -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, rows, shard in CASES:
-        step = sent(name, rows, CARDS, shard)
+        step = sent(name, rows, MACHINE, shard)
         cells = [f"{seconds(name, rows) * 1e3:,.0f}", f"{step.reduced / 1e6:,.0f}"]
-        cells += [f"{step.reduced / reached(link).bytes_s * 1e3:,.1f}" for link in (NVLINK, PCIE, NETWORK)]
+        cells += [f"{step.reduced / link.bytes_s * 1e3:,.1f}" for link in (NVLINK, PCIE, NETWORK)]
         cells.append(f"{step.gathered / 1e6:,.0f}" if shard else "")
-        cells += [f"{step.gathered / reached(link).bytes_s * 1e3:,.0f}" if shard else "" for link in (NVLINK, PCIE)]
+        cells += [f"{step.gathered / link.bytes_s * 1e3:,.0f}" if shard else "" for link in (NVLINK, PCIE)]
         made.append(f"| {name}, {rows} | {' | '.join(cells)} |")
     return made
 
@@ -122,9 +109,9 @@ def predicted() -> list[str]:
         for inside in (NVLINK, PCIE):
             shares = []
             for ranks in COUNTS:
-                link = inside if ranks <= CARDS else NETWORK
-                step = sent(name, rows, ranks, shard)
-                shares.append(efficiency(seconds(name, rows), step, ranks, reached(link), reached(inside)))
+                link, alone = inside if ranks <= MACHINE else NETWORK, seconds(name, rows)
+                longer = waiting(alone, sent(name, rows, ranks, shard), ranks, link, inside)
+                shares.append(efficiency(alone, longer))
             made.append(f"| {name}, {rows} | {inside.name} | {' | '.join(f'{share:.1%}' for share in shares)} |")
     return made
 

@@ -22,6 +22,7 @@ from jebi.config import (
     HeadPlace,
     LoraConfig,
     ModelConfig,
+    launched,
     reject_unknown,
 )
 from jebi.errors import AdapterError, ConfigError
@@ -123,8 +124,8 @@ class FastLanguageModel:
                 logger.warning(notice)
             tokenizer = files.tokenizer()
         kind, mesh = dtype or default_dtype(place), join(place) if shard else None
-        loading = Loading(model_name, read_family(config), asked.storage, kind, asked.places, max_seq_length)
-        require_model(loading, place)
+        shape, world = read_family(config), launched.world(shard)
+        require_model(Loading(model_name, shape, asked.storage, kind, asked.places, max_seq_length, world), place)
         model = load_model(files, config, kind, place, asked.storage, asked.places, mesh)
         model.compute = compute
         if generation := files.generation_config():

@@ -76,10 +76,24 @@ def test_rows_of_a_file_make_the_steps() -> None:
     assert found["step_tokens"] < 8 * 400
 
 
+def test_several_cards_are_planned_for_together() -> None:
+    shown = plan("llama-3.1-70b", "--gpu", "h200", "--memory", "30GB", "--gpus", "2", "--shard").stdout
+    assert "fits 2 x h200, each: 2" in shown
+    for words in ("a step on each of 2 cards", "layers in 2 parts", "MB of gradients over NVLink", "of 2 single cards"):
+        assert words in " ".join(shown.split())
+    found = facts("llama-3.1-8b", "--gpu", "h200", "--gpus", "2")
+    assert (found["ranks"], found["shares"], found["weights_sent"], found["gradients_sent"]) == (2, 1, 0, 167772168)
+    assert found["step_tokens"] == 2 * 16384
+    assert found["tokens_per_second"] == pytest.approx(found["step_tokens"] / found["step_seconds"])
+    assert 0.99 < found["efficiency"] < 1
+    assert "would fit      --gpus 2 --shard  (2" in plan("llama-3.1-70b", "--gpu", "rtx4090", code=2).stdout
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ([], "name a model"),
+        (["smollm2", "--gpu", "t4", "--shard"], "say how many with --gpus"),
         (["nothing", "--gpu", "t4"], "Shapes that jebi knows"),
         (["smollm2", "--gpu", "voodoo"], "--gpu 'voodoo' is not known"),
         (["smollm2", "--gpu", "t4", "--memory", "much"], "memory_budget 'much' is no size"),

@@ -15,10 +15,10 @@ from jebi.models.files import find
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.loading import load_model
 from jebi.nn.shape import AttentionForm, LayerShape
+from jebi.plan.held import Held
 from jebi.plan.inventory import (
     CONTEXT_BYTES,
     GIB,
-    Held,
     Item,
     Pass,
     Trained,

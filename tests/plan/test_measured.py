@@ -8,7 +8,8 @@ import pytest
 from jebi.config import LoraConfig
 from jebi.models.sizes import read_sizes
 from jebi.plan.cards import CARDS
-from jebi.plan.inventory import GIB, Held
+from jebi.plan.held import Held
+from jebi.plan.inventory import GIB
 from jebi.plan.jobs import Job
 from jebi.plan.measured import Rates, folder, keep, kept, known, known_processor, processor_name
 from jebi.plan.prediction import predict

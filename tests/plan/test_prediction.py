@@ -8,7 +8,8 @@ import pytest
 from jebi.config import LoraConfig, Places
 from jebi.models.sizes import read_sizes
 from jebi.plan.cards import CARDS, processor
-from jebi.plan.inventory import GIB, Held, total
+from jebi.plan.held import Held
+from jebi.plan.inventory import GIB, total
 from jebi.plan.jobs import Job
 from jebi.plan.prediction import next_faster, predict, remedies, smallest
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from jebi.config import Places, RunConfig, run_from_dict
+from jebi.config.launched import World
 from jebi.config.reading import apply_settings
 from jebi.errors import OutOfMemoryError
 from jebi.fast import FastLanguageModel
@@ -59,6 +60,39 @@ def test_weights_that_do_not_fit_are_refused_with_what_would(free: Callable[[flo
         require_model(loading(storage="nf4"), CPU)
     free(16)
     require_model(loading(), CPU)
+
+
+def test_a_model_that_is_divided_is_held_in_parts(free: Callable[[float], None]) -> None:
+    """8B in 16 bits has 13.0 GB of layers and 2.0 of tables: in two parts 6.5 + 3 of 32 layers (1.2) + 2.0."""
+    free(12)
+    with pytest.raises(OutOfMemoryError, match="its weights take 15"):
+        require_model(loading(world=World(2, 2)), CPU)
+    require_model(loading(world=World(2, 2, shard=True)), CPU)
+    free(9)
+    with pytest.raises(OutOfMemoryError, match=r"its weights take 9\.7 GB"):
+        require_model(loading(world=World(2, 2, shard=True)), CPU)
+
+
+def test_what_a_card_does_not_hold_and_several_would(
+    free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusal, "named", lambda device: "a card")
+    free(12)
+    says = r"load_in_4bit=True \(\d\.\d GB\), or over 2 such cards that divide its layers \(jebi plan eight --gpus 2 --"
+    with pytest.raises(OutOfMemoryError, match=says):
+        require_model(loading(places=Places("card", "card")), torch.device("cuda"))
+
+
+def test_a_run_is_counted_by_process(free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so many processes as a launcher says there are, on a machine of so many."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked: list[World] = []
+    monkeypatch.setattr(refusal, "predict", lambda job, *_: asked.append(job.held.world) or SimpleNamespace(fits=True))
+    require_run(demo("model.shard=true"))
+    require_run(demo())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    require_run(demo("model.shard=true"))
+    assert [world.shares for world in asked] == [2, 1, 1]
 
 
 def test_a_model_that_fits_and_cannot_be_trained_is_told(

@@ -7,13 +7,14 @@ folder: ``rank-N.safetensors`` (its adapter) and ``rank-N.json``. A launcher's e
 have of one; launchers themselves are `tests/ecosystem`'s and `test_launchers`'.
 """
 
+import gc
 import json
 import os
 import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ from transformers import TrainerCallback
 
 from jebi import FastLanguageModel, SFTConfig, SFTTrainer
 from jebi.adapters.peft_files import adapter_tensors
+from jebi.config.launched import World
 from jebi.errors import JebiError
+from jebi.plan.held import Held
+from jebi.plan.inventory import adapter_items
+from jebi.training.planning import held_of
 
 
 class CtrlC(TrainerCallback):
@@ -39,13 +44,25 @@ class CtrlC(TrainerCallback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+class Look(TrainerCallback):
+    """Sees what gradients take while they are there."""
+
+    def __init__(self) -> None:
+        self.gradients = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        held = [p.grad.untyped_storage() for p in kwargs["model"].parameters() if p.grad is not None]
+        self.gradients = sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+
+
 def train(job: dict[str, Any], rank: int) -> dict[str, Any]:
     """One process of a job; what it knows afterwards."""
     args = SFTConfig(**job["settings"])
     model, tokenizer = FastLanguageModel.from_pretrained(
         job["model"], 128, torch.float32, device="cpu", **job.get("load", {})
     )
-    known: dict[str, Any] = {"bytes": held_bytes(model), "numbers": model.trainable_parameters()}
+    known: dict[str, Any] = {"bytes": held_bytes(layers_weights(model)), "numbers": model.trainable_parameters()}
+    known["model"] = held_bytes(p for name, p in named_tensors(model) if "rotary" not in name)
     if job.get("load", {}).get("shard"):
         known["refused"] = [
             refusal(lambda: FastLanguageModel.get_peft_model(model, use_dora=True)),
@@ -59,7 +76,8 @@ def train(job: dict[str, Any], rank: int) -> dict[str, Any]:
     if job.get("stream"):
         rows = rows.to_iterable_dataset()
         assert isinstance(rows, IterableDataset)
-    callbacks = [CtrlC(job["ctrl_c"])] if rank == 1 and "ctrl_c" in job else []
+    looked = Look()
+    callbacks = [looked, CtrlC(job["ctrl_c"])] if rank == 1 and "ctrl_c" in job else [looked]
     heldout = Dataset.from_dict({"text": job["heldout"]})
     trainer = SFTTrainer(model, tokenizer, rows, heldout, args=args, callbacks=callbacks)
     try:
@@ -70,6 +88,11 @@ def train(job: dict[str, Any], rank: int) -> dict[str, Any]:
     if trainer.report is not None:
         known["tokens"] = trainer.report.tokens
         known["by_rank"] = [one.tokens for one in trainer.report.ranks]
+        known["predicted"] = trainer.report.predicted
+        known["predicted_by_rank"] = [one.predicted_gb for one in trainer.report.ranks]
+    world = World(job["ranks"], job["ranks"], bool(job.get("load", {}).get("shard")))
+    counted = held_of(model, args.optim, world)
+    known |= {"counted": counted.parts, "counted gradients": gradient_bytes(counted), "gradients": looked.gradients}
     FastLanguageModel.for_inference(model)
     asked = tokenizer("### a template:\nabc", return_tensors="pt")
     known["answer"] = model.generate(**asked, max_new_tokens=6, do_sample=False)[0].tolist()
@@ -97,14 +120,29 @@ def refusal(call: Callable[[], object]) -> str:
     raise AssertionError("not refused")
 
 
-def held_bytes(model: Any) -> int:
-    """What this process holds of the layers' frozen weights."""
+def layers_weights(model: Any) -> list[torch.Tensor]:
+    """The layers' frozen weights, packed ones by their parts."""
     weights = [linear.weight for _, linear in model.linears() if linear is not model.lm_head]
     tensors = []
     for weight in weights:
         tensors += [weight] if isinstance(weight, torch.Tensor) else [*weight.parameters(), *weight.buffers()]
+    return tensors
+
+
+def named_tensors(model: Any) -> list[tuple[str, torch.Tensor]]:
+    """All that a model is made of, each once."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def held_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """What this process holds of them."""
     parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return sum(part.numel() * part.element_size() for part in parts)
+
+
+def gradient_bytes(held: Held) -> int:
+    """What a plan counts for gradients."""
+    return sum(item.bytes for item in adapter_items(held) if item.name.startswith("gradients"))
 
 
 def child(job: dict[str, Any], rank: int, port: int) -> None:
@@ -128,6 +166,10 @@ def child(job: dict[str, Any], rank: int, port: int) -> None:
 
 def main(path: Path) -> None:
     """Run every job; the first that fails ends it."""
+    # What every process would do by itself otherwise: half of what a job takes.
+    Dataset.from_dict({"text": [""]})
+    gc.collect()
+    gc.freeze()
     for job in json.loads(path.read_text(encoding="utf-8")):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

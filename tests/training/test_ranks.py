@@ -152,10 +152,22 @@ def test_a_divided_base_is_held_in_parts(runs: Callable[..., Run]) -> None:
         whole = runs(f"one{kind}", 0)[0]
         for rank in range(2):
             known = runs(f"two{kind} divided", rank)[0]
+            assert known["bytes"] == known["counted"], "a plan counts what is held"
             # Beside its half every process has the scales that are floating point numbers: of int8 a seventeenth.
             assert whole["bytes"] / 2 <= known["bytes"] <= 0.54 * whole["bytes"]
             assert known["numbers"] == whole["numbers"], "parts are not counted for the whole, nor codes for numbers"
             assert ["shard=True" in refused for refused in known["refused"]] == [True] * 3
+
+
+@pytest.mark.parametrize("name", ["one", "two", "two divided", "two int8 divided", "two dense divided", "two full"])
+def test_a_process_holds_what_its_plan_counts(runs: Callable[..., Run], name: str) -> None:
+    for rank in range(1 if name == "one" else 2):
+        known = runs(name, rank)[0]
+        # On a CPU a process alone has them matrix by matrix, without padding.
+        assert known["gradients"] == known["counted gradients"] or name == "one", "with what travels along"
+        predicted = known["predicted"]
+        assert predicted["parts_gb"]["model"] * 2**30 == known["model"]
+        assert known["predicted_by_rank"] == ([] if name == "one" else [predicted["peak_gb"]] * 2)
 
 
 def test_one_ctrl_c_stops_all_after_the_same_step(runs: Callable[..., Run]) -> None:

@@ -30,7 +30,7 @@ _BRIEFLY = {
 """What layers keep, for a table of many cards."""
 
 
-def command(
+def command(  # noqa: PLR0913  (options of a command)
     model: Annotated[
         str, typer.Argument(help="A folder, a .gguf file, smollm2, a hub id, or a shape such as llama-3.1-8b.")
     ] = "",
@@ -40,6 +40,8 @@ def command(
     rows: Annotated[Path | None, typer.Option(help=".jsonl, .json or .csv, by whose lengths steps are timed.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     all_gpus: Annotated[bool, typer.Option("--all-gpus", help="Which known cards can run it, and how fast.")] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="Cards that train together, a process on each.")] = 1,
+    shard: Annotated[bool, typer.Option("--shard", help="Divide the layers among them, as model.shard does.")] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a setting: section.key=value; may be repeated.")
     ] = None,
@@ -51,17 +53,25 @@ def command(
     from jebi.plan.cards import CARDS
     from jebi.plan.jobs import job_of, rows_of
     from jebi.plan.prediction import predict
+    from jebi.plan.ranks import world_of
 
-    run = _run(config, set_)
+    run = _run(config, [*(set_ or ()), *(["model.shard=true"] if shard else ())])
+    if run.model.shard and gpus == 1:
+        raise ConfigError("layers are divided among several cards: say how many with --gpus.")
     name = model or (run.model.name if config else "")
     if not name:
         raise ConfigError("name a model, such as: jebi plan llama-3.1-8b --gpu t4; or a run's file with --config.")
     sized = read_sizes(name, run.model.token)
     device = device_for(gpu, memory)
-    job = job_of(run, sized.shape, device.bfloat16, rows or rows_of(run))
+    if gpus > 1 and device.card.name == "cpu":
+        raise ConfigError("this machine has no card: name the cards' kind with --gpu, such as --gpu h100.")
+    world = world_of(gpus, run.model.shard)
+    job = job_of(run, sized.shape, device.bfloat16, rows or rows_of(run), world)
+    host = device.host // world.here
     budget = min(device.budget, budget_bytes(run.train.get("memory_budget"), device.card.memory))
-    current = predict(job, device.card, budget, device.host)
-    others = [predict(job, card, card.memory, card.memory) for card in CARDS.values() if card.name != device.card.name]
+    current = predict(job, device.card, budget, host)
+    known = (card for card in CARDS.values() if card.name != device.card.name)
+    others = [predict(job, card, card.memory, card.memory) for card in known]
     title = f"{name}{', its shape alone' if sized.built_in else ''}: {_settings(run, job)}"
     if json_:
         typer.echo(json.dumps(document(name, current, others if all_gpus else []), indent=2))
@@ -70,8 +80,8 @@ def command(
 
         console = Console()
         console.print(title, style="bold", highlight=False)
-        known = sorted([current, *others], key=lambda each: each.step.seconds)
-        console.print(_cards(known) if all_gpus else _table(current, others, device.host), highlight=False)
+        ranked = sorted([current, *others], key=lambda each: each.step.seconds)
+        console.print(_cards(ranked) if all_gpus else _table(current, others, host), highlight=False)
     if not all_gpus and not current.fits:
         raise typer.Exit(2)
 
@@ -92,7 +102,9 @@ def _settings(run: RunConfig, job: "Job") -> str:
     form = {"nf4": "4-bit", "int8": "8-bit", "dense": "16-bit", "masters": "full fine-tuning"}[job.held.storage]
     adapter = "" if job.held.lora is None else f", LoRA r={run.lora.r}"
     rows = f"rows of {job.longest:,} tokens" if job.row is None else f"rows of about {job.row:,.0f} tokens"
-    return f"{form}{adapter}, {rows}, {job.batch} a step"
+    world = job.held.world
+    cards = f" on each of {world.ranks} cards" if world.ranks > 1 else ""
+    return f"{form}{adapter}, {rows}, {job.batch} a step{cards}"
 
 
 def _table(current: "Prediction", others: list["Prediction"], host: int) -> "RenderableType":
@@ -101,13 +113,14 @@ def _table(current: "Prediction", others: list["Prediction"], host: int) -> "Ren
     from rich.text import Text
 
     from jebi.plan.inventory import by_part, total
-    from jebi.plan.prediction import next_faster, remedies, smallest
+    from jebi.plan.prediction import next_faster, over_more, remedies, smallest
     from jebi.plan.words import pasted
 
-    items = list(current.items)
+    items, world = list(current.items), current.job.held.world
     word = Text("fits", "bold green") if current.fits else Text("does not fit", "bold red")
     short = "" if current.fits else f", {_gb(max(current.missing, 1))} GB too much"
-    word.append(f" {current.card.name}: {_gb(current.peak)} of {_gb(current.budget)} GB{short}", "default")
+    cards = f"{world.ranks} x {current.card.name}, each" if world.ranks > 1 else current.card.name
+    word.append(f" {cards}: {_gb(current.peak)} of {_gb(current.budget)} GB{short}", "default")
     bar, parts = Text(), Text()
     scale = WIDTH / max(current.peak, current.budget)
     for part, size in by_part(items):
@@ -119,6 +132,8 @@ def _table(current: "Prediction", others: list["Prediction"], host: int) -> "Ren
     if current.timed:
         table.add_row("a step", _step(current))
         low, high = (current.job.steps * each for each in current.step.range)
+        if world.ranks > 1:
+            table.add_row("links", _links(current))
         table.add_row(f"{current.job.steps:,} steps", f"{_time(current.seconds)} ({_time(low)} to {_time(high)})")
     else:
         table.add_row("a step", "for times name a card with --gpu")
@@ -131,6 +146,9 @@ def _table(current: "Prediction", others: list["Prediction"], host: int) -> "Ren
     table.add_row("beside", f"{_gb(total(items, 'host'))} GB of host memory, {_gb(total(items, 'disk'))} GB on disk")
     for settings, found in remedies(current, host) if not current.fits else ():
         table.add_row("would fit", f"{pasted(settings)}  ({_gb(found.peak)} GB)")
+    if not current.fits and (over := over_more(current, host)) is not None:
+        count = over.job.held.world.ranks
+        table.add_row("would fit", f"--gpus {count} --shard  ({_gb(over.peak)} GB on each)")
     for name, other in (("smallest card", smallest(current, others)), ("next faster", next_faster(current, others))):
         if other is not None and (current.timed or name == "smallest card"):
             speed = f"{other.tokens_per_second:,.0f} tokens/s"
@@ -162,8 +180,20 @@ def chosen(found: "Prediction") -> str:
 
 def _step(found: "Prediction") -> str:
     low, high = found.step.range
-    tokens = f"{found.job.step_tokens:,.0f} tokens in {found.step.seconds:.2f} s"
+    tokens = f"{found.step_tokens:,.0f} tokens in {found.step.seconds:.2f} s"
     return f"{tokens} ({low:.2f} to {high:.2f}): {found.tokens_per_second:,.0f} tokens/s"
+
+
+def _links(found: "Prediction") -> str:
+    """What several cards send each other in a step, and what of it a step is longer by."""
+    from jebi.plan.ranks import links_of
+
+    world, step = found.job.held.world, found.step
+    sent, (link, inside) = found.sent, links_of(world, found.card)
+    parts = f"{sent.reduced / 1e6:,.0f} MB of gradients over {link.name}"
+    if sent.gathered:
+        parts += f", {sent.gathered / 1e6:,.0f} MB of weights over {inside.name} while layers are computed"
+    return f"{step.links * 1e3:,.1f} ms: {parts}; {found.efficiency:.1%} of {world.ranks} single cards"
 
 
 def _gb(size: float) -> str:
@@ -185,7 +215,7 @@ def document(name: str, current: "Prediction", others: list["Prediction"]) -> di
 def _facts(found: "Prediction") -> dict[str, object]:
     from dataclasses import asdict
 
-    timed = found.timed
+    timed, world, sent = found.timed, found.job.held.world, found.sent
     return {
         "gpu": found.card.name, "fits": found.fits, "budget": found.budget, "peak": found.peak,
         "missing": found.missing, "items": [asdict(item) for item in found.items],
@@ -194,7 +224,9 @@ def _facts(found: "Prediction") -> dict[str, object]:
             "keep_weights": found.plan.keep_weights, "kept_layers": found.plan.kept_layers,
             "shipped_layers": found.plan.shipped_layers, **asdict(found.places),
         },
-        "step_tokens": found.job.step_tokens, "step_seconds": found.step.seconds if timed else None,
+        "ranks": world.ranks, "shares": world.shares, "gradients_sent": sent.reduced, "weights_sent": sent.gathered,
+        "links_seconds": found.step.links if timed else None, "efficiency": found.efficiency if timed else None,
+        "step_tokens": found.step_tokens, "step_seconds": found.step.seconds if timed else None,
         "step_seconds_range": found.step.range if timed else None, "steps": found.job.steps,
         "seconds": found.seconds if timed else None,
         "tokens_per_second": found.tokens_per_second if timed else None, "longest_row": found.longest,

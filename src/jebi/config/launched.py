@@ -1,6 +1,32 @@
-"""Which of several processes this is: by the environment that torchrun and accelerate make, before torch is loaded."""
+"""The processes of a training, and which of them this is: by the environment that torchrun and accelerate make, before
+torch is loaded.
+"""
 
 import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class World:
+    """Processes that train together, one a card."""
+
+    ranks: int = 1
+    """How many there are."""
+    here: int = 1
+    """How many of them are on a machine."""
+    shard: bool = False
+    """Whether those of a machine divide the frozen layers among them."""
+
+    @property
+    def shares(self) -> int:
+        """In how many parts the frozen layers are; machines with different numbers of processes share as one."""
+        if not self.shard or self.here == 1:
+            return 1
+        return self.here if self.ranks % self.here == 0 else self.ranks
+
+
+ALONE = World()
+"""One process."""
 
 
 def rank() -> int:
@@ -11,3 +37,13 @@ def rank() -> int:
 def ranks() -> int:
     """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def here(count: int | None = None) -> int:
+    """How many of them are on this machine; of ``count`` where the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count or ranks()))
+
+
+def world(shard: bool = False) -> World:
+    """All of them, with the layers divided or not."""
+    return World(ranks(), here(), shard)

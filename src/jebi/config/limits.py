@@ -20,6 +20,13 @@ DYNAMIC_BLOCK = 256
 """Values that share a scale in the 8-bit format of optimizer moments; in the flat buffers a trained matrix begins at a
 multiple of it."""
 
+WHOLE_LAYERS = 3
+"""Layers that several processes share and that are there whole at a time, at most (`nn.sharding`): the one that is
+computed, one on its way, and its message."""
+
+TRAVELLING = 2
+"""Numbers that travel behind the gradients of several processes: the loss, and whether to stop."""
+
 
 def chunk_tokens(vocabulary: int, on_card: bool = False) -> int:
     """Tokens in one chunk of the loss: as many as `CHUNK_BYTES` of float32 logits hold, at least 16; 4 times on a card.

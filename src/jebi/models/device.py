@@ -5,6 +5,8 @@ import os
 import psutil
 import torch
 
+from jebi.config import launched
+
 
 def default_device() -> torch.device:
     """The CUDA card where there is one, else the CPU.
@@ -31,11 +33,11 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process could still take."""
+    """Memory that this process could still take: of a host's, its share among the processes of a training there."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
         # What set_per_process_memory_fraction leaves.
         allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
         return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // launched.here()

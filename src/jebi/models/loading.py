@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
 from jebi.config import EmbeddingPlace, HeadPlace, Places, Storage, launched
+from jebi.config.limits import WHOLE_LAYERS
 from jebi.errors import OutOfMemoryError, WeightsError
 from jebi.kernels.dequantize import PackedWeight
 from jebi.models.device import free_bytes
@@ -32,7 +33,7 @@ from jebi.models.shares import Shares, room_for
 from jebi.models.staging import staged
 from jebi.nn.host_weight import HostWeight, matrix
 from jebi.nn.linear import Linear
-from jebi.quant.footprint import weight_bytes
+from jebi.quant.footprint import divided_bytes, weight_bytes
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
 
@@ -89,7 +90,8 @@ def load_model(
     at = places
     if device.type == "cuda":
         table = shape.vocabulary * shape.layer.width * dtype.itemsize
-        at = fitting(places, shape.tied, table, _bytes(model, storage), free_bytes(device))
+        needed = _bytes(model, storage, 1 if mesh is None else mesh.size())
+        at = fitting(places, shape.tied, table, needed, free_bytes(device))
     at = resolve(at, shape.tied, device)
     tables = {"model.embed_tokens": at.embedding, "lm_head": at.embedding if shape.tied else at.head}
     awaited = dict(model.named_parameters(remove_duplicate=False))
@@ -144,13 +146,17 @@ def _arriving(files: ModelFiles, scheme: Scheme | None, device: torch.device, pa
     return staged((dataclasses.replace(s, span=None) if s.name in past else s for s in tensors), device)
 
 
-def _bytes(model: JebiForCausalLM, storage: Storage) -> int:
-    """What all weights take on a card, and what making the largest of them takes beside."""
+def _bytes(model: JebiForCausalLM, storage: Storage, shares: int) -> int:
+    """What weights in so many ``shares`` take on a card, and what making the largest of them takes beside."""
     layers = [linear.in_features * linear.out_features for name, linear in model.linears() if name != "lm_head"]
     tables = (2 - model.model.shape.tied) * model.model.shape.vocabulary * model.model.shape.layer.width
     # The original beside its float32 copy and codes.
     making = max(layers) * (model.dtype.itemsize + 4 + 2)
-    projections = sum(weight_bytes(storage, values, model.dtype.itemsize) for values in layers)
+    projections = sum(weight_bytes(storage, values, model.dtype.itemsize, shares) for values in layers)
+    if shares > 1:
+        # Layers that have not arrived wholly, and later those that are computed.
+        each = len(layers) // model.config.num_hidden_layers
+        making += WHOLE_LAYERS * sum(divided_bytes(storage, values, model.dtype.itemsize) for values in layers[:each])
     return projections + tables * (4 if storage == "masters" else model.dtype.itemsize) + making
 
 

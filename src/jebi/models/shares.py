@@ -5,7 +5,6 @@ arrived they are sent around, packed as they are, and every process keeps its pa
 read once by all of them together, and no process ever holds more than its parts and a layer or two.
 """
 
-import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from jebi.config import launched
+from jebi.config.launched import World
 from jebi.kernels.dequantize import PackedWeight
 from jebi.nn.host_weight import HostWeight
 from jebi.nn.sharding import Shard, link
@@ -31,11 +32,10 @@ def join(device: torch.device) -> DeviceMesh | None:
     from accelerate import PartialState
 
     count = int(PartialState(cpu=device.type == "cpu").num_processes)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    if here == 1:
+    shares = World(count, launched.here(count), shard=True).shares
+    if shares == 1:
         return None
-    # Machines with different numbers of processes share as one.
-    sizes = (count // here, here) if count % here == 0 else (1, count)
+    sizes = (count // shares, shares)
     return init_device_mesh(device.type, sizes, mesh_dim_names=("machines", "cards"))["cards"]
 
 

@@ -17,9 +17,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from jebi.nn.linear import Linear
 
-WHOLE_LAYERS = 3
-"""Layers that are there whole at a time, at most: the one that is computed, one on its way, and its message."""
-
 
 class Shard:
     """A layer's part here, and the way to the whole of it."""

@@ -1,21 +1,17 @@
-"""Every tensor that a run holds, by name, with its bytes and its place, from the model's shape and the settings alone.
+"""Every tensor that a process of a run holds, by name, with its bytes and its place, from the model's shape and the
+settings alone.
 
-This is the one count of memory: `plan.passes` chooses with it, `training.engine` allows for it, `jebi plan` shows it.
-What is chosen is not this file's, nor how long anything takes. No torch here.
-
-Shapes: N outputs and K inputs of a map, r rank, D width, F feed-forward width.
+This is the one count of memory, of models alone and of those that several processes train: `plan.passes` chooses with
+it, `training.engine` allows for it, `jebi plan` shows it. What is chosen is not this file's, nor how long it takes. No
+torch here.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
-from jebi.adapters.targets import resolve_paths
-from jebi.config import Checkpointing, LoraConfig, Places, Storage
-from jebi.config.limits import DYNAMIC_BLOCK, SLICE_BYTES
-from jebi.models.families import DecoderShape
-from jebi.nn.shape import LayerShape, MapShape
+from jebi.config import Checkpointing, Storage
+from jebi.config.limits import DYNAMIC_BLOCK, SLICE_BYTES, TRAVELLING
 from jebi.plan.activations import (
     host_bytes_per_token,
     kept_bytes_per_token,
@@ -23,6 +19,7 @@ from jebi.plan.activations import (
     sent_bytes_per_token,
     work_bytes,
 )
+from jebi.plan.held import Held, norms_of
 from jebi.quant.footprint import weight_bytes
 
 Where = Literal["card", "host", "disk"]
@@ -62,71 +59,9 @@ class Item:
     """Its place."""
 
 
-@dataclass(frozen=True)
-class Held:
-    """A model and its adapter as settings say they are held."""
-
-    shape: DecoderShape
-    """The decoder."""
-    storage: Storage
-    """How the projections are held."""
-    element: int
-    """Bytes of a number in the compute dtype."""
-    places: Places = Places("card", "card")  # noqa: RUF009  (frozen)
-    """Where embedding and head are, nothing left open."""
-    lora: LoraConfig | None = None
-    """The adapter; None where there is none, or where all weights are trained."""
-    optimizer: str = "adamw_8bit"
-    """`TrainingArguments.optim`."""
-    fp8: bool = False
-    """Whether the frozen base is multiplied in 8-bit floats."""
-    on_card: bool = True
-    """Whether a card computes."""
-
-    @property
-    def packed(self) -> bool:
-        """Whether projections are dequantised to be multiplied."""
-        return self.storage in ("nf4", "int8")
-
-    def maps(self) -> Iterator[tuple[str, MapShape]]:
-        """Every projection of every layer, by its path."""
-        for number, layer in enumerate(self.shape.layers):
-            for path, one in layer.maps():
-                yield f"model.layers.{number}.{path}", one
-
-    @cached_property
-    def projected(self) -> int:
-        """Values of all projections."""
-        return sum(one.outputs * one.inputs for _, one in self.maps())
-
-    @cached_property
-    def matrices(self) -> list[int]:
-        """Values of every trained matrix, in the adapter or, where all is trained, in the model."""
-        if self.storage == "masters":
-            width = self.shape.layer.width
-            norms = [width] * (len(self.shape.layers) * norms_of(self.shape.layer) + 1)
-            tables = [self.shape.vocabulary * width] * (1 if self.shape.tied else 2)
-            return [one.outputs * one.inputs for _, one in self.maps()] + norms + tables
-        if self.lora is None:
-            return []
-        maps = dict(self.maps())
-        config, chosen = resolve_paths(maps, self.lora, len(self.shape.layers))
-        sizes = []
-        for path in chosen:
-            rank, one = config.rank_of(path), maps[path]
-            sizes += [rank * one.inputs, one.outputs * rank, *([one.outputs] if config.use_dora else [])]
-        saved = {"embed_tokens", "lm_head"}.intersection(config.modules_to_save or ())
-        return sizes + [self.shape.vocabulary * self.shape.layer.width] * len(saved)
-
-
 def total(items: list[Item], where: Where = "card", part: Part | None = None) -> int:
     """Bytes of the items in a place, all of them or those of one part."""
     return sum(item.bytes for item in items if item.where == where and part in (None, item.part))
-
-
-def norms_of(layer: LayerShape) -> int:
-    """Norm weights of a layer, as wide as the stream each; those of heads are too small to be counted."""
-    return 4 if layer.sandwich else 2
 
 
 def model_items(held: Held) -> list[Item]:
@@ -134,10 +69,12 @@ def model_items(held: Held) -> list[Item]:
     shape, dense = held.shape, 4 if held.storage == "masters" else held.element
     values = shape.vocabulary * shape.layer.width
     size, places = values * dense, held.places
-    weights = sum(weight_bytes(held.storage, one.outputs * one.inputs, held.element) for _, one in held.maps())
     biases = sum(one.outputs for _, one in held.maps() if one.bias) * dense
     norms = (len(shape.layers) * norms_of(shape.layer) + 1) * shape.layer.width * dense
-    items = [Item(f"projections ({held.storage})", "model", weights), Item("norms and biases", "model", norms + biases)]
+    items = [
+        Item(f"projections ({held.storage})", "model", held.parts),
+        Item("norms and biases", "model", norms + biases),
+    ]
     at_embedding: Where = "host" if places.embedding == "host" else "card"
     packed: dict[str, Storage] = {"nf4": "nf4", "int8": "int8"}
     if (form := packed.get(places.head)) is not None:
@@ -186,12 +123,13 @@ def trained(sizes: list[int], optimizer: str, cast: int) -> Trained:
 
 
 def adapter_items(held: Held) -> list[Item]:
-    """What is trained: float32 masters, gradients, moments and, on a card, casts."""
+    """What is trained, by every process alike: float32 masters, gradients, moments and, on a card, casts."""
     sizes = held.matrices
     masters = held.storage == "masters"
     more = trained(sizes, held.optimizer, held.element if held.on_card and not masters else 0)
+    spare = 4 * TRAVELLING if held.world.ranks > 1 else 0
     items = [
-        Item("gradients (float32)", "adapter", more.gradients),
+        Item("gradients (float32)", "adapter", more.gradients + spare),
         Item("optimizer's moments", "adapter", more.moments),
     ]
     if more.casts:
@@ -200,8 +138,8 @@ def adapter_items(held: Held) -> list[Item]:
 
 
 def kept_weight_bytes(held: Held) -> int:
-    """What keeping packed weights as they are multiplied takes; 0 where none are packed."""
-    if not held.packed:
+    """What keeping packed weights as they are multiplied takes; 0 where none are packed, or layers are divided."""
+    if not held.packed or held.world.shares > 1:
         return 0
     each = _FP8_BYTES if held.fp8 else held.element
     return each * held.projected
@@ -261,6 +199,8 @@ def pass_items(held: Held, made: Pass) -> list[Item]:
         items.append(Item("weights kept as multiplied", "weights as multiplied", kept_weight_bytes(held)))
     elif held.packed:
         items.append(Item("weights of one group, dequantised", "workspace", scratch_bytes(held)))
+    if held.gathered:
+        items.append(Item("layers gathered from all processes", "workspace", held.gathered))
     if held.fp8 and not held.packed:
         items.append(Item("weights in 8-bit floats", "weights as multiplied", _FP8_BYTES * held.projected))
     if held.places.head in ("host", "nf4", "int8"):

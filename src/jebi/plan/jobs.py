@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jebi.config import Checkpointing, Places, RunConfig
+from jebi.config.launched import ALONE, World
 from jebi.models.families import DecoderShape
 from jebi.plan.budget import checkpointing_of
-from jebi.plan.inventory import Held
+from jebi.plan.held import Held
 from jebi.plan.rows import estimate
 from jebi.plan.time import Load
 
@@ -27,7 +28,7 @@ class Job:
     longest: int
     """Tokens of the longest row: ``max_seq_length``, or less where rows are known to be shorter."""
     batch: int
-    """Rows of an optimizer step: batch size times accumulation."""
+    """Rows of an optimizer step, of one process: batch size times accumulation."""
     steps: int
     """Optimizer steps."""
     asked: Checkpointing | None = None
@@ -47,7 +48,7 @@ class Job:
 
     @property
     def step_tokens(self) -> float:
-        """Mean tokens of a step's rows."""
+        """Mean tokens of a process's rows in a step."""
         return self.batch * (self.row or self.longest)
 
     @property
@@ -90,14 +91,15 @@ def padded(tokens: int) -> int:
     return -(-tokens // 256) * 256
 
 
-def job_of(run: RunConfig, shape: DecoderShape, bfloat16: bool, rows: Path | None = None) -> Job:
-    """The job of a run's settings.
+def job_of(run: RunConfig, shape: DecoderShape, bfloat16: bool, rows: Path | None = None, world: World = ALONE) -> Job:
+    """The job of a run's settings, as one of its processes has it.
 
     Args:
         run: the settings.
         shape: the model's.
         bfloat16: whether the device computes in 16 bits, where the run leaves that open.
         rows: a file by whose rows steps are as long as they are; without it every row is as long as it may be.
+        world: the processes.
 
     Raises:
         DataError: ``rows`` cannot be read.
@@ -107,14 +109,14 @@ def job_of(run: RunConfig, shape: DecoderShape, bfloat16: bool, rows: Path | Non
     element = 4 if model.dtype == "float32" or (model.dtype is None and not bfloat16) else 2
     held = Held(
         shape, model.storage, element, lora=None if model.full_finetuning else run.lora,
-        optimizer=str(train.get("optim", "adamw_torch")), fp8=model.compute == "fp8",
+        optimizer=str(train.get("optim", "adamw_torch")), fp8=model.compute == "fp8", world=world,
     )  # fmt: skip
     steps, asked = int(train.get("max_steps", -1)), checkpointing_of(train)
     if rows is None:
         return Job(held, model.max_seq_length, batch, steps if steps > 0 else 60, asked, model.places)
     lengths = estimate(rows, model.max_seq_length, shape.vocabulary)
     if steps <= 0:
-        steps = -(-int(lengths.rows * float(train.get("num_train_epochs", 3))) // batch)
+        steps = -(-int(lengths.rows * float(train.get("num_train_epochs", 3))) // (batch * world.ranks))
     longest = min(model.max_seq_length, lengths.longest)
     # Tokens held once would share one dropout mask.
     common = 0.0 if run.lora.lora_dropout else lengths.common

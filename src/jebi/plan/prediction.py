@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from jebi.config import LoraConfig, Places
+from jebi.config.launched import World
 from jebi.plan.cards import Card
+from jebi.plan.held import Held
 from jebi.plan.inventory import (
     CONTEXT_BYTES,
     OPTIMIZERS_8BIT,
     PROCESS_BYTES,
-    Held,
     Item,
     adapter_items,
     everything,
@@ -26,12 +27,13 @@ from jebi.plan.inventory import (
 from jebi.plan.jobs import Job
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose, longest_row
 from jebi.plan.places import best, reliefs
+from jebi.plan.ranks import MACHINES, StepBytes, efficiency, step_bytes
 from jebi.plan.time import StepTime, carried_bytes, step_time
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What comes of a job on a card."""
+    """What comes of a job on a card; of several processes, on the card of each."""
 
     job: Job
     """The job."""
@@ -73,9 +75,24 @@ class Prediction:
         return self.plan.tokens // self.job.longest
 
     @property
+    def step_tokens(self) -> float:
+        """Mean tokens of a step's rows, of all processes."""
+        return self.job.held.world.ranks * self.job.step_tokens
+
+    @property
+    def sent(self) -> StepBytes:
+        """What each of several processes sends in a step."""
+        return step_bytes(self.job.held, self.job.load(self.job.filled(self.plan.tokens)).passes)
+
+    @property
+    def efficiency(self) -> float:
+        """Speed of several processes over as many times that of one."""
+        return efficiency(self.step.seconds - self.step.links, self.step.links)
+
+    @property
     def tokens_per_second(self) -> float:
-        """By the predicted step."""
-        return self.job.step_tokens / self.step.seconds
+        """Of all processes, by the predicted step."""
+        return self.step_tokens / self.step.seconds
 
     @property
     def seconds(self) -> float:
@@ -90,14 +107,14 @@ def predict(job: Job, card: Card, budget: int, host: int = 0) -> Prediction:
         job: the training.
         card: where it runs.
         budget: bytes it may take on the device, CUDA's context included.
-        host: free bytes of host memory for what leaves the card.
+        host: free bytes of host memory for what leaves the card, of one process.
     """
     on_card = card.name != "cpu"
     held = replace(job.held, on_card=on_card, fp8=job.held.fp8 and card.fp8 is not None)
     options = reliefs(held.shape, held.element, job.places) if on_card else []
     start = _placed(held, job.places, on_card)
     held = replace(held, places=start)
-    free = budget - total(model_items(held)) - total(adapter_items(held))
+    free = budget - total(model_items(held)) - total(adapter_items(held)) - held.gathered
     free -= CONTEXT_BYTES + slack_bytes(budget) if on_card else PROCESS_BYTES
     weights = kept_weight_bytes(held) if on_card else 0
     carried = carried_bytes(held, card) if on_card else 0
@@ -136,6 +153,20 @@ def next_faster(current: Prediction, others: Iterable[Prediction]) -> Prediction
     return max(found, key=lambda each: each.step.seconds, default=None)
 
 
+def over_more(current: Prediction, host: int) -> Prediction | None:
+    """With its layers divided among the fewest more cards of one machine that hold it; None where none do."""
+    job, before = current.job, current.job.held.world
+    if not (job.held.divisible and job.held.on_card):
+        return None
+    for count in MACHINES:
+        if count > before.ranks:
+            shared = replace(job, held=replace(job.held, world=World(count, count, shard=True)))
+            found = predict(shared, current.card, current.budget, host * before.here // count)
+            if found.fits:
+                return found
+    return None
+
+
 def remedies(current: Prediction, host: int) -> list[tuple[tuple[str, ...], Prediction]]:
     """Settings ``section.key=value`` with which a job that does not fit would, the least change first.
 
@@ -143,7 +174,7 @@ def remedies(current: Prediction, host: int) -> list[tuple[tuple[str, ...], Pred
     """
     made: list[tuple[tuple[str, ...], Prediction]] = []
     together, settings = current, tuple[str, ...]()
-    for change in (_fewer_bits, _adapter, _small_optimizer, _own_choice, _own_places, _shorter):
+    for change in (_fewer_bits, _adapter, _small_optimizer, _own_choice, _own_places, _shared_layers, _shorter):
         if (found := change(current)) is not None:
             tried = predict(found[1], current.card, current.budget, host)
             made += [(found[0], tried)] if tried.fits else []
@@ -191,6 +222,14 @@ def _own_places(found: Prediction) -> _Change:
     if found.job.places == Places() or not found.job.held.on_card:
         return None
     return ("model.embedding=auto", "model.head=auto"), replace(found.job, places=Places())
+
+
+def _shared_layers(found: Prediction) -> _Change:
+    held = found.job.held
+    shared = replace(held, world=replace(held.world, shard=True))
+    if not held.divisible or held.world.shard or shared.world.shares == 1:
+        return None
+    return ("model.shard=true",), replace(found.job, held=shared)
 
 
 def _shorter(found: Prediction) -> _Change:

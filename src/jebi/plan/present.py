@@ -37,7 +37,7 @@ def available(device: torch.device, budget: float | str | None = None) -> int:
 
 
 def host_bytes(device: torch.device) -> int:
-    """Free bytes of host memory beside the device's."""
+    """Free bytes of host memory beside the device's, for this process."""
     return free_bytes(torch.device("cpu")) if device.type == "cuda" else 0
 
 

@@ -1,39 +1,19 @@
-"""Several processes on paper: bytes that each holds, bytes that a step sends over the links, and what that costs.
+"""Several processes on paper: bytes that a step sends over the links between them, and what that costs.
 
-Everything follows from the model's shape: how weights are held (`quant`), what is divided (`nn.sharding`) and what is
-averaged once a step (`training.reduction`).
+What each of them holds is `held`'s and `inventory`'s.
 """
 
+import math
 from dataclasses import dataclass
 
-from jebi.config import Storage
-from jebi.models.families import DecoderShape
-from jebi.nn.shape import LayerShape
-from jebi.nn.sharding import WHOLE_LAYERS
+from jebi.config.launched import World
+from jebi.config.limits import TRAVELLING
+from jebi.plan.cards import REACHED, Card
+from jebi.plan.held import Held
 from jebi.plan.inventory import trained
-from jebi.quant.footprint import weight_bytes
 
-TRAVELLING = 2
-"""Numbers that travel behind the gradients: the loss, and whether to stop."""
-
-
-@dataclass(frozen=True)
-class RankBytes:
-    """What one process holds before any activation."""
-
-    divided: int
-    """Its part of the layers' frozen weights: all of them where they are not divided."""
-    whole: int
-    """Layers that are there whole at a time, where they are divided."""
-    tables: int
-    """Embedding and head, which every process has."""
-    trained: int
-    """The adapter, its gradients and the optimizer's moments, which every process has."""
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.divided + self.whole + self.tables + self.trained
+MACHINES = (2, 4, 8)
+"""Cards that machines have; more than the most are of several machines."""
 
 
 @dataclass(frozen=True)
@@ -51,71 +31,45 @@ class Link:
     """What connects two processes."""
 
     name: str
+    """What it is called."""
     bytes_s: float
-    """Bytes a second in each direction."""
+    """Bytes a second that large messages reach in each direction."""
     delay_s: float
-    """Before a message's first byte arrives."""
+    """Before a message's first byte arrives, as usually measured of NCCL's rings."""
 
 
-def maps_of(layer: LayerShape) -> list[tuple[int, int]]:
-    """Inputs and outputs of a layer's seven maps."""
-    q, k, v = layer.qkv_sizes
-    up = [(layer.width, layer.ffn)] * 2
-    return [*((layer.width, outputs) for outputs in (q, k, v)), (q, layer.width), *up, (layer.ffn, layer.width)]
+NETWORK = Link("100 Gbit/s", REACHED * 12.5e9, 20e-6)
+"""What is taken to be between machines, for each card."""
 
 
-def adapter_values(shape: DecoderShape, rank: int) -> int:
-    """Trained numbers of an adapter of that rank on all seven maps of every layer."""
-    return sum(rank * (inputs + outputs) for layer in shape.layers for inputs, outputs in maps_of(layer))
+def world_of(gpus: int, shard: bool) -> World:
+    """Processes on so many cards, of one machine or as few as they need."""
+    return World(gpus, min(gpus, MACHINES[-1]), shard)
 
 
-def layer_bytes(shape: DecoderShape, storage: Storage, element: int) -> int:
-    """Frozen bytes of one layer's maps."""
-    return sum(weight_bytes(storage, inputs * outputs, element) for inputs, outputs in maps_of(shape.layer))
+def links_of(world: World, card: Card) -> tuple[Link, Link]:
+    """The slowest link of the ring through all processes, and the one between those of a machine."""
+    inside = Link("the bus", card.bus, 10e-6) if card.link is None else Link("NVLink", card.link, 5e-6)
+    return (NETWORK if world.ranks > world.here else inside), inside
 
 
-def rank_bytes(shape: DecoderShape, storage: Storage, element: int, rank: int, ranks: int, shard: bool) -> RankBytes:
-    """What each of ``ranks`` processes of one machine holds.
-
-    Args:
-        shape: the decoder.
-        storage: how the layers' frozen weights are held.
-        element: bytes of a dense number.
-        rank: of the adapter.
-        ranks: processes.
-        shard: whether layers are divided among them.
-    """
-    one = layer_bytes(shape, storage, element)
-    divided = shard and ranks > 1
-    tables = (1 if shape.tied else 2) * shape.vocabulary * shape.layer.width * element
-    values = adapter_values(shape, rank)
-    adapter = 4 * values + trained([values], "adamw_torch", cast=0).bytes
-    parts = -(-one // ranks) if divided else one
-    return RankBytes(parts * len(shape.layers), WHOLE_LAYERS * one if divided else 0, tables, adapter)
-
-
-def step_bytes(trained: int, divided: int, ranks: int, sharing: int, passes: int) -> StepBytes:
-    """What each of ``ranks`` processes sends in a step, by rings.
+def step_bytes(held: Held, passes: float) -> StepBytes:
+    """What a process sends in a step of so many passes, by rings.
 
     An all-reduce sends all bytes but a process's own share twice (Patarasuk and Yuan, 2009, "Bandwidth optimal
     all-reduce algorithms"), a gather of what is divided once; a layer is gathered for its forward and its backward.
-
-    Args:
-        trained: numbers that are trained.
-        divided: bytes of all layers that are divided; 0 for none.
-        ranks: processes.
-        sharing: of these, how many share the layers: those of a machine.
-        passes: of the step.
     """
-    reduced = 2 * (ranks - 1) * 4 * (trained + TRAVELLING) // ranks
-    return StepBytes(reduced, 2 * passes * (sharing - 1) * divided // sharing)
+    ranks, shares = held.world.ranks, held.world.shares
+    buffer = trained(held.matrices, held.optimizer, cast=0).gradients + 4 * TRAVELLING
+    gathered = 2 * math.ceil(passes) * (shares - 1) * held.divided // shares
+    return StepBytes(2 * (ranks - 1) * buffer // ranks, gathered)
 
 
-def efficiency(compute_s: float, sent: StepBytes, ranks: int, link: Link, inside: Link) -> float:
-    """Speed of ``ranks`` processes over as many times that of one, the same rows a process.
+def waiting(compute_s: float, sent: StepBytes, ranks: int, link: Link, inside: Link) -> float:
+    """Seconds that the links add to a step.
 
     Gradients travel when everything is computed; weights while layers are, so that only what takes longer than those
-    counts. The host's share, and processes that wait for one with more tokens, are left out.
+    counts. Processes that wait for one with more tokens are left out.
 
     Args:
         compute_s: seconds of a step without the links.
@@ -125,6 +79,11 @@ def efficiency(compute_s: float, sent: StepBytes, ranks: int, link: Link, inside
         inside: what connects those that share layers.
     """
     if ranks == 1:
-        return 1.0
+        return 0.0
     reduce_s = sent.reduced / link.bytes_s + 2 * (ranks - 1) * link.delay_s
-    return compute_s / (max(compute_s, sent.gathered / inside.bytes_s) + reduce_s)
+    return max(0.0, sent.gathered / inside.bytes_s - compute_s) + reduce_s
+
+
+def efficiency(compute_s: float, waiting_s: float) -> float:
+    """Speed of several processes over as many times that of one, the same rows a process."""
+    return compute_s / (compute_s + waiting_s)

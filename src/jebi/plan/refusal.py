@@ -12,16 +12,19 @@ from pathlib import Path
 import torch
 
 from jebi.adapters.peft_config import CONFIG_FILE, base_of
-from jebi.config import LoraConfig, Places, RunConfig, Storage
+from jebi.config import LoraConfig, Places, RunConfig, Storage, launched
+from jebi.config.launched import ALONE, World
 from jebi.errors import OutOfMemoryError
 from jebi.models.device import default_device, default_dtype, free_bytes
 from jebi.models.families import DecoderShape
 from jebi.models.sizes import read_sizes
-from jebi.plan.inventory import GIB, Held, model_items, total
+from jebi.plan.held import Held
+from jebi.plan.inventory import GIB, model_items, total
 from jebi.plan.jobs import Job, job_of, rows_of
 from jebi.plan.places import reliefs
-from jebi.plan.prediction import Prediction, predict, remedies
+from jebi.plan.prediction import Prediction, over_more, predict, remedies
 from jebi.plan.present import available, card_of, host_bytes, named
+from jebi.plan.ranks import MACHINES
 from jebi.plan.words import keywords, pasted
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,8 @@ class Loading:
     """Of embedding and head."""
     max_seq_length: int
     """Longest row."""
+    world: World = ALONE
+    """The processes that load it."""
 
 
 def require_model(loading: Loading, device: torch.device) -> None:
@@ -58,20 +63,23 @@ def require_model(loading: Loading, device: torch.device) -> None:
         OutOfMemoryError: it does not fit; the message says what would.
     """
     element = loading.dtype.itemsize
-    held = Held(loading.shape, loading.storage, element, loading.places, on_card=device.type == "cuda")
+    on_card = device.type == "cuda"
+    held = Held(loading.shape, loading.storage, element, loading.places, on_card=on_card, world=loading.world)
     free = free_bytes(device)
 
-    def needed(storage: Storage) -> int:
-        spared = reliefs(held.shape, element, held.places)[-1].frees if held.on_card else 0
-        return total(model_items(dataclasses.replace(held, storage=storage))) - spared
+    def needed(storage: Storage, world: World = loading.world) -> int:
+        spared = reliefs(held.shape, element, held.places)[-1].frees if on_card else 0
+        one = dataclasses.replace(held, storage=storage, world=world)
+        return total(model_items(one)) + one.gathered - spared
 
     if (least := needed(loading.storage)) > free:
         forms: tuple[tuple[str, Storage], ...] = (("load_in_8bit=True", "int8"), ("load_in_4bit=True", "nf4"))
         ways = [f"{text} ({_gb(needed(form))} GB)" for text, form in forms if needed(form) <= free]
+        counts = [n for n in MACHINES if n > loading.world.ranks and on_card and held.divisible]
+        more = next((n for n in counts if needed(loading.storage, World(n, n, shard=True)) <= free), None)
         raise OutOfMemoryError(
             f"'{loading.name}' does not fit {named(device)}: its weights take {_gb(least)} GB and {_gb(free)} GB are "
-            f"free, {_gb(least - free)} GB too little. "
-            + (f"It would fit with {' or '.join(ways)}." if ways else _nothing(loading.name))
+            f"free, {_gb(least - free)} GB too little. " + _ways(" or ".join(ways), loading.name, more)
         )
     lora = None if loading.storage == "masters" else LoraConfig()
     job = Job(dataclasses.replace(held, lora=lora), loading.max_seq_length, 1, 1, places=loading.places)
@@ -93,7 +101,7 @@ def require_run(run: RunConfig) -> None:
     if sized.built_in:
         return  # There is nothing to load, which loading says.
     device, rows = default_device(), None if run.data.packing else rows_of(run)
-    job = job_of(run, sized.shape, default_dtype(device).itemsize == 2, rows)
+    job = job_of(run, sized.shape, default_dtype(device).itemsize == 2, rows, launched.world(run.model.shard))
     found = predict(job, card_of(device), available(device, run.train.get("memory_budget")), host_bytes(device))
     exact = device.type == "cuda" and rows is None
     if refused(found, OFF if exact else OFF_MORE):
@@ -112,10 +120,17 @@ def told(found: Prediction, device: torch.device, name: str, words: Words) -> st
         f"it takes {_gb(found.peak)} GB at the least and {named(device)} has {_gb(found.budget)} GB for it, "
         f"{_gb(found.missing)} GB too little. "
     )
-    return text + (f"It would fit with {', or with '.join(ways)}." if ways else _nothing(name))
+    shared = over_more(found, host_bytes(device))
+    return text + _ways(", or with ".join(ways), name, None if shared is None else shared.job.held.world.ranks)
 
 
-def _nothing(name: str) -> str:
+def _ways(settings: str, name: str, more: int | None) -> str:
+    """What would fit: settings, or ``more`` cards that divide the layers."""
+    over = f"{more} such cards that divide its layers (jebi plan {name} --gpus {more} --shard)"
+    if settings:
+        return f"It would fit with {settings}{'' if more is None else f', or over {over}'}."
+    if more is not None:
+        return f"No setting makes it fit. It would over {over}."
     return f"No setting makes it fit: take a smaller model or a larger card (jebi plan {name} --all-gpus)."
 
 

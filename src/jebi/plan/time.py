@@ -6,10 +6,12 @@ of which products 325, attention 41, the rest 105; 16,500 tokens/s, recomputing 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jebi.plan.cards import Card
-from jebi.plan.inventory import Held, Pass
+from jebi.plan.held import Held
+from jebi.plan.inventory import Pass
+from jebi.plan.ranks import links_of, step_bytes, waiting
 from jebi.quant.footprint import weight_bytes
 
 _HOST_SECONDS = 0.045
@@ -63,11 +65,13 @@ class StepTime:
     """The host."""
     spread: float
     """Share by which it may be off."""
+    links: float = 0.0
+    """What the links between several processes add."""
 
     @property
     def seconds(self) -> float:
         """All of it."""
-        return self.products + self.attention + self.head + self.traffic + self.bus + self.host
+        return self.products + self.attention + self.head + self.traffic + self.bus + self.host + self.links
 
     @property
     def range(self) -> tuple[float, float]:
@@ -76,7 +80,7 @@ class StepTime:
 
 
 def step_time(held: Held, made: Pass, load: Load, card: Card) -> StepTime:
-    """Seconds of a step.
+    """Seconds of a step: of one process alone, or of several that take one each.
 
     Args:
         held: the model and its adapter.
@@ -90,8 +94,8 @@ def step_time(held: Held, made: Pass, load: Load, card: Card) -> StepTime:
     weights, adapter = held.projected, sum(held.matrices)
     # Recomputing leaves out the last product, which no gradient needs.
     without_last = weights - layers * layer.ffn * layer.width
-    sent = made.shipped_layers * 2 * layer.ffn * layer.width
-    base = load.tokens * (4 * weights + 2 * (recomputed * without_last - sent))
+    spared = made.shipped_layers * 2 * layer.ffn * layer.width
+    base = load.tokens * (4 * weights + 2 * (recomputed * without_last - spared))
     thin = load.tokens * (2 * weights if held.storage == "masters" else adapter * (6 + 2 * recomputed))
     rate = card.fp8 if held.fp8 and card.fp8 else card.products
     # Of one token: two products of a row's half, of each layer's heads.
@@ -104,7 +108,7 @@ def step_time(held: Held, made: Pass, load: Load, card: Card) -> StepTime:
     if card.attention is not None:
         scoring *= card.attention / (card.products * _efficiency(_MEASURED_ROW))
     head = 4 * shape.vocabulary * layer.width * load.tokens * load.learnt
-    return StepTime(
+    alone = StepTime(
         products=base / rate + thin / card.products,
         attention=attention / scoring,
         head=head / card.products,
@@ -113,10 +117,14 @@ def step_time(held: Held, made: Pass, load: Load, card: Card) -> StepTime:
         host=_HOST_SECONDS,
         spread=card.spread,
     )
+    sent = step_bytes(held, load.passes)
+    return replace(alone, links=waiting(alone.seconds, sent, held.world.ranks, *links_of(held.world, card)))
 
 
 def carried_bytes(held: Held, card: Card) -> int:
-    """Bytes of a token that cross the bus while its forward lasts; 0 where the rates are not known."""
+    """Bytes of a token that cross the bus while its forward lasts; 0 where rates are not known, or layers divided."""
+    if held.world.shares > 1:
+        return 0
     rate = card.fp8 if held.fp8 and card.fp8 else card.products
     carried = card.bus * _FORWARD * 2 * held.projected / rate
     return int(carried) if math.isfinite(carried) else 0

@@ -24,6 +24,8 @@ def words(plan: PassPlan, places: Places, job: Job) -> str:
         parts.append(f"gate and up of {plan.shipped_layers} there too")
     if job.held.packed and job.held.on_card:
         parts.append("weights dequantised once" if plan.keep_weights else "weights dequantised at every use")
+    if job.held.world.shares > 1:
+        parts.append(f"layers in {job.held.world.shares} parts")
     moved = [name for name, at in (("embedding", places.embedding), ("head", places.head)) if at == "host"]
     if moved:
         parts.append(f"{' and '.join(moved)} in host memory")

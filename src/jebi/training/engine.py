@@ -17,15 +17,13 @@ from jebi.data.dealing import Ranks, passes_of
 from jebi.data.heldout import inputs_of
 from jebi.data.passes import Batch, Pass, longest
 from jebi.models.compute import require_card, require_layers
-from jebi.models.device import free_bytes
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import movable, place, placed, resolve
 from jebi.nn.fp8_product import Fp8Product
-from jebi.nn.sharding import WHOLE_LAYERS, divisible
-from jebi.plan.inventory import slack_bytes, trained
+from jebi.plan.inventory import scratch_bytes, slack_bytes, trained
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose
 from jebi.plan.places import Relief, best, reliefs
-from jebi.plan.present import card_of
+from jebi.plan.present import card_of, host_bytes
 from jebi.plan.time import carried_bytes
 from jebi.training.budget import allowed_bytes
 from jebi.training.flat import FlatGradients
@@ -57,7 +55,7 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
     job = job_of(model, settings)
     element = model.dtype.itemsize
     limit = job.pass_limit(CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS)
-    room, options = _room(model, settings, fp8), _reliefs(model)
+    room, options = _room(model, settings), _reliefs(model)
     now = next((o.frees for o in options if resolve(o.places, backbone.shape.tied, device) == placed(model)), 0)
     relief, plan = best(
         options, now, room, lambda free: choose(backbone.shape, element, free, settings.longest, job.asked, limit)
@@ -91,39 +89,24 @@ def chosen(model: JebiForCausalLM, plan: PassPlan) -> dict[str, Any]:
     return of_plan | dataclasses.asdict(placed(model))
 
 
-def _room(model: JebiForCausalLM, settings: Settings, fp8: bool) -> Room:
+def _room(model: JebiForCausalLM, settings: Settings) -> Room:
     """Memory for training, and what weights would take of it."""
-    backbone, device = model.model, model.device
+    device, held = model.device, held_of(model, settings.optimizer, settings.world)
     cast = model.dtype.itemsize if device.type == "cuda" and model.adapter is not None else 0
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     free = allowed_bytes(device, settings.budget)
     if device.type == "cuda":
         free -= slack_bytes(free + torch.cuda.memory_allocated(device))
-    free -= trained(sizes, settings.optimizer, cast).bytes
-    if fp8:
-        free -= Fp8Product.BYTES * sum(layer.dense_values() for layer in backbone.decoder_layers())
-    packed = model.packed_values()
+    free -= trained(sizes, settings.optimizer, cast).bytes + held.gathered
+    if held.fp8:
+        free -= Fp8Product.BYTES * sum(layer.dense_values() for layer in model.model.decoder_layers())
     if device.type == "cpu":
         return Room(free, on_card=False)
-    host = free_bytes(torch.device("cpu"))
-    carried = carried_bytes(held_of(model, settings.optimizer), card_of(device))
-    if not (packed or backbone.sharded):
-        return Room(free, host=host, carried=carried)
-    element, layer = model.dtype.itemsize, backbone.shape.layer
-    # The largest group is gate and up.
-    scratch = 2 * layer.ffn * layer.width * (1 if fp8 else element)
-    weights = packed * (Fp8Product.BYTES if fp8 else element)
-    if backbone.sharded:
-        return Room(free - _gathered(model), 0, scratch, host)
-    return Room(free, weights, scratch, host, carried=carried)
-
-
-def _gathered(model: JebiForCausalLM) -> int:
-    """Bytes of layers that are there whole, beside this process's part."""
-    layer = next(model.model.decoder_layers())
-    return WHOLE_LAYERS * sum(
-        part.numel() * part.element_size() for _, m in layer.projections() for part in divisible(m)
-    )
+    # Divided weights come and go.
+    kept = 0 if held.world.shares > 1 else model.packed_values()
+    weights = kept * (Fp8Product.BYTES if held.fp8 else held.element)
+    carried = carried_bytes(held, card_of(device))
+    return Room(free, weights, scratch_bytes(held), host_bytes(device), carried=carried)
 
 
 def _reliefs(model: JebiForCausalLM) -> list[Relief]:

@@ -10,6 +10,8 @@ from pyarrow.compute import list_value_length
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from jebi.config import launched
+from jebi.config.launched import ALONE, World
 from jebi.data.passes import collate, cut
 from jebi.models.hf import JebiForCausalLM
 from jebi.plan.rows import Lengths
@@ -45,6 +47,8 @@ class Settings:
     """Rows of a step, of one process."""
     steps: int = 1
     """Optimizer steps."""
+    world: World = ALONE
+    """The training's processes."""
     rows: Lengths | None = None
     """The rows' lengths; None of a stream, where every row is taken for a longest one."""
 
@@ -69,7 +73,7 @@ def settings_of(
     lengths = lengths_of(rows, batch, not drops_out(model) and model.shares_beginnings(limit))
     steps = args.max_steps
     if steps <= 0:
-        steps = 1 if lengths is None else math.ceil(args.num_train_epochs * lengths.rows / batch)
+        steps = 1 if lengths is None else math.ceil(args.num_train_epochs * lengths.rows / (batch * args.world_size))
     return Settings(
         limit if lengths is None else min(limit, lengths.longest),
         tokens,
@@ -81,6 +85,7 @@ def settings_of(
         budget,
         batch,
         steps,
+        World(args.world_size, launched.here(args.world_size), model.model.sharded),
         lengths,
     )
 

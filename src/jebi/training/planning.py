@@ -11,9 +11,11 @@ from torch import nn
 
 from jebi.adapters.lora import LoraAdapter
 from jebi.config import Checkpointing, Storage
+from jebi.config.launched import ALONE, World
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import movable, placed
-from jebi.plan.inventory import CONTEXT_BYTES, GIB, Held, by_part, everything, total
+from jebi.plan.held import Held
+from jebi.plan.inventory import CONTEXT_BYTES, GIB, by_part, everything, total
 from jebi.plan.jobs import Job
 from jebi.plan.passes import PassPlan
 from jebi.plan.present import card_of
@@ -26,7 +28,7 @@ from jebi.training.pass_settings import Settings
 logger = logging.getLogger(__name__)
 
 
-def held_of(model: JebiForCausalLM, optimizer: str) -> Held:
+def held_of(model: JebiForCausalLM, optimizer: str, world: World = ALONE) -> Held:
     """A loaded model and its adapter as the inventory knows them."""
     forms: dict[type, Storage] = {NF4Weight: "nf4", Int8Weight: "int8"}
     weights = [linear.weight for path, linear in model.linears() if path != "lm_head"]
@@ -36,7 +38,7 @@ def held_of(model: JebiForCausalLM, optimizer: str) -> Held:
     lora = model.adapter.config if isinstance(model.adapter, LoraAdapter) else None
     return Held(
         model.model.shape, storage, model.dtype.itemsize, placed(model), lora, optimizer,
-        model.compute == "fp8", model.device.type == "cuda",
+        model.compute == "fp8", model.device.type == "cuda", world,
     )  # fmt: skip
 
 
@@ -50,7 +52,8 @@ def asked_of(model: JebiForCausalLM, settings: Settings) -> Checkpointing | None
 
 def job_of(model: JebiForCausalLM, settings: Settings) -> Job:
     """A training of a loaded model as plans see it."""
-    held, rows, asked = held_of(model, settings.optimizer), settings.rows, asked_of(model, settings)
+    held = held_of(model, settings.optimizer, settings.world)
+    rows, asked = settings.rows, asked_of(model, settings)
     if rows is None or (rows.deviation == 0 and not rows.common):
         return Job(held, settings.longest, settings.batch, settings.steps, asked, movable(model))
     mean = min(rows.mean, settings.longest)
@@ -61,7 +64,7 @@ def job_of(model: JebiForCausalLM, settings: Settings) -> Job:
 
 
 def predict(model: JebiForCausalLM, plan: PassPlan, settings: Settings) -> dict[str, Any]:
-    """The peak, its parts and, where its rates are known, a step's time; told on the way.
+    """The peak of a process, its parts and, where its rates are known, a step's time; told on the way.
 
     Args:
         model: set up as planned.
@@ -75,7 +78,8 @@ def predict(model: JebiForCausalLM, plan: PassPlan, settings: Settings) -> dict[
     # A report measures what the allocator reserves, and CUDA's context is beside that.
     peak = total(items) - (CONTEXT_BYTES if held.on_card else 0)
     found: dict[str, Any] = {"peak_gb": peak / GIB, "parts_gb": {part: size / GIB for part, size in by_part(items)}}
-    line = f"Plan: {peak / GIB:.2f} GB at the peak, {words(plan, held.places, job)}"
+    each = f" in each of {held.world.ranks} processes" if held.world.ranks > 1 else ""
+    line = f"Plan: {peak / GIB:.2f} GB at the peak{each}, {words(plan, held.places, job)}"
     step = step_time(held, made, job.load(made.tokens), card_of(model.device))
     if math.isfinite(step.seconds):
         found["step_seconds"] = step.seconds

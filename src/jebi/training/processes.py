@@ -171,7 +171,7 @@ def of_all(report: Report, ranks: Ranks, tokens: int) -> Report:
     """The report with what every process took; this one has run so many ``tokens``."""
     if ranks.count == 1:
         return report
-    own = RankReport(report.before.device, report.peak_gb, tokens)
+    own = RankReport(report.before.device, report.peak_gb, tokens, report.predicted.get("peak_gb"))
     with explained():
         each = [RankReport(**rank) for rank in gather_object([asdict(own)])]
     return replace(report, ranks=each)

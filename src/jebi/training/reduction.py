@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from jebi.config.limits import TRAVELLING
 from jebi.errors import ConfigError, RankError
 from jebi.training.flat import FlatGradients
 
-_LOSS, _STOP = -2, -1
+_LOSS, _STOP = range(-TRAVELLING, 0)
 """Places from the buffer's end."""
 
 
@@ -36,7 +37,7 @@ class Reduction:
         """
         if any(p.dtype != torch.float32 or p.device != trained[0].device for p in trained):
             raise ConfigError("over several processes everything trained is float32 on one device: load it so.")
-        self.gradients = FlatGradients(trained, 2, values)
+        self.gradients = FlatGradients(trained, TRAVELLING, values)
         self._asked: list[_Told] = []
         with torch.no_grad(), explained():
             for parameter in trained:

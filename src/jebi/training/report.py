@@ -57,6 +57,13 @@ class RankReport:
     """Most memory reserved at any time."""
     tokens: int
     """Tokens that it ran: of the rows that were dealt to it, and of passes that only keep step with the others."""
+    predicted_gb: float | None = None
+    """What was predicted of that memory."""
+
+    def text(self, number: int) -> str:
+        """A line about the process of that number."""
+        predicted = "" if self.predicted_gb is None else f"; predicted were {self.predicted_gb:.3f}"
+        return f"Process {number}: {self.tokens:,} tokens, peak reserved memory {self.peak_gb:.3f} GB{predicted}."
 
 
 @dataclass(frozen=True)
@@ -117,10 +124,7 @@ class Report:
             f"Peak reserved memory for training = {self.training_gb:.3f} GB.\n"
             f"Peak reserved memory % of max memory = {self.peak_percent:.3f} %.\n"
             f"Peak reserved memory for training % of max memory = {self.training_percent:.3f} %."
-        ) + "".join(
-            f"\nProcess {number}: {rank.tokens:,} tokens, peak reserved memory {rank.peak_gb:.3f} GB."
-            for number, rank in enumerate(self.ranks)
-        )
+        ) + "".join(f"\n{rank.text(number)}" for number, rank in enumerate(self.ranks))
         if "peak_gb" in self.predicted:
             lines += f"\nPredicted peak reserved memory = {self.predicted['peak_gb']:.3f} GB."
         if self.step_seconds is not None:

@@ -1,0 +1,104 @@
+"""A model and its adapter as settings say they are held, by one of the processes that train it.
+
+Everything about a run that does not follow from the rows. What it all takes is `plan.inventory`'s. No torch here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from jebi.adapters.targets import resolve_paths
+from jebi.config import LoraConfig, Places, Storage
+from jebi.config.launched import ALONE, World
+from jebi.config.limits import WHOLE_LAYERS
+from jebi.models.families import DecoderShape
+from jebi.nn.shape import LayerShape, MapShape
+from jebi.quant.footprint import divided_bytes, weight_bytes
+
+
+@dataclass(frozen=True)
+class Held:
+    """A model and its adapter as settings say they are held."""
+
+    shape: DecoderShape
+    """The decoder."""
+    storage: Storage
+    """How the projections are held."""
+    element: int
+    """Bytes of a number in the compute dtype."""
+    places: Places = Places("card", "card")  # noqa: RUF009  (frozen)
+    """Where embedding and head are, nothing left open."""
+    lora: LoraConfig | None = None
+    """The adapter; None where there is none, or where all weights are trained."""
+    optimizer: str = "adamw_8bit"
+    """`TrainingArguments.optim`."""
+    fp8: bool = False
+    """Whether the frozen base is multiplied in 8-bit floats."""
+    on_card: bool = True
+    """Whether a card computes."""
+    world: World = ALONE
+    """The processes, of which one is counted."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether projections are dequantised to be multiplied."""
+        return self.storage in ("nf4", "int8")
+
+    @property
+    def divisible(self) -> bool:
+        """Whether several processes may divide its layers."""
+        lora = self.lora or LoraConfig()
+        plain = not lora.use_dora and lora.init_lora_weights in (True, "gaussian")
+        return self.storage != "masters" and not self.fp8 and plain
+
+    def maps(self) -> Iterator[tuple[str, MapShape]]:
+        """Every projection of every layer, by its path."""
+        for number, layer in enumerate(self.shape.layers):
+            for path, one in layer.maps():
+                yield f"model.layers.{number}.{path}", one
+
+    @cached_property
+    def projected(self) -> int:
+        """Values of all projections."""
+        return sum(one.outputs * one.inputs for _, one in self.maps())
+
+    @cached_property
+    def parts(self) -> int:
+        """Bytes of this process's part of the projections: of all of them where they are not divided."""
+        sizes = (one.outputs * one.inputs for _, one in self.maps())
+        return sum(weight_bytes(self.storage, values, self.element, self.world.shares) for values in sizes)
+
+    @cached_property
+    def divided(self) -> int:
+        """Bytes that are divided, of all processes; 0 where none are."""
+        sizes = (one.outputs * one.inputs for _, one in self.maps())
+        return sum(divided_bytes(self.storage, values, self.element) for values in sizes if self.world.shares > 1)
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of divided layers that are there whole, while they are computed."""
+        return WHOLE_LAYERS * self.divided // len(self.shape.layers)
+
+    @cached_property
+    def matrices(self) -> list[int]:
+        """Values of every trained matrix, in the adapter or, where all is trained, in the model."""
+        if self.storage == "masters":
+            width = self.shape.layer.width
+            norms = [width] * (len(self.shape.layers) * norms_of(self.shape.layer) + 1)
+            tables = [self.shape.vocabulary * width] * (1 if self.shape.tied else 2)
+            return [one.outputs * one.inputs for _, one in self.maps()] + norms + tables
+        if self.lora is None:
+            return []
+        maps = dict(self.maps())
+        config, chosen = resolve_paths(maps, self.lora, len(self.shape.layers))
+        sizes = []
+        for path in chosen:
+            rank, one = config.rank_of(path), maps[path]
+            sizes += [rank * one.inputs, one.outputs * rank, *([one.outputs] if config.use_dora else [])]
+        saved = {"embed_tokens", "lm_head"}.intersection(config.modules_to_save or ())
+        return sizes + [self.shape.vocabulary * self.shape.layer.width] * len(saved)
+
+
+def norms_of(layer: LayerShape) -> int:
+    """Norm weights of a layer, as wide as the stream each; those of heads are too small to be counted."""
+    return 4 if layer.sandwich else 2
