@@ -12,10 +12,8 @@ from jebi.config import Checkpointing, Places, RunConfig
 from jebi.models.families import DecoderShape
 from jebi.plan.budget import checkpointing_of
 from jebi.plan.inventory import Held
-from jebi.plan.rows import estimate
+from jebi.plan.rows import SUFFIXES, estimate
 from jebi.plan.time import Load
-
-_TABLES = (".jsonl", ".json", ".csv")
 
 
 @dataclass(frozen=True)
@@ -126,4 +124,4 @@ def rows_of(run: RunConfig) -> Path | None:
     if not isinstance(run.data.train, str):
         return None
     path = Path(run.data.train)
-    return path if path.is_file() and path.suffix in _TABLES else None
+    return path if path.is_file() and path.suffix in SUFFIXES else None
