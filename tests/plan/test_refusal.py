@@ -70,7 +70,7 @@ def test_a_model_that_fits_and_cannot_be_trained_is_told(
     free(40)
     require_model(loading(storage="masters"), CPU)
     assert "the model fits, but training it does not: it takes" in caplog.text
-    assert "It would fit with full_finetuning=False (" in caplog.text
+    assert "It would fit with full_finetuning=False, load_in_4bit=True (" in caplog.text
 
 
 def test_nothing_is_read_of_what_does_not_fit(

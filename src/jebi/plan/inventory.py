@@ -12,17 +12,11 @@ from functools import cached_property
 from typing import Literal
 
 from jebi.adapters.targets import resolve_paths
-from jebi.config import Checkpointing, LoraConfig, Places, Storage
+from jebi.config import LoraConfig, Places, Storage
 from jebi.config.limits import DYNAMIC_BLOCK, SLICE_BYTES
 from jebi.models.families import DecoderShape
 from jebi.nn.shape import LayerShape, MapShape
-from jebi.plan.activations import (
-    host_bytes_per_token,
-    kept_bytes_per_token,
-    loss_bytes,
-    sent_bytes_per_token,
-    work_bytes,
-)
+from jebi.plan.activations import Pass, pass_bytes
 from jebi.quant.footprint import weight_bytes
 
 Where = Literal["card", "host", "disk"]
@@ -82,6 +76,8 @@ class Held:
     """Whether the frozen base is multiplied in 8-bit floats."""
     on_card: bool = True
     """Whether a card computes."""
+    dense_values: int = 0
+    """Values of projections that a packed checkpoint leaves dense."""
 
     @property
     def packed(self) -> bool:
@@ -98,6 +94,11 @@ class Held:
     def projected(self) -> int:
         """Values of all projections."""
         return sum(one.outputs * one.inputs for _, one in self.maps())
+
+    @property
+    def packed_values(self) -> int:
+        """Those of them that are held packed."""
+        return self.projected - self.dense_values if self.packed else 0
 
     @cached_property
     def matrices(self) -> list[int]:
@@ -135,6 +136,8 @@ def model_items(held: Held) -> list[Item]:
     values = shape.vocabulary * shape.layer.width
     size, places = values * dense, held.places
     weights = sum(weight_bytes(held.storage, one.outputs * one.inputs, held.element) for _, one in held.maps())
+    if held.dense_values:
+        weights += held.dense_values * held.element - weight_bytes(held.storage, held.dense_values, held.element)
     biases = sum(one.outputs for _, one in held.maps() if one.bias) * dense
     norms = (len(shape.layers) * norms_of(shape.layer) + 1) * shape.layer.width * dense
     items = [Item(f"projections ({held.storage})", "model", weights), Item("norms and biases", "model", norms + biases)]
@@ -204,7 +207,7 @@ def kept_weight_bytes(held: Held) -> int:
     if not held.packed:
         return 0
     each = _FP8_BYTES if held.fp8 else held.element
-    return each * held.projected
+    return each * held.packed_values
 
 
 def scratch_bytes(held: Held) -> int:
@@ -215,67 +218,46 @@ def scratch_bytes(held: Held) -> int:
     return (2 if held.on_card else 1) * layer.ffn * layer.width * (1 if held.fp8 else held.element)
 
 
-@dataclass(frozen=True)
-class Pass:
-    """What a training pass is, for the count of its memory."""
+def weight_items(held: Held, keep: bool) -> list[Item]:
+    """What multiplying by the weights takes beside them, the same for every pass.
 
-    tokens: int
-    """Most tokens that it really has."""
-    checkpointing: Checkpointing
-    """What layers keep."""
-    chunk: int
-    """Tokens that layers take at a time, where they recompute."""
-    keep_weights: bool = False
-    """Whether packed weights are kept as they are multiplied."""
-    kept_layers: int = 0
-    """Layers that keep everything whatever the others do."""
-    shipped_layers: int = 0
-    """Of the others those that send gate and up to host memory beside their input."""
-    sizes: int = 1
-    """Different numbers of tokens that a run's passes have."""
+    Args:
+        held: the model.
+        keep: whether packed weights are kept as they are multiplied.
+    """
+    items = []
+    if held.packed and keep:
+        items.append(Item("weights kept as multiplied", "weights as multiplied", kept_weight_bytes(held)))
+    elif held.packed:
+        items.append(Item("weights of one group, dequantised", "workspace", scratch_bytes(held)))
+    return items + fixed_items(held)
+
+
+def fixed_items(held: Held) -> list[Item]:
+    """Those of them in which a plan has no choice."""
+    items = []
+    if held.fp8 and (dense := held.projected - held.packed_values):
+        items.append(Item("weights in 8-bit floats", "weights as multiplied", _FP8_BYTES * dense))
+    if held.places.head in ("host", "nf4", "int8"):
+        items.append(Item("slices of the head", "workspace", 2 * SLICE_BYTES))
+    return items
 
 
 def pass_items(held: Held, made: Pass) -> list[Item]:
     """What a pass takes at its peak: the last layer's backward, or the loss before it, while all layers keep theirs."""
-    shape, element, mode, layers = held.shape, held.element, made.checkpointing, len(held.shape.layers)
-    whole = layers if mode == "none" else made.kept_layers
-    kept = kept_bytes_per_token(shape, element, "none") * whole // layers
-    kept += kept_bytes_per_token(shape, element, mode) * (layers - whole) // layers
-    if not held.on_card and element < 4:
-        # There attention is computed in float32, of which a layer that keeps all keeps copies.
-        layer = shape.layer
-        kept += 4 * 2 * (layer.heads + layer.kv_heads) * layer.head_dim * whole
-    modes: set[Checkpointing] = {mode, "none"} if made.kept_layers else {mode}
-    work = max(work_bytes(shape, element, each, made.tokens, made.chunk, held.on_card) for each in modes)
-    sent = sent_bytes_per_token(shape, element) * made.tokens
-    if made.shipped_layers:
-        # Of one layer, on its way.
-        work += sent
-    loss = loss_bytes(shape, element, made.tokens, held.on_card)
-    items = [Item("kept activations", "activations", kept * made.tokens)]
-    if work >= loss:
-        items.append(Item("a layer's backward", "workspace", work))
+    size = pass_bytes(held.shape, held.element, made, held.on_card)
+    items = [Item("kept activations", "activations", size.kept)]
+    if size.work >= size.loss:
+        items.append(Item("a layer's backward", "workspace", size.work))
     else:
-        items.append(Item("the loss of a chunk", "workspace", loss))
-    if held.packed and made.keep_weights:
-        items.append(Item("weights kept as multiplied", "weights as multiplied", kept_weight_bytes(held)))
-    elif held.packed:
-        items.append(Item("weights of one group, dequantised", "workspace", scratch_bytes(held)))
-    if held.fp8 and not held.packed:
-        items.append(Item("weights in 8-bit floats", "weights as multiplied", _FP8_BYTES * held.projected))
-    if held.places.head in ("host", "nf4", "int8"):
-        items.append(Item("slices of the head", "workspace", 2 * SLICE_BYTES))
+        items.append(Item("the loss of a chunk", "workspace", size.loss))
+    items += weight_items(held, made.keep_weights)
     if held.on_card:
-        # Ids, positions, labels and counts of a captured pass, and the same pinned.
-        items += [
-            Item("inputs", "workspace", 36 * made.tokens),
-            Item("pinned inputs", "workspace", 36 * made.tokens, "host"),
-        ]
-    if mode == "offload":
-        on_host = host_bytes_per_token(shape, element) * (layers - whole) // layers
-        items.append(Item("inputs of layers, pinned", "activations", on_host * made.tokens, "host"))
-    if made.shipped_layers:
-        items.append(Item("gate and up, pinned", "activations", made.shipped_layers * sent, "host"))
+        items += [Item("inputs", "workspace", size.inputs), Item("pinned inputs", "workspace", size.inputs, "host")]
+    if size.host_inputs:
+        items.append(Item("inputs of layers, pinned", "activations", size.host_inputs, "host"))
+    if size.host_wide:
+        items.append(Item("gate and up, pinned", "activations", size.host_wide, "host"))
     return items
 
 
