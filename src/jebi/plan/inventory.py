@@ -38,6 +38,8 @@ _LEAST_8BIT = 4096
 """Values of a matrix below which its moments are float32 (`training.optimizer`)."""
 _KERNEL_SET, _FREE_SETS, _MOST_SETS = 45 * 2**20, 7, 64
 """Bytes of a set of oneDNN's kernels; how many sets are not seen, and how many are kept."""
+KERNELS = "kernels that oneDNN keeps"
+"""Name of the item that is no more than a guess."""
 _FP8_BYTES = 2
 """A weight's bytes in 8-bit floats: held by rows and by columns."""
 
@@ -269,15 +271,17 @@ def slack_bytes(allocated: int) -> int:
     return int(0.3 * GIB + 0.007 * allocated)
 
 
-def host_slack_bytes(held: Held, made: Pass, passing: int) -> int:
+def host_slack_items(held: Held, made: Pass, passing: int) -> list[Item]:
     """What stays resident on a host beyond what is in use, of so many bytes of a pass.
 
     The C library gives back what it can; and in 16 bits oneDNN keeps every product's kernels for every size of a pass,
     up to 1,024 of them. SmolLM2's demo, a peak of 1.68 GB in float32 (1.55 without this); in bfloat16 1.57, 1.54, 1.79
     and 3.01 GB after 8, 10, 16 and 40 steps of different sizes, of which the first few take the place of freed memory.
+    Of other models and processors that is a guess, for which nothing is refused (`plan.refusal`).
     """
     kernels = _KERNEL_SET * max(0, min(made.sizes, _MOST_SETS) - _FREE_SETS) if held.element < 4 else 0
-    return passing * 15 // 100 + kernels
+    items = [Item("what C's allocator keeps", "allocator", passing * 15 // 100)]
+    return items + ([Item(KERNELS, "allocator", kernels)] if kernels else [])
 
 
 def checkpoint_items(held: Held, checkpoints: int) -> list[Item]:
@@ -291,8 +295,7 @@ def everything(held: Held, made: Pass, checkpoints: int = 0) -> list[Item]:
     """All that a run holds while it trains."""
     items = [*model_items(held), *adapter_items(held), *pass_items(held, made), *checkpoint_items(held, checkpoints)]
     if not held.on_card:
-        slack = host_slack_bytes(held, made, total(pass_items(held, made)))
-        items.append(Item("what C's allocator and oneDNN keep", "allocator", slack))
+        items += host_slack_items(held, made, total(pass_items(held, made)))
         return [*items, Item("Python and its libraries", "libraries", PROCESS_BYTES)]
     items.append(Item("what the allocator keeps", "allocator", slack_bytes(total(items))))
     host = Item("Python and its libraries", "libraries", 2 * PROCESS_BYTES, "host")
