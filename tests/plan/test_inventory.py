@@ -15,12 +15,12 @@ from jebi.models.files import find
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.loading import load_model
 from jebi.nn.shape import AttentionForm, LayerShape
+from jebi.plan.activations import Pass
 from jebi.plan.held import Held
 from jebi.plan.inventory import (
     CONTEXT_BYTES,
     GIB,
     Item,
-    Pass,
     Trained,
     adapter_items,
     by_part,

@@ -1,13 +1,13 @@
 """``plan.prediction``: what is predicted holds together, whatever the card and the budget."""
 
 import dataclasses
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 
-from jebi.config import LoraConfig, Places
+from jebi.config import Checkpointing, LoraConfig, Places, Storage
 from jebi.models.sizes import read_sizes
-from jebi.plan.cards import CARDS, processor
+from jebi.plan.cards import CARDS, Card, processor
 from jebi.plan.held import Held
 from jebi.plan.inventory import GIB, total
 from jebi.plan.jobs import Job
@@ -125,6 +125,60 @@ def test_where_no_setting_is_enough_by_itself_those_that_are_together_are_told()
     found = predict(dataclasses.replace(JOB, held=held, longest=30_000), CARDS["rtx3060-12gb"], 7 * GIB)
     ((settings, fitting),) = remedies(found, 0)
     assert fitting.fits
-    assert settings[:2] == ("model.full_finetuning=false", "train.optim=adamw_8bit")
-    assert settings[2].startswith("model.max_seq_length=")
+    assert settings[:3] == ("model.full_finetuning=false", "model.load_in_4bit=true", "train.optim=adamw_8bit")
+    assert settings[3].startswith("model.max_seq_length=")
     assert remedies(predict(JOB, CARDS["t4"], GIB), 0) == [], "nothing makes 8B fit into 1 GB"
+
+
+@pytest.mark.parametrize("storage", ["dense", "nf4", "masters"])
+@pytest.mark.parametrize("asked", [None, "none", "offload"])
+@pytest.mark.parametrize("card", [CARDS["h200"], CARDS["t4"], processor(2, 0)], ids=lambda card: str(card.name))
+def test_what_is_chosen_for_a_room_is_never_counted_beyond_it(
+    storage: Storage, asked: Checkpointing | None, card: Card
+) -> None:
+    """Choice and count are one: a plan that was chosen as one that fits does fit, its gate and up on their way too."""
+    held = Held(read_sizes("llama-3.2-1b").shape, storage, 2, lora=None if storage == "masters" else LoraConfig())
+    modes = set()
+    for fp8, budget, tokens in product((False, True), range(2, 24), (None, 3000)):
+        job = Job(dataclasses.replace(held, fp8=fp8), 1024, 8, 60, asked=asked, pass_tokens=tokens)
+        found = predict(job, card, budget * GIB, 64 * GIB)
+        assert found.fits == found.plan.fits
+        assert not found.fits or tokens in (None, found.plan.tokens)
+        modes.add((found.fits, found.plan.checkpointing, found.plan.shipped_layers > 0))
+    assert len({fits for fits, _, _ in modes}) == 2
+    if asked is None and card.name != "cpu":
+        assert (True, "offload", True) in modes
+
+
+def test_off_a_card_nothing_leaves_memory() -> None:
+    """There inputs "in host memory" lie where everything does."""
+    cpu = processor(2, 0)
+    offload, kept = (predict(dataclasses.replace(SMALL, asked=mode), cpu, 32 * GIB) for mode in ("offload", "none"))
+    attention = predict(dataclasses.replace(SMALL, asked="keep_attention"), cpu, 32 * GIB)
+    assert offload.peak == attention.peak < kept.peak
+    assert offload.longest == attention.longest > 0
+    assert total(list(offload.items), "host") == 0
+
+
+def test_tables_that_are_trained_stay_on_the_card() -> None:
+    masters = dataclasses.replace(JOB.held, storage="masters", lora=None)
+    wholly = dataclasses.replace(JOB.held, lora=LoraConfig(modules_to_save=["lm_head"]))
+    whole, head = (predict(dataclasses.replace(JOB, held=held), CARDS["t4"], 8 * GIB) for held in (masters, wholly))
+    assert whole.places == Places("card", "card")
+    assert head.places == Places("host", "card")
+
+
+def test_passes_as_long_as_is_asked_for_are_planned_with() -> None:
+    short, long, plain = (
+        predict(dataclasses.replace(JOB, pass_tokens=tokens), CARDS["a100-40"], 30 * GIB)
+        for tokens in (2048, 16384, None)
+    )
+    assert plain.plan.checkpointing == "none"
+    assert plain.plan.tokens < 8192
+    assert short.plan.tokens == 2048
+    assert long.fits, "layers keep less for it"
+    assert (long.plan.checkpointing, long.plan.kept_layers) != ("none", 0)
+    assert long.plan.tokens == 16384
+    beyond = predict(dataclasses.replace(JOB, batch=64, pass_tokens=131072), CARDS["t4"], 12 * GIB)
+    assert not beyond.fits
+    assert remedies(beyond, 0)[0][0] == ("train.pass_tokens=null",)

@@ -44,7 +44,23 @@ def test_forms_of_files(tmp_path: Path) -> None:
     assert found[0].mean < 500
 
 
-@pytest.mark.parametrize(("name", "text"), [("a.parquet", ""), ("a.jsonl", ""), ("a.jsonl", "{"), ("b.jsonl", None)])
+def test_a_byte_order_mark_and_fields_beside_the_rows_are_passed_over(tmp_path: Path) -> None:
+    row = {"instruction": "안녕하세요", "output": "네"}
+    plain, marked, beside = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "c.json"
+    plain.write_text(json.dumps(row), encoding="utf-8")
+    marked.write_text(json.dumps(row), encoding="utf-8-sig")
+    beside.write_text(json.dumps({"version": "1.0", "data": [row]}), encoding="utf-8")
+    assert estimate(plain, 500, 128256) == estimate(marked, 500, 128256) == estimate(beside, 500, 128256)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.parquet", ""), ("a.jsonl", ""), ("a.jsonl", "{"), ("b.jsonl", None), ("a.json", "{}"), ("a.json", "3"),
+        ("a.json", "[" * 100_000), ("a.json", "{}\n{}"), ("a.csv", f"a\n{'x' * 200_000}\n"),
+    ],
+    ids=lambda value: str(value)[:9],
+)  # fmt: skip
 def test_what_cannot_be_read_is_told(tmp_path: Path, name: str, text: str | None) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)

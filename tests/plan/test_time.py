@@ -8,9 +8,9 @@ import pytest
 from jebi.config import Checkpointing, LoraConfig, Places
 from jebi.models.families import DecoderShape
 from jebi.nn.shape import AttentionForm, LayerShape
+from jebi.plan.activations import Pass
 from jebi.plan.cards import CARDS, Card
 from jebi.plan.held import Held
-from jebi.plan.inventory import Pass
 from jebi.plan.time import Load, carried_bytes, step_time
 
 LAYER = LayerShape(4096, 32, 8, 128, 14336, 1e-5, AttentionForm(128**-0.5))

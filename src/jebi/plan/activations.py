@@ -3,9 +3,95 @@
 The counts follow `nn.layer_node`; tests hold them against the tensors that it keeps. No torch here.
 """
 
+from dataclasses import dataclass
+
 from jebi.config import Checkpointing
 from jebi.config.limits import TOKEN_HEADS, chunk_tokens
 from jebi.models.families import DecoderShape
+
+_INPUTS = 36
+"""Bytes of a captured pass's inputs for each token."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a training pass is, for the count of its memory."""
+
+    tokens: int
+    """Most tokens that it really has."""
+    checkpointing: Checkpointing
+    """What layers keep."""
+    chunk: int
+    """Tokens that layers take at a time, where they recompute."""
+    keep_weights: bool = False
+    """Whether packed weights are kept as they are multiplied."""
+    kept_layers: int = 0
+    """Layers that keep everything whatever the others do."""
+    shipped_layers: int = 0
+    """Of the others those that send gate and up to host memory beside their input."""
+    sizes: int = 1
+    """Different numbers of tokens that a run's passes have."""
+
+
+@dataclass(frozen=True)
+class PassBytes:
+    """Bytes of a pass at its peak."""
+
+    kept: int
+    """What all layers keep on the device until their backward."""
+    work: int
+    """What is at work beside it while a layer's backward is under way."""
+    loss: int
+    """What is at work while the loss is made, before any backward."""
+    inputs: int
+    """Ids, positions, labels and counts of a captured pass; as many lie pinned in host memory."""
+    host_inputs: int
+    """Layers' inputs in host memory, and attention's outputs."""
+    host_wide: int
+    """Gate and up there."""
+
+    @property
+    def device(self) -> int:
+        """All that is on the device."""
+        return self.kept + max(self.work, self.loss) + self.inputs
+
+    @property
+    def host(self) -> int:
+        """Activations in host memory."""
+        return self.host_inputs + self.host_wide
+
+
+def pass_bytes(shape: DecoderShape, element: int, made: Pass, on_card: bool) -> PassBytes:
+    """What a pass takes.
+
+    Args:
+        shape: the decoder.
+        element: bytes of one activation.
+        made: the pass.
+        on_card: whether a card computes; elsewhere host memory is the device's, and what would be sent there stays.
+    """
+    layers, tokens, mode = len(shape.layers), made.tokens, made.checkpointing
+    if mode == "offload" and not on_card:
+        mode = "keep_attention"
+    whole = layers if mode == "none" else made.kept_layers
+    others = layers - whole
+    kept = kept_bytes_per_token(shape, element, "none") * whole + kept_bytes_per_token(shape, element, mode) * others
+    kept //= layers
+    if not on_card and element < 4:
+        # There attention is computed in float32, of which a layer that keeps all keeps copies.
+        layer = shape.layer
+        kept += 4 * 2 * (layer.heads + layer.kv_heads) * layer.head_dim * whole
+    work = work_bytes(shape, element, mode, tokens, made.chunk, on_card)
+    sent = sent_bytes_per_token(shape, element) * tokens if made.shipped_layers and on_card else 0
+    # Of one layer, on its way.
+    work += sent
+    if whole:
+        work = max(work, work_bytes(shape, element, "none", tokens, made.chunk, on_card))
+    on_host = host_bytes_per_token(shape, element) * others // layers if mode == "offload" else 0
+    loss = loss_bytes(shape, element, tokens, on_card)
+    return PassBytes(
+        kept * tokens, work, loss, _INPUTS * tokens if on_card else 0, on_host * tokens, made.shipped_layers * sent
+    )
 
 
 def kept_bytes_per_token(shape: DecoderShape, element: int, checkpointing: Checkpointing) -> int:

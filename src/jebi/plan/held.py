@@ -36,6 +36,8 @@ class Held:
     """Whether the frozen base is multiplied in 8-bit floats."""
     on_card: bool = True
     """Whether a card computes."""
+    dense_values: int = 0
+    """Values of projections that a packed checkpoint leaves dense."""
     world: World = ALONE
     """The processes, of which one is counted."""
 
@@ -62,11 +64,18 @@ class Held:
         """Values of all projections."""
         return sum(one.outputs * one.inputs for _, one in self.maps())
 
+    @property
+    def packed_values(self) -> int:
+        """Those of them that are held packed."""
+        return self.projected - self.dense_values if self.packed else 0
+
     @cached_property
     def parts(self) -> int:
         """Bytes of this process's part of the projections: of all of them where they are not divided."""
         sizes = (one.outputs * one.inputs for _, one in self.maps())
-        return sum(weight_bytes(self.storage, values, self.element, self.world.shares) for values in sizes)
+        parts = sum(weight_bytes(self.storage, values, self.element, self.world.shares) for values in sizes)
+        dense, packed = (weight_bytes(form, self.dense_values, self.element) for form in ("dense", self.storage))
+        return parts + ((dense - packed) // self.world.shares if self.dense_values else 0)
 
     @cached_property
     def divided(self) -> int:

@@ -10,15 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from jebi.config import Checkpointing, Storage
+from jebi.config import Storage
 from jebi.config.limits import DYNAMIC_BLOCK, SLICE_BYTES, TRAVELLING
-from jebi.plan.activations import (
-    host_bytes_per_token,
-    kept_bytes_per_token,
-    loss_bytes,
-    sent_bytes_per_token,
-    work_bytes,
-)
+from jebi.plan.activations import Pass, pass_bytes
 from jebi.plan.held import Held, norms_of
 from jebi.quant.footprint import weight_bytes
 
@@ -41,6 +35,8 @@ _LEAST_8BIT = 4096
 """Values of a matrix below which its moments are float32 (`training.optimizer`)."""
 _KERNEL_SET, _FREE_SETS, _MOST_SETS = 45 * 2**20, 7, 64
 """Bytes of a set of oneDNN's kernels; how many sets are not seen, and how many are kept."""
+KERNELS = "kernels that oneDNN keeps"
+"""Name of the item that is no more than a guess."""
 _FP8_BYTES = 2
 """A weight's bytes in 8-bit floats: held by rows and by columns."""
 
@@ -142,7 +138,7 @@ def kept_weight_bytes(held: Held) -> int:
     if not held.packed or held.world.shares > 1:
         return 0
     each = _FP8_BYTES if held.fp8 else held.element
-    return each * held.projected
+    return each * held.packed_values
 
 
 def scratch_bytes(held: Held) -> int:
@@ -153,69 +149,48 @@ def scratch_bytes(held: Held) -> int:
     return (2 if held.on_card else 1) * layer.ffn * layer.width * (1 if held.fp8 else held.element)
 
 
-@dataclass(frozen=True)
-class Pass:
-    """What a training pass is, for the count of its memory."""
+def weight_items(held: Held, keep: bool) -> list[Item]:
+    """What multiplying by the weights takes beside them, the same for every pass.
 
-    tokens: int
-    """Most tokens that it really has."""
-    checkpointing: Checkpointing
-    """What layers keep."""
-    chunk: int
-    """Tokens that layers take at a time, where they recompute."""
-    keep_weights: bool = False
-    """Whether packed weights are kept as they are multiplied."""
-    kept_layers: int = 0
-    """Layers that keep everything whatever the others do."""
-    shipped_layers: int = 0
-    """Of the others those that send gate and up to host memory beside their input."""
-    sizes: int = 1
-    """Different numbers of tokens that a run's passes have."""
+    Args:
+        held: the model.
+        keep: whether packed weights are kept as they are multiplied.
+    """
+    items = []
+    if held.packed and keep:
+        items.append(Item("weights kept as multiplied", "weights as multiplied", kept_weight_bytes(held)))
+    elif held.packed:
+        items.append(Item("weights of one group, dequantised", "workspace", scratch_bytes(held)))
+    return items + fixed_items(held)
+
+
+def fixed_items(held: Held) -> list[Item]:
+    """Those of them in which a plan has no choice."""
+    items = []
+    if held.fp8 and (dense := held.projected - held.packed_values):
+        items.append(Item("weights in 8-bit floats", "weights as multiplied", _FP8_BYTES * dense))
+    if held.gathered:
+        items.append(Item("layers gathered from all processes", "workspace", held.gathered))
+    if held.places.head in ("host", "nf4", "int8"):
+        items.append(Item("slices of the head", "workspace", 2 * SLICE_BYTES))
+    return items
 
 
 def pass_items(held: Held, made: Pass) -> list[Item]:
     """What a pass takes at its peak: the last layer's backward, or the loss before it, while all layers keep theirs."""
-    shape, element, mode, layers = held.shape, held.element, made.checkpointing, len(held.shape.layers)
-    whole = layers if mode == "none" else made.kept_layers
-    kept = kept_bytes_per_token(shape, element, "none") * whole // layers
-    kept += kept_bytes_per_token(shape, element, mode) * (layers - whole) // layers
-    if not held.on_card and element < 4:
-        # There attention is computed in float32, of which a layer that keeps all keeps copies.
-        layer = shape.layer
-        kept += 4 * 2 * (layer.heads + layer.kv_heads) * layer.head_dim * whole
-    modes: set[Checkpointing] = {mode, "none"} if made.kept_layers else {mode}
-    work = max(work_bytes(shape, element, each, made.tokens, made.chunk, held.on_card) for each in modes)
-    sent = sent_bytes_per_token(shape, element) * made.tokens
-    if made.shipped_layers:
-        # Of one layer, on its way.
-        work += sent
-    loss = loss_bytes(shape, element, made.tokens, held.on_card)
-    items = [Item("kept activations", "activations", kept * made.tokens)]
-    if work >= loss:
-        items.append(Item("a layer's backward", "workspace", work))
+    size = pass_bytes(held.shape, held.element, made, held.on_card)
+    items = [Item("kept activations", "activations", size.kept)]
+    if size.work >= size.loss:
+        items.append(Item("a layer's backward", "workspace", size.work))
     else:
-        items.append(Item("the loss of a chunk", "workspace", loss))
-    if held.packed and made.keep_weights:
-        items.append(Item("weights kept as multiplied", "weights as multiplied", kept_weight_bytes(held)))
-    elif held.packed:
-        items.append(Item("weights of one group, dequantised", "workspace", scratch_bytes(held)))
-    if held.gathered:
-        items.append(Item("layers gathered from all processes", "workspace", held.gathered))
-    if held.fp8 and not held.packed:
-        items.append(Item("weights in 8-bit floats", "weights as multiplied", _FP8_BYTES * held.projected))
-    if held.places.head in ("host", "nf4", "int8"):
-        items.append(Item("slices of the head", "workspace", 2 * SLICE_BYTES))
+        items.append(Item("the loss of a chunk", "workspace", size.loss))
+    items += weight_items(held, made.keep_weights)
     if held.on_card:
-        # Ids, positions, labels and counts of a captured pass, and the same pinned.
-        items += [
-            Item("inputs", "workspace", 36 * made.tokens),
-            Item("pinned inputs", "workspace", 36 * made.tokens, "host"),
-        ]
-    if mode == "offload":
-        on_host = host_bytes_per_token(shape, element) * (layers - whole) // layers
-        items.append(Item("inputs of layers, pinned", "activations", on_host * made.tokens, "host"))
-    if made.shipped_layers:
-        items.append(Item("gate and up, pinned", "activations", made.shipped_layers * sent, "host"))
+        items += [Item("inputs", "workspace", size.inputs), Item("pinned inputs", "workspace", size.inputs, "host")]
+    if size.host_inputs:
+        items.append(Item("inputs of layers, pinned", "activations", size.host_inputs, "host"))
+    if size.host_wide:
+        items.append(Item("gate and up, pinned", "activations", size.host_wide, "host"))
     return items
 
 
@@ -227,15 +202,17 @@ def slack_bytes(allocated: int) -> int:
     return int(0.3 * GIB + 0.007 * allocated)
 
 
-def host_slack_bytes(held: Held, made: Pass, passing: int) -> int:
+def host_slack_items(held: Held, made: Pass, passing: int) -> list[Item]:
     """What stays resident on a host beyond what is in use, of so many bytes of a pass.
 
     The C library gives back what it can; and in 16 bits oneDNN keeps every product's kernels for every size of a pass,
     up to 1,024 of them. SmolLM2's demo, a peak of 1.68 GB in float32 (1.55 without this); in bfloat16 1.57, 1.54, 1.79
     and 3.01 GB after 8, 10, 16 and 40 steps of different sizes, of which the first few take the place of freed memory.
+    Of other models and processors that is a guess, for which nothing is refused (`plan.refusal`).
     """
     kernels = _KERNEL_SET * max(0, min(made.sizes, _MOST_SETS) - _FREE_SETS) if held.element < 4 else 0
-    return passing * 15 // 100 + kernels
+    items = [Item("what C's allocator keeps", "allocator", passing * 15 // 100)]
+    return items + ([Item(KERNELS, "allocator", kernels)] if kernels else [])
 
 
 def checkpoint_items(held: Held, checkpoints: int) -> list[Item]:
@@ -249,8 +226,7 @@ def everything(held: Held, made: Pass, checkpoints: int = 0) -> list[Item]:
     """All that a run holds while it trains."""
     items = [*model_items(held), *adapter_items(held), *pass_items(held, made), *checkpoint_items(held, checkpoints)]
     if not held.on_card:
-        slack = host_slack_bytes(held, made, total(pass_items(held, made)))
-        items.append(Item("what C's allocator and oneDNN keep", "allocator", slack))
+        items += host_slack_items(held, made, total(pass_items(held, made)))
         return [*items, Item("Python and its libraries", "libraries", PROCESS_BYTES)]
     items.append(Item("what the allocator keeps", "allocator", slack_bytes(total(items))))
     host = Item("Python and its libraries", "libraries", 2 * PROCESS_BYTES, "host")

@@ -5,18 +5,20 @@ a job is `prediction`'s. No torch here.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from jebi.config import Checkpointing, Places, RunConfig
+from jebi.config.checking import typed
 from jebi.config.launched import ALONE, World
+from jebi.errors import ConfigError
 from jebi.models.families import DecoderShape
 from jebi.plan.budget import checkpointing_of
 from jebi.plan.held import Held
-from jebi.plan.rows import estimate
+from jebi.plan.rows import SUFFIXES, estimate
 from jebi.plan.time import Load
-
-_TABLES = (".jsonl", ".json", ".csv")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Job:
     """Share of the tokens that are learnt."""
     checkpoints: int = 0
     """Checkpoints that lie on disk."""
+    pass_tokens: int | None = None
+    """Most tokens of a pass, where the user says so."""
 
     @property
     def step_tokens(self) -> float:
@@ -61,8 +65,15 @@ class Job:
         most = self.held_tokens + deviations * self.spread * math.sqrt(self.batch)
         return max(1, min(self.batch * self.longest, math.ceil(most)))
 
+    @property
+    def largest(self) -> int:
+        """Tokens that a pass must hold: the longest row, or as many as the user wants in it."""
+        return max(self.longest, min(self.pass_tokens or 0, self.batch * self.longest))
+
     def pass_limit(self, most: int) -> int:
         """Most tokens that a pass needs, where ``most`` are worth having: all rows of about any step."""
+        if self.pass_tokens is not None:
+            return min(self.pass_tokens, self.batch * self.longest)
         return min(most, max(self.longest, padded(self.most_tokens(4))))
 
     def filled(self, tokens: int) -> int:
@@ -77,8 +88,10 @@ class Job:
 
     @property
     def sizes(self) -> int:
-        """Different numbers of tokens that its passes have."""
-        return 1 if self.row is None else self.steps
+        """Different numbers of tokens that its passes have: those between short and long steps, at most one a step."""
+        if self.row is None:
+            return 1
+        return min(self.steps, 1 + math.ceil(4 * self.spread * math.sqrt(self.batch)))
 
     def load(self, pass_tokens: int) -> Load:
         """A step's rows, in passes of so many tokens."""
@@ -102,30 +115,42 @@ def job_of(run: RunConfig, shape: DecoderShape, bfloat16: bool, rows: Path | Non
         world: the processes.
 
     Raises:
+        ConfigError: a number of section ``train`` is none, or too small.
         DataError: ``rows`` cannot be read.
     """
     train, model = run.train, run.model
-    batch = int(train.get("per_device_train_batch_size", 8)) * int(train.get("gradient_accumulation_steps", 1))
+    batch = _whole(train, "per_device_train_batch_size", 8) * _whole(train, "gradient_accumulation_steps", 1)
+    pass_tokens = None if train.get("pass_tokens") is None else _whole(train, "pass_tokens", 1)
     element = 4 if model.dtype == "float32" or (model.dtype is None and not bfloat16) else 2
     held = Held(
         shape, model.storage, element, lora=None if model.full_finetuning else run.lora,
         optimizer=str(train.get("optim", "adamw_torch")), fp8=model.compute == "fp8", world=world,
     )  # fmt: skip
-    steps, asked = int(train.get("max_steps", -1)), checkpointing_of(train)
+    steps, asked = _whole(train, "max_steps", -1, least=-1), checkpointing_of(train)
+    job = Job(held, model.max_seq_length, batch, steps, asked, model.places, pass_tokens=pass_tokens)
     if rows is None:
-        return Job(held, model.max_seq_length, batch, steps if steps > 0 else 60, asked, model.places)
+        return replace(job, steps=steps if steps > 0 else 60)
     lengths = estimate(rows, model.max_seq_length, shape.vocabulary)
     if steps <= 0:
-        steps = -(-int(lengths.rows * float(train.get("num_train_epochs", 3))) // (batch * world.ranks))
+        epochs = typed(float, train.get("num_train_epochs", 3.0), "train.num_train_epochs")
+        steps = max(1, -(-int(lengths.rows * epochs) // (batch * world.ranks)))
     longest = min(model.max_seq_length, lengths.longest)
     # Tokens held once would share one dropout mask.
     common = 0.0 if run.lora.lora_dropout else lengths.common
-    return Job(held, longest, batch, steps, asked, model.places, lengths.mean, lengths.deviation, common)
+    return replace(job, longest=longest, steps=steps, row=lengths.mean, spread=lengths.deviation, common=common)
 
 
 def rows_of(run: RunConfig) -> Path | None:
-    """The file that the run trains on, where it is one that can be looked at without reading it as rows."""
-    if not isinstance(run.data.train, str):
+    """The file that the run trains on, where it is one that can be looked at and whose rows are passes' rows."""
+    if not isinstance(run.data.train, str) or run.data.packing:
         return None
     path = Path(run.data.train)
-    return path if path.is_file() and path.suffix in _TABLES else None
+    return path if path.is_file() and path.suffix in SUFFIXES else None
+
+
+def _whole(train: Mapping[str, Any], name: str, default: int, least: int = 1) -> int:
+    """A whole number of section ``train``, which is checked in whole only where transformers is loaded."""
+    found: int = typed(int, train.get(name, default), f"train.{name}")
+    if found < least:
+        raise ConfigError(f"train.{name} must be at least {least}, not {found}; {default} is the default.")
+    return found

@@ -9,14 +9,9 @@ from dataclasses import dataclass, field, replace
 from jebi.config import Checkpointing
 from jebi.config.limits import CHUNK_TOKENS
 from jebi.models.families import DecoderShape
-from jebi.plan.activations import (
-    host_bytes_per_token,
-    kept_bytes_per_token,
-    loss_bytes,
-    sent_bytes_per_token,
-    work_bytes,
-)
-from jebi.plan.inventory import Pass
+from jebi.plan.activations import Pass, PassBytes, host_bytes_per_token, pass_bytes, sent_bytes_per_token
+from jebi.plan.held import Held
+from jebi.plan.inventory import fixed_items, kept_weight_bytes, scratch_bytes, total
 
 CPU_PASS_TOKENS = 2048
 """On a CPU longer passes gain nothing: a pass of this many tokens already runs its products at full rate."""
@@ -99,6 +94,21 @@ class Room:
         return int(self.host * _SHARE_SHARED)
 
 
+def room_beside(held: Held, free: int, host: int = 0, carried: int = 0) -> Room:
+    """The room of a training's passes.
+
+    Args:
+        held: the model and its adapter.
+        free: bytes on the device beside these, the optimizer and what the allocator keeps.
+        host: free bytes of host memory.
+        carried: `time.carried_bytes`.
+    """
+    free -= total(fixed_items(held))
+    if not held.on_card:
+        return Room(free, scratch=scratch_bytes(held), on_card=False)
+    return Room(free, kept_weight_bytes(held), scratch_bytes(held), host, carried=carried)
+
+
 def choose(
     shape: DecoderShape, element: int, room: Room, longest_row: int, asked: Checkpointing | None, limit: int
 ) -> PassPlan:
@@ -173,9 +183,7 @@ class _Size:
 
     def on_host(self, kept: int, sent: int) -> int:
         """Bytes of a token in host memory."""
-        layers = len(self.shape.layers)
-        inputs = host_bytes_per_token(self.shape, self.element) * (layers - kept) // layers
-        return inputs + sent * sent_bytes_per_token(self.shape, self.element)
+        return self._bytes(Pass(1, "offload", _CHUNKS[0], kept_layers=kept, shipped_layers=sent)).host
 
     def _sent(self, kept: int) -> int:
         """Layers whose gate and up the bus takes along unnoticed, evenly spread; none of rows in several chunks."""
@@ -195,18 +203,9 @@ class _Size:
             kept: layers that keep everything.
             sent: layers that send gate and up to host memory.
         """
-        layers = len(self.shape.layers)
-        each = kept_bytes_per_token(self.shape, self.element, mode) * (layers - kept)
-        each = (each + kept_bytes_per_token(self.shape, self.element, "none") * kept) // layers
 
         def fits(tokens: int) -> bool:
-            work = work_bytes(self.shape, self.element, mode, tokens, chunk, self.on_card)
-            if sent:
-                # What is on its way.
-                work += tokens * sent_bytes_per_token(self.shape, self.element)
-            if kept:
-                work = max(work, work_bytes(self.shape, self.element, "none", tokens, chunk, self.on_card))
-            return tokens * each + max(work, loss_bytes(self.shape, self.element, tokens, self.on_card)) <= room
+            return self._bytes(Pass(tokens, mode, chunk, kept_layers=kept, shipped_layers=sent)).device <= room
 
         low, high = 0, max(self.limit, self.least)
         if fits(high):
@@ -215,6 +214,9 @@ class _Size:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return low
+
+    def _bytes(self, made: Pass) -> PassBytes:
+        return pass_bytes(self.shape, self.element, made, self.on_card)
 
     def _cost(self, mode: Checkpointing, tokens: int, chunk: int, kept: int, dense: bool, sent: int = 0) -> float:
         cost = _PASS / tokens
@@ -234,7 +236,7 @@ def longest_row(shape: DecoderShape, element: int, room: Room, asked: Checkpoint
     found = []
     for mode in modes:
         most = _Size(shape, element, 1, _LONGEST, room.on_card).most(mode, budget, _CHUNKS[-1], 0)
-        if mode == "offload":
+        if mode == "offload" and room.on_card:
             most = min(most, room.usable_host // host_bytes_per_token(shape, element))
         found.append(most)
     return max(found)

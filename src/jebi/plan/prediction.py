@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from jebi.config import LoraConfig, Places
+from jebi.config import EmbeddingPlace, HeadPlace, LoraConfig, Places
 from jebi.config.launched import World
 from jebi.plan.cards import Card
 from jebi.plan.held import Held
@@ -18,14 +18,12 @@ from jebi.plan.inventory import (
     Item,
     adapter_items,
     everything,
-    kept_weight_bytes,
     model_items,
-    scratch_bytes,
     slack_bytes,
     total,
 )
 from jebi.plan.jobs import Job
-from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose, longest_row
+from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose, longest_row, room_beside
 from jebi.plan.places import best, reliefs
 from jebi.plan.ranks import MACHINES, StepBytes, efficiency, step_bytes
 from jebi.plan.time import StepTime, carried_bytes, step_time
@@ -111,18 +109,16 @@ def predict(job: Job, card: Card, budget: int, host: int = 0) -> Prediction:
     """
     on_card = card.name != "cpu"
     held = replace(job.held, on_card=on_card, fp8=job.held.fp8 and card.fp8 is not None)
-    options = reliefs(held.shape, held.element, job.places) if on_card else []
-    start = _placed(held, job.places, on_card)
-    held = replace(held, places=start)
-    free = budget - total(model_items(held)) - total(adapter_items(held)) - held.gathered
+    places = _movable(held, job.places)
+    options = reliefs(held.shape, held.element, places) if on_card else []
+    held = replace(held, places=_placed(held, places, on_card))
+    free = budget - total(model_items(held)) - total(adapter_items(held))
     free -= CONTEXT_BYTES + slack_bytes(budget) if on_card else PROCESS_BYTES
-    weights = kept_weight_bytes(held) if on_card else 0
-    carried = carried_bytes(held, card) if on_card else 0
-    room = Room(free, weights, scratch_bytes(held), host if on_card else 0, on_card, carried)
+    room = room_beside(held, free, host, carried_bytes(held, card) if on_card else 0)
     limit = job.pass_limit(GPU_PASS_TOKENS if on_card else CPU_PASS_TOKENS)
 
     def plan_of(free: Room) -> PassPlan:
-        return choose(held.shape, held.element, free, job.longest, job.asked, limit)
+        return choose(held.shape, held.element, free, job.largest, job.asked, limit)
 
     if options:
         relief, plan = best(options, 0, room, plan_of)
@@ -130,6 +126,8 @@ def predict(job: Job, card: Card, budget: int, host: int = 0) -> Prediction:
         held = replace(held, places=_placed(held, relief.places, on_card))
     else:
         plan = plan_of(room)
+    if job.pass_tokens is not None:
+        plan = replace(plan, tokens=job.pass_tokens)
     made = plan.made(replace(job, held=held).filled(plan.tokens), job.sizes)
     if not plan.fits:
         plan = replace(plan, tokens=made.tokens)
@@ -174,7 +172,10 @@ def remedies(current: Prediction, host: int) -> list[tuple[tuple[str, ...], Pred
     """
     made: list[tuple[tuple[str, ...], Prediction]] = []
     together, settings = current, tuple[str, ...]()
-    for change in (_fewer_bits, _adapter, _small_optimizer, _own_choice, _own_places, _shared_layers, _shorter):
+    changes = (
+        _fewer_bits, _adapter, _small_optimizer, _own_choice, _own_places, _own_passes, _shared_layers, _shorter,
+    )  # fmt: skip
+    for change in changes:
         if (found := change(current)) is not None:
             tried = predict(found[1], current.card, current.budget, host)
             made += [(found[0], tried)] if tried.fits else []
@@ -202,7 +203,7 @@ def _adapter(found: Prediction) -> _Change:
     if job.held.storage != "masters":
         return None
     held = replace(job.held, storage="nf4", lora=LoraConfig())
-    return ("model.full_finetuning=false",), replace(job, held=held)
+    return ("model.full_finetuning=false", "model.load_in_4bit=true"), replace(job, held=held)
 
 
 def _small_optimizer(found: Prediction) -> _Change:
@@ -232,6 +233,12 @@ def _shared_layers(found: Prediction) -> _Change:
     return ("model.shard=true",), replace(found.job, held=shared)
 
 
+def _own_passes(found: Prediction) -> _Change:
+    if found.job.pass_tokens is None:
+        return None
+    return ("train.pass_tokens=null",), replace(found.job, pass_tokens=None)
+
+
 def _shorter(found: Prediction) -> _Change:
     job = found.job
     length = found.longest // 128 * 128
@@ -239,6 +246,18 @@ def _shorter(found: Prediction) -> _Change:
         return None
     row = None if job.row is None else min(job.row, length)
     return (f"model.max_seq_length={length}",), replace(job, longest=length, row=row)
+
+
+def _movable(held: Held, places: Places) -> Places:
+    """As `models.placement.movable` has it: tables that are trained stay on the card."""
+    trained = {"embed_tokens", "lm_head"}
+    if held.storage != "masters":
+        trained.intersection_update((held.lora and held.lora.modules_to_save) or ())
+    if held.shape.tied and trained:
+        trained = {"embed_tokens", "lm_head"}
+    embedding: EmbeddingPlace = "card" if "embed_tokens" in trained and places.embedding == "auto" else places.embedding
+    head: HeadPlace = "card" if "lm_head" in trained and places.head == "auto" else places.head
+    return Places(embedding, head)
 
 
 def _placed(held: Held, places: Places, on_card: bool) -> Places:

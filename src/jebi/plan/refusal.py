@@ -19,7 +19,7 @@ from jebi.models.device import default_device, default_dtype, free_bytes
 from jebi.models.families import DecoderShape
 from jebi.models.sizes import read_sizes
 from jebi.plan.held import Held
-from jebi.plan.inventory import GIB, model_items, total
+from jebi.plan.inventory import GIB, KERNELS, model_items, total
 from jebi.plan.jobs import Job, job_of, rows_of
 from jebi.plan.places import reliefs
 from jebi.plan.prediction import Prediction, over_more, predict, remedies
@@ -103,14 +103,19 @@ def require_run(run: RunConfig) -> None:
     device, rows = default_device(), None if run.data.packing else rows_of(run)
     job = job_of(run, sized.shape, default_dtype(device).itemsize == 2, rows, launched.world(run.model.shard))
     found = predict(job, card_of(device), available(device, run.train.get("memory_budget")), host_bytes(device))
+    if found.fits:
+        return
     exact = device.type == "cuda" and rows is None
+    text = told(found, device, name, pasted)
     if refused(found, OFF if exact else OFF_MORE):
-        raise OutOfMemoryError(f"this run does not fit: {told(found, device, name, pasted)}")
+        raise OutOfMemoryError(f"this run does not fit: {text}")
+    logger.warning(f"this run may not fit: {text}")
 
 
 def refused(found: Prediction, off: float) -> bool:
-    """Whether it does not fit even if its prediction is too high by a share."""
-    return not found.fits and found.missing > off * found.peak
+    """Whether it does not fit even if its prediction is too high by a share, and by what is but a guess."""
+    guess = sum(item.bytes for item in found.items if item.name == KERNELS)
+    return not found.fits and found.missing - guess > off * (found.peak - guess)
 
 
 def told(found: Prediction, device: torch.device, name: str, words: Words) -> str:

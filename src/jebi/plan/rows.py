@@ -7,13 +7,16 @@ letters of Latin, and 0.82, 0.94 and 0.71 of a token of a Korean one; SmolLM2's,
 import csv
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from jebi.errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".csv")
+"""Files that are looked at."""
 
 _LATIN, _OTHER, _OTHER_SMALL = 1 / 4.2, 0.82, 2.8
 """Tokens of a letter: of Latin, of others, and of others with a small vocabulary."""
@@ -61,8 +64,11 @@ def estimate(path: Path, most: int, vocabulary: int) -> Lengths:
         letters = ([sum(pair) for pair in zip(_letters(row), _TEMPLATE)] for row in first)
         seen = [round(plain * _LATIN + rest * other) for plain, rest in letters]
         count = len(seen) + sum(1 for _ in rows)
-    except (OSError, ValueError) as error:
-        raise DataError(f"--rows '{path}' cannot be read: {error}") from error
+    except OSError as error:
+        raise DataError(f"--rows '{path}' cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError, csv.Error) as error:
+        hint = " One object a line is a .jsonl file." if "Extra data" in str(error) else ""
+        raise DataError(f"--rows '{path}' cannot be read: {error}.{hint}") from error
     if not seen:
         raise DataError(f"--rows '{path}' holds no rows.")
     cut = [min(length, most) for length in seen]
@@ -72,17 +78,20 @@ def estimate(path: Path, most: int, vocabulary: int) -> Lengths:
 
 
 def _rows(path: Path) -> Iterator[Any]:
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            yield from (json.loads(line) for line in lines if line.strip())
-    elif path.suffix == ".json":
-        found = json.loads(path.read_text(encoding="utf-8"))
-        yield from found if isinstance(found, list) else next(iter(found.values()))
-    elif path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as lines:
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"give a {', '.join(SUFFIXES)} file")
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        if path.suffix == ".jsonl":
+            held = (line for line in lines if line.strip())
+            yield from (json.loads(line) for line in islice(held, _MOST))
+            yield from held  # which are counted, and not looked into
+        elif path.suffix == ".csv":
             yield from csv.DictReader(lines)
-    else:
-        raise ValueError("give a .jsonl, .json or .csv file")
+        else:
+            found = json.load(lines)
+            # A list, or an object one of whose fields is it.
+            lists = [found] if isinstance(found, list) else [one for one in _values(found) if isinstance(one, list)]
+            yield from lists[0] if lists else ()
 
 
 def _letters(value: Any) -> tuple[int, int]:
@@ -90,6 +99,10 @@ def _letters(value: Any) -> tuple[int, int]:
     if isinstance(value, str):
         plain = sum(letter < "\u0250" for letter in value)
         return plain, len(value) - plain
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    counts = [_letters(part) for part in parts]
+    counts = [_letters(part) for part in _values(value)]
     return sum(plain for plain, _ in counts), sum(rest for _, rest in counts)
+
+
+def _values(value: Any) -> Iterable[Any]:
+    """What an object or a list holds; nothing of anything else."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

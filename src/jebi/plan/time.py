@@ -8,9 +8,9 @@ of which products 325, attention 41, the rest 105; 16,500 tokens/s, recomputing 
 import math
 from dataclasses import dataclass, replace
 
+from jebi.plan.activations import Pass, host_bytes_per_token
 from jebi.plan.cards import Card
 from jebi.plan.held import Held
-from jebi.plan.inventory import Pass
 from jebi.plan.ranks import links_of, step_bytes, waiting
 from jebi.quant.footprint import weight_bytes
 
@@ -159,5 +159,6 @@ def _bus(held: Held, made: Pass, load: Load) -> float:
     if held.places.head == "host":
         crossed += load.passes * shape.vocabulary * shape.layer.width * held.element
     if made.checkpointing == "offload":
-        crossed += 0.1 * 2 * load.tokens * len(shape.layers) * 2 * shape.layer.width * held.element
+        sent = 1 - made.kept_layers / len(shape.layers)
+        crossed += 0.1 * 2 * load.tokens * sent * host_bytes_per_token(shape, held.element)
     return crossed

@@ -12,6 +12,7 @@ _KEPT: dict[Checkpointing, str] = {
     "recompute": "activations recomputed",
     "offload": "activations recomputed from host memory",
 }
+_PYTHON = {"true": "True", "false": "False", "null": "None"}
 
 
 def words(plan: PassPlan, places: Places, job: Job) -> str:
@@ -44,6 +45,6 @@ def keywords(settings: Iterable[str]) -> str:
         name, _, value = setting.rpartition(".")[2].partition("=")
         if name == "gradient_checkpointing":
             name, value = "use_gradient_checkpointing", "auto"
-        python = {"true": "True", "false": "False"}.get(value) or (value if value.isdigit() else f'"{value}"')
+        python = _PYTHON.get(value) or (value if value.isdigit() else f'"{value}"')
         texts.append(f"{name}={python}")
     return ", ".join(texts)

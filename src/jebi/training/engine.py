@@ -19,9 +19,9 @@ from jebi.data.passes import Batch, Pass, longest
 from jebi.models.compute import require_card, require_layers
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import movable, place, placed, resolve
-from jebi.nn.fp8_product import Fp8Product
-from jebi.plan.inventory import scratch_bytes, slack_bytes, trained
-from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose
+from jebi.plan.held import Held
+from jebi.plan.inventory import slack_bytes, trained
+from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose, room_beside
 from jebi.plan.places import Relief, best, reliefs
 from jebi.plan.present import card_of, host_bytes
 from jebi.plan.time import carried_bytes
@@ -29,7 +29,7 @@ from jebi.training.budget import allowed_bytes
 from jebi.training.flat import FlatGradients
 from jebi.training.graphs import Padded, PassGraphs, padded
 from jebi.training.pass_settings import Settings, drops_out
-from jebi.training.planning import held_of, job_of
+from jebi.training.planning import job_of
 from jebi.training.reduction import Reduction
 from jebi.training.room import require_room
 
@@ -48,18 +48,20 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
         ConfigError: the model's ``compute`` cannot be had with this device or adapter.
         OutOfMemoryError: the budget is too small, or the longest row surely does not fit.
     """
-    backbone, device, fp8 = model.model, model.device, model.compute == "fp8"
-    if fp8:
+    backbone, device = model.model, model.device
+    if model.compute == "fp8":
         require_card(device, model.dtype)
         require_layers(backbone)
     job = job_of(model, settings)
     element = model.dtype.itemsize
     limit = job.pass_limit(CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS)
-    room, options = _room(model, settings), _reliefs(model)
+    room, options = _room(model, settings, job.held), _reliefs(model)
     now = next((o.frees for o in options if resolve(o.places, backbone.shape.tied, device) == placed(model)), 0)
     relief, plan = best(
-        options, now, room, lambda free: choose(backbone.shape, element, free, settings.longest, job.asked, limit)
+        options, now, room, lambda free: choose(backbone.shape, element, free, job.largest, job.asked, limit)
     )
+    if settings.pass_tokens is not None:
+        plan = dataclasses.replace(plan, tokens=settings.pass_tokens)
     if not plan.fits:
         places = resolve(relief.places, backbone.shape.tied, device)
         require_room(model, settings, plan, room.card + relief.frees - now, places)
@@ -71,9 +73,7 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
     backbone.kept_layers, backbone.shipped_layers = plan.kept_layers, plan.shipped_layers
     if device.type == "cuda":
         lay_together(model, plan)
-    if settings.pass_tokens is None:
-        return plan
-    return dataclasses.replace(plan, tokens=settings.pass_tokens)
+    return plan
 
 
 def lay_together(model: JebiForCausalLM, plan: PassPlan) -> None:
@@ -89,24 +89,18 @@ def chosen(model: JebiForCausalLM, plan: PassPlan) -> dict[str, Any]:
     return of_plan | dataclasses.asdict(placed(model))
 
 
-def _room(model: JebiForCausalLM, settings: Settings) -> Room:
-    """Memory for training, and what weights would take of it."""
-    device, held = model.device, held_of(model, settings.optimizer, settings.world)
+def _room(model: JebiForCausalLM, settings: Settings, held: Held) -> Room:
+    """Memory for training beside what is there, and what weights would take of it."""
+    device = model.device
     cast = model.dtype.itemsize if device.type == "cuda" and model.adapter is not None else 0
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     free = allowed_bytes(device, settings.budget)
     if device.type == "cuda":
         free -= slack_bytes(free + torch.cuda.memory_allocated(device))
-    free -= trained(sizes, settings.optimizer, cast).bytes + held.gathered
-    if held.fp8:
-        free -= Fp8Product.BYTES * sum(layer.dense_values() for layer in model.model.decoder_layers())
+    free -= trained(sizes, settings.optimizer, cast).bytes
     if device.type == "cpu":
-        return Room(free, on_card=False)
-    # Divided weights come and go.
-    kept = 0 if held.world.shares > 1 else model.packed_values()
-    weights = kept * (Fp8Product.BYTES if held.fp8 else held.element)
-    carried = carried_bytes(held, card_of(device))
-    return Room(free, weights, scratch_bytes(held), host_bytes(device), carried=carried)
+        return room_beside(held, free)
+    return room_beside(held, free, host_bytes(device), carried_bytes(held, card_of(device)))
 
 
 def _reliefs(model: JebiForCausalLM) -> list[Relief]:

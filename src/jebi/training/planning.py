@@ -3,6 +3,7 @@
 What is counted is `plan.inventory`'s, and what is chosen `training.engine`'s.
 """
 
+import dataclasses
 import logging
 import math
 from typing import Any
@@ -36,9 +37,11 @@ def held_of(model: JebiForCausalLM, optimizer: str, world: World = ALONE) -> Hel
     if any(isinstance(weight, nn.Parameter) and weight.requires_grad for weight in weights):
         storage = "masters"
     lora = model.adapter.config if isinstance(model.adapter, LoraAdapter) else None
+    packed = storage in ("nf4", "int8")
+    dense = sum(layer.dense_values() for layer in model.model.decoder_layers()) if packed else 0
     return Held(
         model.model.shape, storage, model.dtype.itemsize, placed(model), lora, optimizer,
-        model.compute == "fp8", model.device.type == "cuda", world,
+        model.compute == "fp8", model.device.type == "cuda", dense, world,
     )  # fmt: skip
 
 
@@ -54,13 +57,13 @@ def job_of(model: JebiForCausalLM, settings: Settings) -> Job:
     """A training of a loaded model as plans see it."""
     held = held_of(model, settings.optimizer, settings.world)
     rows, asked = settings.rows, asked_of(model, settings)
-    if rows is None or (rows.deviation == 0 and not rows.common):
-        return Job(held, settings.longest, settings.batch, settings.steps, asked, movable(model))
-    mean = min(rows.mean, settings.longest)
-    common = min(rows.common, mean)
-    return Job(
-        held, settings.longest, settings.batch, settings.steps, asked, movable(model), mean, rows.deviation, common
+    job = Job(
+        held, settings.longest, settings.batch, settings.steps, asked, movable(model), pass_tokens=settings.pass_tokens
     )
+    if rows is None or (rows.deviation == 0 and not rows.common):
+        return job
+    mean = min(rows.mean, settings.longest)
+    return dataclasses.replace(job, row=mean, spread=rows.deviation, common=min(rows.common, mean))
 
 
 def predict(model: JebiForCausalLM, plan: PassPlan, settings: Settings) -> dict[str, Any]:

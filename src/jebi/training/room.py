@@ -11,7 +11,7 @@ from jebi.config import Places
 from jebi.errors import OutOfMemoryError
 from jebi.models.hf import JebiForCausalLM
 from jebi.plan.budget import FREE
-from jebi.plan.inventory import GIB, everything, pass_items, total
+from jebi.plan.inventory import GIB, everything, fixed_items, pass_items, total
 from jebi.plan.passes import PassPlan
 from jebi.plan.prediction import predict
 from jebi.plan.present import card_of, host_bytes
@@ -30,7 +30,7 @@ def require_room(model: JebiForCausalLM, settings: Settings, plan: PassPlan, roo
         model: the model and its adapter.
         settings: the trainer's.
         plan: what takes the least.
-        room: bytes that there are for passes, with embedding and head in ``places``.
+        room: bytes that there are for passes (`plan.passes.Room.card`), with embedding and head in ``places``.
         places: nothing left open.
 
     Raises:
@@ -39,15 +39,18 @@ def require_room(model: JebiForCausalLM, settings: Settings, plan: PassPlan, roo
     device, job = model.device, job_of(model, settings)
     held = dataclasses.replace(job.held, places=places)
     made = plan.made(job.filled(plan.tokens))
-    short, peak = total(pass_items(held, made)) - room, total(everything(held, made))
+    short, peak = total(pass_items(held, made)) - total(fixed_items(held)) - room, total(everything(held, made))
     found = predict(job, card_of(device), peak - short, host_bytes(device))
     name = str(model.name_or_path)
     text = told(dataclasses.replace(found, items=tuple(everything(held, made))), device, name, keywords)
+    one, several = (f"{unit} of {job.largest} tokens" for unit in ("a row", "rows"))
+    if job.largest > job.longest:
+        one, several = f"pass_tokens={settings.pass_tokens}", f"passes of pass_tokens={settings.pass_tokens}"
     if settings.budget not in (None, FREE):
         raise OutOfMemoryError(
-            f"memory_budget {settings.budget!r} does not hold a row of {settings.longest} tokens: {text} "
+            f"memory_budget {settings.budget!r} does not hold {one}: {text} "
             f'Or raise it to "{math.ceil(10 * peak / GIB) / 10}GB".'
         )
     if short > peak * (OFF if held.on_card else OFF_MORE):
-        raise OutOfMemoryError(f"rows of {settings.longest} tokens do not fit: {text}")
-    logger.warning(f"rows of {settings.longest} tokens may not fit: {text}")
+        raise OutOfMemoryError(f"{several} do not fit: {text}")
+    logger.warning(f"{several} may not fit: {text}")
