@@ -53,6 +53,15 @@ _Form = Storage | Literal["as stored"]
 """How a weight is held; "as stored": as NF4 where it comes so, else dense."""
 
 
+def _settled(places: Places, model: JebiForCausalLM, device: torch.device, needed: int) -> Places:
+    """Places with nothing left open, by the room there is on a card for a model of so many bytes."""
+    shape = model.model.shape
+    if device.type == "cuda":
+        table = shape.vocabulary * shape.layer.width * model.dtype.itemsize
+        places = fitting(places, shape.tied, table, needed, free_bytes(device))
+    return resolve(places, shape.tied, device)
+
+
 def load_model(
     files: ModelFiles,
     config: PretrainedConfig,
@@ -87,12 +96,7 @@ def load_model(
     scheme = read_scheme(config)
     vars(config).pop("quantization_config", None)
     model = JebiForCausalLM(config, shape, dtype, read_rotary(config, device))
-    at = places
-    if device.type == "cuda":
-        table = shape.vocabulary * shape.layer.width * dtype.itemsize
-        needed = _bytes(model, storage, 1 if mesh is None else mesh.size())
-        at = fitting(places, shape.tied, table, needed, free_bytes(device))
-    at = resolve(at, shape.tied, device)
+    at = _settled(places, model, device, _bytes(model, storage, 1 if mesh is None else mesh.size()))
     tables = {"model.embed_tokens": at.embedding, "lm_head": at.embedding if shape.tied else at.head}
     awaited = dict(model.named_parameters(remove_duplicate=False))
     total = len(awaited) - shape.tied
@@ -146,7 +150,7 @@ def _arriving(files: ModelFiles, scheme: Scheme | None, device: torch.device, pa
     return staged((dataclasses.replace(s, span=None) if s.name in past else s for s in tensors), device)
 
 
-def _bytes(model: JebiForCausalLM, storage: Storage, shares: int) -> int:
+def _bytes(model: JebiForCausalLM, storage: Storage, shares: int = 1) -> int:
     """What weights in so many ``shares`` take on a card, and what making the largest of them takes beside."""
     layers = [linear.in_features * linear.out_features for name, linear in model.linears() if name != "lm_head"]
     tables = (2 - model.model.shape.tied) * model.model.shape.vocabulary * model.model.shape.layer.width
