@@ -9,6 +9,7 @@ the two steps, part, they do so at a tie.
 
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from jebi.adapters.lora import attach
 from jebi.adapters.peft_files import adapter_tensors
 from jebi.config import LoraConfig, Storage
+from jebi.inference import engine as engine_file
+from jebi.inference.decoding import Decoding
 from jebi.inference.engine import Engine, captures
 from jebi.inference.generation import prepare
 from jebi.models.files import find
@@ -123,6 +126,27 @@ def check_switching(model: JebiForCausalLM) -> None:
     model.decoding = ours
 
 
+def check_growth(model: JebiForCausalLM) -> None:
+    """Caches too large to be kept, or to be made at once: buffers move, graphs and their memory are made anew."""
+    ids, mask = (x[1:3] for x in prompts())
+    expected = answer(model, ids, mask, max_new_tokens=300)
+    share, engine_file._SHARE = engine_file._SHARE, 2**50
+    for _ in range(3):  # from the second answer on, a step is captured while the last one's logits are held
+        assert torch.equal(answer(model, ids, mask, max_new_tokens=300), expected)
+    engine_file._SHARE = share
+
+
+def check_threads(model: JebiForCausalLM) -> None:
+    """Answers asked for at once, some of which are captured meanwhile."""
+    ids, mask = prompts()
+    rows = [slice(start, end) for start in range(3) for end in range(start + 1, 5)]
+    expected = [answer(model, ids[row], mask[row]) for row in rows]
+    model.decoding = Decoding(Engine())
+    with ThreadPoolExecutor(4) as threads:
+        got = list(threads.map(lambda row: answer(model, ids[row], mask[row]), rows * 2))
+    assert all(torch.equal(*pair) for pair in zip(got, expected * 2, strict=True))
+
+
 def check_captures(model: JebiForCausalLM) -> None:
     """One row is captured by `prepare`, for every length up to the model's; nothing is captured after it."""
     count = 0
@@ -220,7 +244,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint(Path(folder))
         model = made(Path(folder), torch.float32, "dense")
-        for check in (check_captures, check_tokens, check_alone, check_switching):
+        for check in (check_captures, check_tokens, check_alone, check_switching, check_growth, check_threads):
             check(model)
             print(f"{check.__name__}: passed")
         del model

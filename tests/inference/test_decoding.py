@@ -5,6 +5,7 @@ transformers' loop (or to another of its modes). The tokens are compared either 
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,68 @@ def test_an_error_in_a_streamer_lets_go_of_the_buffers(model) -> None:
     both(model)
 
 
+def test_threads_wait_for_each_other(model) -> None:
+    """The engine's buffers are one answer's."""
+    prompts = [IDS[:1], IDS[1:], IDS[2:]]
+    settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    expected = [model.generate(prompt, **settings) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        made = list(threads.map(lambda prompt: model.generate(prompt, **settings), prompts * 3))
+    assert all(torch.equal(*pair) for pair in zip(made, expected * 3, strict=True))
+
+
+def test_a_streamer_may_ask_the_model_meanwhile(model) -> None:
+    settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(IDS[:1], **settings)
+    inner = []
+
+    class Asking:
+        def put(self, value: Tensor) -> None:
+            if value.dim() == 1 and not inner:  # the first token; the prompt has two dimensions
+                inner.append(model.generate(IDS[:1], **settings))
+
+        def end(self) -> None: ...
+
+    assert torch.equal(model.generate(IDS[:1], streamer=Asking(), **settings), expected)
+    assert torch.equal(inner[0], expected)
+
+
+def test_an_error_in_the_prompt_lets_go_of_the_buffers(model) -> None:
+    with pytest.raises(IndexError):
+        model.generate(torch.full((1, 3), 10**6), max_new_tokens=NEW, pad_token_id=0)
+    assert model.decoding.engine._batches == {}
+    both(model)
+
+
+def test_a_mask_of_numbers(model) -> None:
+    """Whatever its dtype, as transformers takes it."""
+    expected = both(model)
+    for mask in (MASK.float(), MASK.bool()):
+        assert torch.equal(both(model, attention_mask=mask), expected)
+
+
+def test_under_autocast(model) -> None:
+    expected = both(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = both(model)
+    assert torch.equal(made, expected)
+
+
+def test_matrices_exchanged_in_their_parameters(model) -> None:
+    """Which does not change a tensor's version."""
+    before = both(model)
+    tensors = list(adapter_tensors(model).values())
+    kept = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data * -1.5
+    model.drop_kept()  # casts of the matrices as they were, which transformers' loop reads
+    changed = both(model)
+    for tensor, data in zip(tensors, kept, strict=True):
+        tensor.data = data
+    assert not torch.equal(changed, before)
+    assert torch.equal(both(model), before)
+
+
 def holes() -> Tensor:
     mask = MASK.clone()
     mask[0, 4] = 0
@@ -288,6 +351,7 @@ def holes() -> Tensor:
         ({"position_ids": torch.arange(9).expand(3, -1) + 1}, "positions are given"),
         ({"attention_mask": MASK.flip(1)}, "padding stands elsewhere"),
         ({"attention_mask": holes()}, "padding stands elsewhere"),
+        ({"attention_mask": MASK[:, 1:]}, "padding stands elsewhere"),
         ({"past_key_values": DynamicCache()}, "a cache was given"),
         ({"inputs_embeds": torch.zeros(3, 9, 64)}, "no tokens to begin with"),
         ({"labels": IDS}, "the model is given labels"),

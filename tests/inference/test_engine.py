@@ -74,6 +74,19 @@ def test_buffers_made_under_inference_mode_serve_outside_it(tiny_llama: Callable
 
 
 @torch.no_grad()
+def test_buffers_that_move_take_their_graphs_and_their_pool_along(tiny_llama: Callable[[str], Path], load) -> None:
+    model, engine = load(tiny_llama("tied")).eval(), Engine()
+    engine.prefill(model, ids(5)[None], [5], 9)
+    batch = engine._batches[1]
+    batch.graphs[0], batch.pool = (None, torch.empty(0)), (1, 0)
+    batch.reserve(STEP)
+    assert batch.pool
+    batch.reserve(STEP + 1)
+    assert not batch.graphs
+    assert batch.pool is None
+
+
+@torch.no_grad()
 def test_warming_up_leaves_nothing_behind_on_a_cpu(tiny_llama: Callable[[str], Path], load) -> None:
     model, engine = load(tiny_llama("tied")).eval(), Engine()
     engine.warm_up(model, 64)

@@ -10,6 +10,7 @@ On a card the next step is on its way before the host looks at a token, so that 
 Shapes: B rows, S tokens of a left-padded prompt, N tokens of prompt and answer, V vocabulary.
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -31,12 +32,16 @@ class Decoding:
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self._lock = threading.Lock()
+        """The engine's buffers are one answer's: threads wait for each other."""
+        self._thread: int | None = None
+        """Which thread has them."""
 
     def serves(
         self, model: JebiForCausalLM, input_ids: Tensor, config: GenerationConfig, keywords: dict[str, Any]
     ) -> bool:
-        """See `models.hf.Decoding`."""
-        return why_not(model, input_ids, config, keywords) is None
+        """See `models.hf.Decoding`; a streamer that asks the model anew while it is told an answer goes elsewhere."""
+        return self._thread != threading.get_ident() and why_not(model, input_ids, config, keywords) is None
 
     @torch.no_grad()
     def answer(
@@ -50,6 +55,25 @@ class Decoding:
         streamer: Any,
     ) -> Tensor:
         """Prompts and answers (B, N); rows that ended before others are filled with the pad token."""
+        # As in the model's forward, autocast is kept out.
+        with self._lock, torch.autocast(model.device.type, enabled=False):
+            self._thread = threading.get_ident()
+            try:
+                return self._answer(model, input_ids, mask_BS, processors, criteria, config, streamer)
+            finally:
+                self.engine.release(model)
+                self._thread = None
+
+    def _answer(
+        self,
+        model: JebiForCausalLM,
+        input_ids: Tensor,
+        mask_BS: Tensor | None,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer: Any,
+    ) -> Tensor:
         batch, prompt = input_ids.shape
         on_card = model.device.type == "cuda"
         stops_at_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -57,34 +81,31 @@ class Decoding:
         ids_BN[:, :prompt] = input_ids
         going_B = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
         told = _Told(batch, input_ids.device)
-        lengths = [prompt] * batch if mask_BS is None else mask_BS.sum(1).tolist()
+        lengths = [prompt] * batch if mask_BS is None else (mask_BS != 0).sum(1).tolist()
         so_far = input_ids
         pad = config._pad_token_tensor
         logits_BV = self.engine.prefill(model, input_ids, lengths, config.max_length)
-        try:
-            for last in range(prompt, config.max_length):
-                # A copy, since processors may write over it.
-                # (Typed for a LongTensor, which no operation of torch's gives.)
-                scores_BV = processors(so_far, logits_BV.to(torch.float32, copy=True))  # type: ignore[arg-type]
-                token_B = _taken(scores_BV, config.do_sample)
-                if stops_at_eos and pad is not None:
-                    token_B = torch.where(going_B, token_B, pad)
-                ids_BN[:, last] = token_B
-                so_far = ids_BN[:, : last + 1].contiguous()
-                going_B &= ~criteria(so_far, None)
-                told.send(token_B, going_B)
-                goes_on = last + 1 < config.max_length
-                if goes_on and on_card:
-                    logits_BV = self.engine.step(model, so_far)
-                token_B, any_going = told.read()
-                if streamer is not None:
-                    streamer.put(token_B)
-                if not any_going:
-                    break
-                if goes_on and not on_card:
-                    logits_BV = self.engine.step(model, so_far)
-        finally:
-            self.engine.release(model)
+        for last in range(prompt, config.max_length):
+            # A copy, since processors may write over it.
+            # (Typed for a LongTensor, which no operation of torch's gives.)
+            scores_BV = processors(so_far, logits_BV.to(torch.float32, copy=True))  # type: ignore[arg-type]
+            token_B = _taken(scores_BV, config.do_sample)
+            if stops_at_eos and pad is not None:
+                token_B = torch.where(going_B, token_B, pad)
+            ids_BN[:, last] = token_B
+            so_far = ids_BN[:, : last + 1].contiguous()
+            going_B &= ~criteria(so_far, None)
+            told.send(token_B, going_B)
+            goes_on = last + 1 < config.max_length
+            if goes_on and on_card:
+                logits_BV = self.engine.step(model, so_far)
+            token_B, any_going = told.read()
+            if streamer is not None:
+                streamer.put(token_B)
+            if not any_going:
+                break
+            if goes_on and not on_card:
+                logits_BV = self.engine.step(model, so_far)
         if streamer is not None:
             streamer.end()
         return so_far
@@ -139,7 +160,7 @@ def why_not(
         return "a cache was given"
     if given := [name for name, value in keywords.items() if name not in _PREPARED and value is not None]:
         return f"the model is given {', '.join(given)}"
-    if mask_BS is not None and not _padded_left(mask_BS):
+    if mask_BS is not None and (mask_BS.shape != input_ids.shape or not _padded_left(mask_BS)):
         return "padding stands elsewhere than in front of rows"
     if positions_BS is not None and not _usual(positions_BS, mask_BS):
         return "positions are given that do not count a row's tokens"

@@ -44,11 +44,15 @@ class _Batch:
     """The same on the host."""
     graphs: dict[Any, tuple[Any, Tensor]] = field(default_factory=dict)
     """Captured steps and their logits, by slots looked at and what else they were captured over."""
+    pool: Any = None
+    """The memory that the graphs share."""
 
     def reserve(self, tokens: int) -> None:
         """Make room; graphs over buffers that had to move are gone."""
         if self.cache.reserve(tokens):
             self.graphs.clear()
+            # torch refuses a pool without graphs as long as a tensor of it lives, which the last logits do.
+            self.pool = None
 
 
 class Engine:
@@ -61,7 +65,6 @@ class Engine:
         self._batch: _Batch | None = None
         self._over: tuple[int, ...] = ()
         self._warm: set[Any] = set()
-        self._pool: Any = None
         self.warm_up_seconds = 0.0
         """What `warm_up` took."""
 
@@ -190,10 +193,11 @@ class Engine:
         return logits_BV
 
     def _capture(self, model: JebiForCausalLM, batch: _Batch, reach: int) -> None:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        if batch.pool is None:
+            batch.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Whatever other threads do on the card meanwhile is not of this capture.
+        with torch.cuda.graph(graph, pool=batch.pool, capture_error_mode="thread_local"):
             logits_BV = self._forward(model, batch, reach)
         batch.graphs[reach, self._over] = graph, logits_BV
 
@@ -210,11 +214,12 @@ def captures(model: JebiForCausalLM) -> bool:
 
 
 def _addresses(model: JebiForCausalLM) -> tuple[int, ...]:
-    """Where lies what may be exchanged between two answers: the adapters that are on, the embedding, the head."""
+    """What may be exchanged between two answers, by place and size: the adapters that are on, embedding, head."""
     casts = [group.casts() for group in model.model.answering_groups()]
     found = [cast.data_ptr() for pair in casts if pair is not None for cast in pair]
     for module in (model.model.embed_tokens, model.lm_head):
-        found += [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
+        for tensor in (*module.parameters(), *module.buffers()):
+            found += tensor.data_ptr(), tensor.nbytes
     return tuple(found)
 
 

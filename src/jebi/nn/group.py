@@ -271,8 +271,9 @@ class Stacked:
         self._state = self._now()
 
     def _now(self) -> list[object]:
+        # Beside the version the place: a matrix that is exchanged (``p.data = ...``) keeps its version.
         adapters = (linear.adapter for linear in self.maps)
-        return [(a, a.A_rK._version, a.B_Nr._version) if a is not None else None for a in adapters]
+        return [(a, a.scale, *map(_told_apart, (a.A_rK, a.B_Nr))) if a is not None else None for a in adapters]
 
     def _arrange(self) -> None:
         """Find which maps have adapters, and make room for these."""
@@ -323,6 +324,10 @@ class Stacked:
 
     def _compress(self, x_TK: Tensor) -> Tensor | None:
         return x_TK @ self._down_RK.t() if self._down_RK is not None else None
+
+
+def _told_apart(x: Tensor) -> tuple[int, int]:
+    return x.data_ptr(), x._version
 
 
 def joined(dparts: list[Tensor]) -> Tensor:
