@@ -90,8 +90,7 @@ def load_model(
     at = places
     if device.type == "cuda":
         table = shape.vocabulary * shape.layer.width * dtype.itemsize
-        needed = _bytes(model, storage, 1 if mesh is None else mesh.size())
-        at = fitting(places, shape.tied, table, needed, free_bytes(device))
+        at = fitting(places, shape.tied, table, _bytes(model, storage, mesh), free_bytes(device))
     at = resolve(at, shape.tied, device)
     tables = {"model.embed_tokens": at.embedding, "lm_head": at.embedding if shape.tied else at.head}
     awaited = dict(model.named_parameters(remove_duplicate=False))
@@ -146,8 +145,9 @@ def _arriving(files: ModelFiles, scheme: Scheme | None, device: torch.device, pa
     return staged((dataclasses.replace(s, span=None) if s.name in past else s for s in tensors), device)
 
 
-def _bytes(model: JebiForCausalLM, storage: Storage, shares: int) -> int:
-    """What weights in so many ``shares`` take on a card, and what making the largest of them takes beside."""
+def _bytes(model: JebiForCausalLM, storage: Storage, mesh: DeviceMesh | None = None) -> int:
+    """What this process's part of all weights takes on a card, and what making the largest of them takes beside."""
+    shares = 1 if mesh is None else mesh.size()
     layers = [linear.in_features * linear.out_features for name, linear in model.linears() if name != "lm_head"]
     tables = (2 - model.model.shape.tied) * model.model.shape.vocabulary * model.model.shape.layer.width
     # The original beside its float32 copy and codes.
