@@ -130,9 +130,7 @@ class FastLanguageModel:
         model.compute = compute
         if generation := files.generation_config():
             model.generation_config = generation
-        # The name the user gave, so that an adapter saved later can be used on another machine.
-        local = Path(base).expanduser()
-        model.name_or_path = model.config.name_or_path = str(local.resolve()) if local.exists() else base
+        model.name_or_path = model.config.name_or_path = _named(base)
         tokenizer = beside(adapter, ready(tokenizer, model), model)
         model.max_seq_length = max_seq_length
         if adapter:
@@ -256,3 +254,9 @@ def is_bfloat16_supported() -> bool:
     Not so on a CPU, where `TrainingArguments` refuses ``bf16=True``; there the model's own dtype decides.
     """
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _named(base: str) -> str:
+    """The name the user gave, so that an adapter saved later can be used on another machine; a folder's whole path."""
+    local = Path(base).expanduser()
+    return str(local.resolve()) if local.exists() else base

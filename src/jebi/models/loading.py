@@ -96,7 +96,7 @@ def load_model(
     scheme = read_scheme(config)
     vars(config).pop("quantization_config", None)
     model = JebiForCausalLM(config, shape, dtype, read_rotary(config, device))
-    at = _settled(places, model, device, _bytes(model, storage, 1 if mesh is None else mesh.size()))
+    at = _settled(places, model, device, _bytes(model, storage, mesh))
     tables = {"model.embed_tokens": at.embedding, "lm_head": at.embedding if shape.tied else at.head}
     awaited = dict(model.named_parameters(remove_duplicate=False))
     total = len(awaited) - shape.tied
@@ -150,8 +150,9 @@ def _arriving(files: ModelFiles, scheme: Scheme | None, device: torch.device, pa
     return staged((dataclasses.replace(s, span=None) if s.name in past else s for s in tensors), device)
 
 
-def _bytes(model: JebiForCausalLM, storage: Storage, shares: int = 1) -> int:
-    """What weights in so many ``shares`` take on a card, and what making the largest of them takes beside."""
+def _bytes(model: JebiForCausalLM, storage: Storage, mesh: DeviceMesh | None = None) -> int:
+    """What this process's part of all weights takes on a card, and what making the largest of them takes beside."""
+    shares = 1 if mesh is None else mesh.size()
     layers = [linear.in_features * linear.out_features for name, linear in model.linears() if name != "lm_head"]
     tables = (2 - model.model.shape.tied) * model.model.shape.vocabulary * model.model.shape.layer.width
     # The original beside its float32 copy and codes.
