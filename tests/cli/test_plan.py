@@ -39,7 +39,7 @@ def test_what_does_not_fit_ends_with_2_and_the_way_out() -> None:
     assert "does not fit t4" in shown
     assert "GB too much" in shown
     assert "would fit      --set model.load_in_4bit=true" in shown
-    assert "a step" not in shown, "of what cannot run there is no time"
+    assert "\na step" not in shown, "of what cannot run there is no time"
 
 
 def test_programs_get_bytes_and_seconds() -> None:

@@ -144,7 +144,7 @@ def _table(current: "Prediction", others: list["Prediction"], host: int) -> "Ren
     for settings, found in ways:
         table.add_row("would fit", f"{pasted(settings)}  ({_gb(found.peak)} GB)")
     if not (current.fits or ways):
-        table.add_row("would fit", "no setting by itself: take a smaller model or a larger card")
+        table.add_row("would fit", "no setting makes it fit: take a smaller model or a larger card")
     for name, other in (("smallest card", smallest(current, others)), ("next faster", next_faster(current, others))):
         if other is not None and (name == "smallest card" or (current.timed and current.fits)):
             speed = f": {other.tokens_per_second:,.0f} tokens/s, {_time(other.seconds)}" if other.timed else ""
