@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from jebi.plan.cards import CARDS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -37,6 +39,7 @@ def test_what_does_not_fit_ends_with_2_and_the_way_out() -> None:
     assert "does not fit t4" in shown
     assert "GB too much" in shown
     assert "would fit      --set model.load_in_4bit=true" in shown
+    assert "\na step" not in shown, "of what cannot run there is no time"
 
 
 def test_programs_get_bytes_and_seconds() -> None:
@@ -60,6 +63,16 @@ def test_memory_alone_is_enough_for_everything_but_times() -> None:
     assert found["fits"]
     assert found["step_seconds"] is found["tokens_per_second"] is None
     assert "name a card with --gpu" in plan("llama-3.1-8b", "--memory", "24GB").stdout
+
+
+def test_every_card_is_one_line_of_a_terminal_and_float32_is_not_timed() -> None:
+    shown = plan("llama-3.1-8b", "--gpu", "t4", "--all-gpus").stdout.splitlines()
+    assert len(shown) == 2 + len(CARDS)
+    assert max(map(len, shown)) <= 80
+    settings = ("--set", "model.dtype=float32", "--set", "model.load_in_4bit=false")
+    single = plan("llama-3.2-1b", "--gpu", "h100", *settings).stdout
+    assert "32-bit, LoRA" in single
+    assert "times are known of 16 bits" in single
 
 
 def test_a_runs_file_says_the_rest() -> None:
@@ -96,7 +109,11 @@ def test_several_cards_are_planned_for_together() -> None:
         (["smollm2", "--gpu", "t4", "--shard"], "say how many with --gpus"),
         (["nothing", "--gpu", "t4"], "Shapes that jebi knows"),
         (["smollm2", "--gpu", "voodoo"], "--gpu 'voodoo' is not known"),
-        (["smollm2", "--gpu", "t4", "--memory", "much"], "memory_budget 'much' is no size"),
+        (["smollm2", "--gpu", "t4", "--memory", "much"], "--memory 'much' is no size"),
+        (["smollm2", "--memory", "0.5"], "--memory '0.5' is of a card: name it with --gpu"),
+        (["smollm2", "--gpu", "t4", "--set", "train.max_steps=abc"], "train.max_steps"),
+        (["smollm2", "--gpu", "t4", "--set", "train.per_device_train_batch_size=0"], "must be at least 1, not 0"),
+        (["smollm2", "--gpu", "t4", "--set", "model.compute=fp8"], "'fp8' is not for t4"),
         (["smollm2", "--gpu", "t4", "--rows", "none.jsonl"], "--rows 'none.jsonl' cannot be read"),
     ],
 )

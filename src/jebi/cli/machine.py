@@ -6,6 +6,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from jebi.errors import ConfigError
 from jebi.plan.budget import budget_bytes
 from jebi.plan.cards import Card, find_card
 from jebi.plan.measured import known, known_processor
@@ -40,9 +41,11 @@ def device_for(gpu: str | None, memory: str | None) -> Device:
     """
     if gpu is not None:
         card = find_card(gpu)
-        return Device(card, budget_bytes(memory, card.memory), card.memory)
+        return Device(card, budget_bytes(memory, card.memory, "--memory"), card.memory)
     if memory is not None:
-        size = budget_bytes(memory, 2**50)
+        size = budget_bytes(memory, 2**50, "--memory")
+        if size > 2**40:
+            raise ConfigError(f"--memory '{memory}' is of a card: name it with --gpu, or say a size such as 16GB.")
         # Its rates are not known, so nothing is timed.
         card = Card("a card", size, math.nan, None, math.nan, math.nan)
         return Device(card, size, size)

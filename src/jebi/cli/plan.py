@@ -1,6 +1,7 @@
 """``jebi plan MODEL``: what a training would take and how long, before a weight is loaded. No torch is imported."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,7 +26,7 @@ _STYLES = {
 
 _BRIEFLY = {
     "none": "keeps all", "keep_attention": "keeps attention", "recompute": "recomputes",
-    "offload": "recomputes from host",
+    "offload": "offloads",
 }  # fmt: skip
 """What layers keep, for a table of many cards."""
 
@@ -69,9 +70,13 @@ def command(  # noqa: PLR0913  (options of a command)
     job = job_of(run, sized.shape, device.bfloat16, rows or rows_of(run), world)
     host = device.host // world.here
     budget = min(device.budget, budget_bytes(run.train.get("memory_budget"), device.card.memory))
+    if job.held.fp8 and device.card.fp8 is None and math.isfinite(device.card.products):
+        raise ConfigError(
+            f"model.compute 'fp8' is not for {device.card.name}: drop it, or plan with --gpu h100 or newer."
+        )
     current = predict(job, device.card, budget, host)
-    known = (card for card in CARDS.values() if card.name != device.card.name)
-    others = [predict(job, card, card.memory, card.memory) for card in known]
+    known = [card for card in CARDS.values() if card.fp8 or not job.held.fp8]
+    others = [predict(job, card, card.memory, card.memory) for card in known if card.name != device.card.name]
     title = f"{name}{', its shape alone' if sized.built_in else ''}: {_settings(run, job)}"
     if json_:
         typer.echo(json.dumps(document(name, current, others if all_gpus else []), indent=2))
@@ -80,8 +85,8 @@ def command(  # noqa: PLR0913  (options of a command)
 
         console = Console()
         console.print(title, style="bold", highlight=False)
-        ranked = sorted([current, *others], key=lambda each: each.step.seconds)
-        console.print(_cards(ranked) if all_gpus else _table(current, others, host), highlight=False)
+        every = sorted([current, *others], key=lambda each: (not each.timed, each.step.seconds))
+        console.print(_cards(every) if all_gpus else _table(current, others, host), highlight=False)
     if not all_gpus and not current.fits:
         raise typer.Exit(2)
 
@@ -99,7 +104,8 @@ def _run(config: Path | None, settings: list[str] | None) -> RunConfig:
 
 
 def _settings(run: RunConfig, job: "Job") -> str:
-    form = {"nf4": "4-bit", "int8": "8-bit", "dense": "16-bit", "masters": "full fine-tuning"}[job.held.storage]
+    dense = f"{8 * job.held.element}-bit"
+    form = {"nf4": "4-bit", "int8": "8-bit", "dense": dense, "masters": "full fine-tuning"}[job.held.storage]
     adapter = "" if job.held.lora is None else f", LoRA r={run.lora.r}"
     rows = f"rows of {job.longest:,} tokens" if job.row is None else f"rows of about {job.row:,.0f} tokens"
     world = job.held.world
@@ -123,36 +129,44 @@ def _table(current: "Prediction", others: list["Prediction"], host: int) -> "Ren
     word.append(f" {cards}: {_gb(current.peak)} of {_gb(current.budget)} GB{short}", "default")
     bar, parts = Text(), Text()
     scale = WIDTH / max(current.peak, current.budget)
+    upto = 0
     for part, size in by_part(items):
-        bar.append("█" * round(size * scale), _STYLES[part])
+        upto += size
+        bar.append("█" * (round(upto * scale) - len(bar)), _STYLES[part])
         parts.append("■ ", _STYLES[part]).append(f"{part} {_gb(size)}  ")
     bar.append("░" * max(0, WIDTH - len(bar)), "bright_black")
     table = Table.grid(padding=(0, 2))
     table.add_row("chosen" if current.fits else "at the least", chosen(current))
-    if current.timed:
+    if current.timed and current.fits:
         table.add_row("a step", _step(current))
         low, high = (current.job.steps * each for each in current.step.range)
         if world.ranks > 1:
             table.add_row("links", _links(current))
         table.add_row(f"{current.job.steps:,} steps", f"{_time(current.seconds)} ({_time(low)} to {_time(high)})")
-    else:
-        table.add_row("a step", "for times name a card with --gpu")
+    elif current.fits:
+        known = current.card.name == "cpu" or math.isfinite(current.card.products)
+        table.add_row("a step", "times are known of 16 bits" if known else "for times name a card with --gpu")
     table.add_row("longest row", f"{current.longest:,} tokens fit" if current.longest else "none fits")
     rows = max(1, current.rows_a_pass)
     plural = "row runs" if rows == 1 else "rows run"
-    table.add_row(
-        "largest batch", f"any: {rows:,} full {plural} in one pass, more in several; the gradient is the same"
-    )
+    if current.fits:
+        table.add_row(
+            "largest batch", f"any: {rows:,} full {plural} in one pass, more in several; the gradient is the same"
+        )
     table.add_row("beside", f"{_gb(total(items, 'host'))} GB of host memory, {_gb(total(items, 'disk'))} GB on disk")
-    for settings, found in remedies(current, host) if not current.fits else ():
+    ways = [] if current.fits else remedies(current, host)
+    for settings, found in ways:
         table.add_row("would fit", f"{pasted(settings)}  ({_gb(found.peak)} GB)")
-    if not current.fits and (over := over_more(current, host)) is not None:
+    over = None if current.fits else over_more(current, host)
+    if over is not None:
         count = over.job.held.world.ranks
         table.add_row("would fit", f"--gpus {count} --shard  ({_gb(over.peak)} GB on each)")
+    if not (current.fits or ways or over):
+        table.add_row("would fit", "no setting makes it fit: take a smaller model or a larger card")
     for name, other in (("smallest card", smallest(current, others)), ("next faster", next_faster(current, others))):
-        if other is not None and (current.timed or name == "smallest card"):
-            speed = f"{other.tokens_per_second:,.0f} tokens/s"
-            table.add_row(name, f"{other.card.name}, {_gb(other.budget)} GB: {speed}, {_time(other.seconds)}")
+        if other is not None and (name == "smallest card" or (current.timed and current.fits)):
+            speed = f": {other.tokens_per_second:,.0f} tokens/s, {_time(other.seconds)}" if other.timed else ""
+            table.add_row(name, f"{other.card.name}, {_gb(other.budget)} GB{speed}")
     return Group(word, bar, parts, Text(), table)
 
 
@@ -180,8 +194,8 @@ def chosen(found: "Prediction") -> str:
 
 def _step(found: "Prediction") -> str:
     low, high = found.step.range
-    tokens = f"{found.step_tokens:,.0f} tokens in {found.step.seconds:.2f} s"
-    return f"{tokens} ({low:.2f} to {high:.2f}): {found.tokens_per_second:,.0f} tokens/s"
+    tokens = f"{found.step_tokens:,.0f} tokens in {_time(found.step.seconds)}"
+    return f"{tokens} ({_time(low)} to {_time(high)}): {found.tokens_per_second:,.0f} tokens/s"
 
 
 def _links(found: "Prediction") -> str:
@@ -204,7 +218,7 @@ def _time(seconds: float) -> str:
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+    return f"{seconds:.0f} s" if seconds >= 20 else f"{seconds:.2g} s" if seconds < 0.1 else f"{seconds:.2f} s"
 
 
 def document(name: str, current: "Prediction", others: list["Prediction"]) -> dict[str, object]:

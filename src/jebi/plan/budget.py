@@ -12,12 +12,13 @@ FREE = "free"
 """All that is free, as where nothing is said."""
 
 
-def budget_bytes(budget: float | str | None, total: int) -> int:
+def budget_bytes(budget: float | str | None, total: int, setting: str = "memory_budget") -> int:
     """Bytes of a budget; gigabytes are 2**30 bytes, as in the report.
 
     Args:
         budget: bytes, a text such as "16GB" or "900 MiB", a share of ``total`` up to 1; "free" and None are all of it.
         total: bytes there are.
+        setting: what messages call it.
 
     Raises:
         ConfigError: it is none of these, or more than there is.
@@ -28,16 +29,16 @@ def budget_bytes(budget: float | str | None, total: int) -> int:
     if isinstance(budget, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", budget.lower())
         if match is None:
-            raise ConfigError(f"memory_budget '{budget}' is no size: {way_out}")
+            raise ConfigError(f"{setting} '{budget}' is no size: {way_out}")
         number, unit = float(match[1]), match[2]
         found = int(number * _UNITS[unit]) if unit or number > 1 else int(number * total)
     else:
         found = int(budget * total) if budget <= 1 else int(budget)
     if found <= 0:
-        raise ConfigError(f"memory_budget {budget!r} leaves nothing: {way_out}")
+        raise ConfigError(f"{setting} {budget!r} leaves nothing: {way_out}")
     if found > total:
         raise ConfigError(
-            f"memory_budget {budget!r} is more than the {total / 2**30:.1f} GB there are: lower it, or drop it."
+            f"{setting} {budget!r} is more than the {total / 2**30:.1f} GB there are: lower it, or drop it."
         )
     return found
 

@@ -134,7 +134,9 @@ def predict(job: Job, card: Card, budget: int, host: int = 0) -> Prediction:
     items = everything(held, made, job.checkpoints)
     fits = plan.fits and total(items) <= budget
     longest = longest_row(held.shape, held.element, room, job.asked)
-    step = step_time(held, made, job.load(made.tokens), card)
+    # In float32 products run on other units, whose rates are not known.
+    rates = replace(card, products=math.nan) if on_card and held.element == 4 else card
+    step = step_time(held, made, job.load(made.tokens), rates)
     return Prediction(replace(job, held=held), card, budget, fits, plan, held.places, tuple(items), longest, step)
 
 
