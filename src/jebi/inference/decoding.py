@@ -11,6 +11,8 @@ Shapes: B rows, S tokens of a left-padded prompt, N tokens of prompt and answer,
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +45,17 @@ class Decoding:
         """See `models.hf.Decoding`; a streamer that asks the model anew while it is told an answer goes elsewhere."""
         return self._thread != threading.get_ident() and why_not(model, input_ids, config, keywords) is None
 
+    @contextmanager
+    def _alone(self, model: JebiForCausalLM) -> Iterator[None]:
+        """Within it the engine's buffers are this thread's; as in the model's forward, autocast is kept out."""
+        with self._lock, torch.autocast(model.device.type, enabled=False):
+            self._thread = threading.get_ident()
+            try:
+                yield
+            finally:
+                self.engine.release(model)
+                self._thread = None
+
     @torch.no_grad()
     def answer(
         self,
@@ -55,25 +68,6 @@ class Decoding:
         streamer: Any,
     ) -> Tensor:
         """Prompts and answers (B, N); rows that ended before others are filled with the pad token."""
-        # As in the model's forward, autocast is kept out.
-        with self._lock, torch.autocast(model.device.type, enabled=False):
-            self._thread = threading.get_ident()
-            try:
-                return self._answer(model, input_ids, mask_BS, processors, criteria, config, streamer)
-            finally:
-                self.engine.release(model)
-                self._thread = None
-
-    def _answer(
-        self,
-        model: JebiForCausalLM,
-        input_ids: Tensor,
-        mask_BS: Tensor | None,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: GenerationConfig,
-        streamer: Any,
-    ) -> Tensor:
         batch, prompt = input_ids.shape
         on_card = model.device.type == "cuda"
         stops_at_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -84,31 +78,32 @@ class Decoding:
         lengths = [prompt] * batch if mask_BS is None else (mask_BS != 0).sum(1).tolist()
         so_far = input_ids
         pad = config._pad_token_tensor
-        logits_BV = self.engine.prefill(model, input_ids, lengths, config.max_length)
-        for last in range(prompt, config.max_length):
-            # A copy, since processors may write over it.
-            # (Typed for a LongTensor, which no operation of torch's gives.)
-            scores_BV = processors(so_far, logits_BV.to(torch.float32, copy=True))  # type: ignore[arg-type]
-            token_B = _taken(scores_BV, config.do_sample)
-            if stops_at_eos and pad is not None:
-                token_B = torch.where(going_B, token_B, pad)
-            ids_BN[:, last] = token_B
-            so_far = ids_BN[:, : last + 1].contiguous()
-            going_B &= ~criteria(so_far, None)
-            told.send(token_B, going_B)
-            goes_on = last + 1 < config.max_length
-            if goes_on and on_card:
-                logits_BV = self.engine.step(model, so_far)
-            token_B, any_going = told.read()
+        with self._alone(model):
+            logits_BV = self.engine.prefill(model, input_ids, lengths, config.max_length)
+            for last in range(prompt, config.max_length):
+                # A copy, since processors may write over it.
+                # (Typed for a LongTensor, which no operation of torch's gives.)
+                scores_BV = processors(so_far, logits_BV.to(torch.float32, copy=True))  # type: ignore[arg-type]
+                token_B = _taken(scores_BV, config.do_sample)
+                if stops_at_eos and pad is not None:
+                    token_B = torch.where(going_B, token_B, pad)
+                ids_BN[:, last] = token_B
+                so_far = ids_BN[:, : last + 1].contiguous()
+                going_B &= ~criteria(so_far, None)
+                told.send(token_B, going_B)
+                goes_on = last + 1 < config.max_length
+                if goes_on and on_card:
+                    logits_BV = self.engine.step(model, so_far)
+                token_B, any_going = told.read()
+                if streamer is not None:
+                    streamer.put(token_B)
+                if not any_going:
+                    break
+                if goes_on and not on_card:
+                    logits_BV = self.engine.step(model, so_far)
             if streamer is not None:
-                streamer.put(token_B)
-            if not any_going:
-                break
-            if goes_on and not on_card:
-                logits_BV = self.engine.step(model, so_far)
-        if streamer is not None:
-            streamer.end()
-        return so_far
+                streamer.end()
+            return so_far
 
 
 class _Told:

@@ -18,7 +18,6 @@ from transformers.cache_utils import Cache
 
 from jebi.config import Checkpointing
 from jebi.config.limits import CHUNK_TOKENS
-from jebi.kernels.rms_norm import rms_norm_forward
 from jebi.models.families import DecoderShape
 from jebi.nn import few_rows_step, nf4_product
 from jebi.nn.attention import attend_cached, attend_rows, seen
@@ -138,7 +137,7 @@ class Decoder(nn.Module):
         for number, layer in enumerate(self.decoder_layers()):
             turned, chunk = tables[layer.shape.kind], self.chunk_tokens
             hidden_TD = run_without_graph(layer, hidden_TD, turned, rows, chunk, partial(take, number))
-        return rms_norm_forward(hidden_TD[last_B], self.norm.weight, self.norm.eps, self.norm.unit_offset)[0]
+        return self.norm.lean(hidden_TD[last_B])
 
     def forward_step(
         self,
@@ -156,7 +155,7 @@ class Decoder(nn.Module):
         hidden_BD = self._carried(hidden_BD)
         for layer, keys_BGLd, values_BGLd in zip(self.decoder_layers(), keys_NBGLd, values_NBGLd):
             hidden_BD = step(layer, hidden_BD, tables[layer.shape.kind], keys_BGLd, values_BGLd, now)
-        return rms_norm_forward(hidden_BD, self.norm.weight, self.norm.eps, self.norm.unit_offset)[0]
+        return self.norm.lean(hidden_BD)
 
     def _keeping(self, device: torch.device) -> Iterator[Keeping]:
         """What each layer keeps of a pass."""
@@ -166,7 +165,7 @@ class Decoder(nn.Module):
         # Gradients between layers are read by the next layer alone.
         saving = Keeping(keep, self.chunk_tokens, HostMemory(device) if on_host else None, spend_gradient=True)
         # On a stream of their own: what is narrow and needed soon would wait for what is wide.
-        shipping = replace(saving, wide=HostMemory(device, lane=1) if on_host else None)
+        shipping = replace(saving, wide=HostMemory(device, lane=1) if on_host and self.shipped_layers else None)
         whole = replace(saving, keep="all" if torch.is_grad_enabled() else keep, host=None)
         others, sent = len(self.layers) - self.kept_layers, self.shipped_layers
         for number in range(others):

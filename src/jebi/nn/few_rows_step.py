@@ -11,7 +11,6 @@ from torch import Tensor
 
 from jebi.kernels import few_rows
 from jebi.kernels.cached_attention import HeadNorms, cached_attention, turned_and_stored
-from jebi.kernels.rms_norm import rms_norm_forward
 from jebi.nn.few_rows_group import laid
 from jebi.nn.layer import DecoderLayer, Norm
 from jebi.nn.layer_step import Now, plain_step
@@ -65,4 +64,4 @@ def _head_norms(layer: DecoderLayer) -> HeadNorms | None:
 
 def _added(layer: DecoderLayer, norm: Norm, block_BD: Tensor, stream_BD: Tensor) -> Tensor:
     """A block's output through its norm, at the stream's scale, on the stream."""
-    return layer.scale_(rms_norm_forward(block_BD, *_form(norm))[0]).add_(stream_BD)
+    return layer.scale_(norm.lean(block_BD)).add_(stream_BD)

@@ -15,7 +15,7 @@ from jebi.config.launched import ALONE, World
 from jebi.data.passes import collate, cut
 from jebi.models.hf import JebiForCausalLM
 from jebi.plan.rows import Lengths
-from jebi.training.arguments import SFTConfig
+from jebi.training.arguments import own_fields
 
 _STEPS, _LOOKED_AT = 16, 30_000
 """Steps, and tokens at most, in which beginnings in common are looked for."""
@@ -67,7 +67,7 @@ def settings_of(
     """
     recompute = args.gradient_checkpointing_kwargs or {}
     assert not isinstance(recompute, str), "TrainingArguments turns text into a dictionary"
-    tokens, budget = (args.pass_tokens, args.memory_budget) if isinstance(args, SFTConfig) else (None, None)
+    own = own_fields(args)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     # Tokens held once would share one dropout mask.
     lengths = lengths_of(rows, batch, not drops_out(model) and model.shares_beginnings(limit))
@@ -76,13 +76,13 @@ def settings_of(
         steps = 1 if lengths is None else math.ceil(args.num_train_epochs * lengths.rows / (batch * args.world_size))
     return Settings(
         limit if lengths is None else min(limit, lengths.longest),
-        tokens,
+        own.pass_tokens,
         bool(args.gradient_checkpointing),
         bool(recompute.get("offload")),
         args.label_smoothing_factor,
         graphs,
         OptimizerNames(args.optim).value,
-        budget,
+        own.memory_budget,
         batch,
         steps,
         World(args.world_size, launched.here(args.world_size), model.model.sharded),

@@ -39,10 +39,11 @@ def require_room(model: JebiForCausalLM, settings: Settings, plan: PassPlan, roo
     device, job = model.device, job_of(model, settings)
     held = dataclasses.replace(job.held, places=places)
     made = plan.made(job.filled(plan.tokens))
-    short, peak = total(pass_items(held, made)) - total(fixed_items(held)) - room, total(everything(held, made))
+    items = everything(held, made)
+    short, peak = total(pass_items(held, made)) - total(fixed_items(held)) - room, total(items)
     found = predict(job, card_of(device), peak - short, host_bytes(device))
     name = str(model.name_or_path)
-    text = told(dataclasses.replace(found, items=tuple(everything(held, made))), device, name, keywords)
+    text = told(dataclasses.replace(found, items=tuple(items)), device, name, keywords)
     one, several = (f"{unit} of {job.largest} tokens" for unit in ("a row", "rows"))
     if job.largest > job.longest:
         one, several = f"pass_tokens={settings.pass_tokens}", f"passes of pass_tokens={settings.pass_tokens}"
