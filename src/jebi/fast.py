@@ -28,7 +28,7 @@ from jebi.config import (
 from jebi.errors import AdapterError, ConfigError
 from jebi.inference.generation import prepare
 from jebi.models.compute import require_card, require_layers
-from jebi.models.device import default_device, default_dtype
+from jebi.models.device import default_dtype, device_of
 from jebi.models.families import read_config as read_family
 from jebi.models.files import find
 from jebi.models.hf import JebiForCausalLM
@@ -108,7 +108,7 @@ class FastLanguageModel:
         )  # fmt: skip
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None, not {dtype!r}.")
-        place = torch.device(device) if device is not None else default_device()
+        place = device_of(device)
         if compute == "fp8":
             require_card(place, dtype or default_dtype(place))
         folder = Path(model_name).expanduser()

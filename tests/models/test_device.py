@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from jebi import is_bfloat16_supported
-from jebi.models.device import default_device, default_dtype, free_bytes
+from jebi.models.device import default_device, default_dtype, device_of, free_bytes
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,9 @@ def test_every_process_takes_its_own_card(
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    assert default_device() == torch.device(expected)
+    assert default_device() == device_of("cuda") == torch.device(expected)
+    assert device_of("cuda:1") == torch.device("cuda:1")
+    assert device_of(torch.device("cpu")) == torch.device("cpu")
 
 
 def test_a_cpu_has_the_hosts_memory() -> None:

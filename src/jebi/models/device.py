@@ -20,6 +20,14 @@ def default_device() -> torch.device:
     return torch.device("cuda", own if own < torch.cuda.device_count() else torch.cuda.current_device())
 
 
+def device_of(asked: str | torch.device | None) -> torch.device:
+    """The device that was asked for, with its number: "cuda" is the process's own card, and None `default_device`."""
+    if asked is None:
+        return default_device()
+    device = torch.device(asked)
+    return default_device() if device.type == "cuda" and device.index is None else device
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware has it (Ampere and newer, CPUs with AVX512-BF16 or AMX), else float16 or float32."""
     if device.type == "cuda":
