@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from jebi.kernels import few_rows
-from jebi.kernels.gpu import few_rows as vector
-from jebi.kernels.gpu import few_rows_dot as dot
+from jebi.kernels.gpu import few_rows as gpu
 from jebi.quant.int8 import Int8Weight
 from kernels import copy_bandwidth
 
@@ -60,21 +59,13 @@ def nbytes(weight: few_rows.Weight) -> int:
     return weight.nbytes
 
 
-Cut = vector.Tile | dot.DotTile
-
-
-def tiles(kind: str, rows: int) -> Iterator[Cut]:
+def tiles(rows: int) -> Iterator[gpu.Tile]:
     """What is worth a try."""
-    if rows <= vector.MOST:
-        for height in (4, 8, 16):
-            for words in (2, 4) if kind != "int8" else (1, 2):
-                for warps in (1, 2, 4):
-                    if height * words <= 64 // min(2, rows):
-                        yield vector.Tile(height, words, warps)
     for height in (16, 32, 64):
-        for warps in (2, 4, 8):
-            for stages in (1, 3) if rows > 1 else (1,):
-                yield dot.DotTile(height, warps, stages)
+        for warps in (2, 4, 8, 16):
+            for blocks in (1, 2, 4):
+                if height * blocks <= (128 if rows <= 8 else 64):
+                    yield gpu.Tile(height, warps, blocks)
 
 
 def microseconds(run: Callable[[int], None], copies: int) -> float:
@@ -112,17 +103,16 @@ class Shape:
         self.x = torch.randn(rows, inputs, dtype=DTYPE, device="cuda")
         left, right = (torch.randn(size, RANKS[name], dtype=DTYPE, device="cuda") * 0.1 for size in (rows, outputs))
         residual = torch.randn(rows, outputs, dtype=DTYPE, device="cuda") if name in ("o", "down") else None
-        self.after = vector.Epilogue(None, left, right, few_rows.ACTIVATIONS.get(activation), 1.0, residual)
+        self.after = gpu.Epilogue(None, left, right, few_rows.ACTIVATIONS.get(activation), 1.0, residual)
         thin = few_rows.LowRank(left, right.t())
         self.expected = few_rows.product_reference(self.x, self.weights[0], None, thin, activation, 1.0, residual)
 
-    def timed(self, tile: Cut | None, by_dots: bool) -> float:
+    def timed(self, tile: gpu.Tile | None) -> float:
         """Microseconds a call; `RuntimeError` where the result is off or the tile does not fit."""
         out = torch.full_like(self.expected, torch.nan)
-        product = dot.product if by_dots else vector.product
 
         def run(number: int, out: Tensor = out) -> None:
-            product(self.x, self.stored[number], self.after, out, tile)
+            gpu.product(self.x, self.stored[number], self.after, out, tile)
 
         run(0)
         off = (out - self.expected).float().norm() / self.expected.float().norm()
@@ -134,14 +124,13 @@ class Shape:
 def measured(name: str, kind: str, rows: int, bandwidth: float) -> dict[str, object]:
     """Time all tiles of a shape; print the best."""
     shape, results = Shape(name, kind, rows), []
-    for tile in tiles(kind, rows):
+    for tile in tiles(rows):
         try:
-            results.append((shape.timed(tile, isinstance(tile, dot.DotTile)), tile))
+            results.append((shape.timed(tile), tile))
         except Exception as error:  # a tile that a card has no room for is no candidate; anything else is said
             print(f"    {tile}: {str(error).splitlines()[0][:90]}")
     results.sort(key=lambda result: result[0])
-    now = few_rows.by_dots(shape.stored[0], shape.x)
-    present = shape.timed(None, now)
+    present = shape.timed(None)
     for took, tile in [*results[:3], (present, "now")]:
         speed = shape.bytes / took / 1e3
         print(f"  {name:8} M={rows:<3} {took:8.2f} us {speed:7.0f} GB/s {speed / bandwidth:5.0%}  {tile}", flush=True)

@@ -154,22 +154,14 @@ def product(
     if not x_MK.is_cuda:
         return product_reference(x_MK, weight, bias_N, thin, activation, scale, residual)
     from jebi.kernels.gpu import few_rows as gpu
-    from jebi.kernels.gpu import few_rows_dot as gpu_dot
 
-    assert x_MK.shape[0] <= MOST
     stored = as_stored(weight)
     left, right = (thin.left_TR, thin.right_RF.t()) if thin is not None else (None, None)
     after = gpu.Epilogue(bias_N, left, right, None if activation is None else ACTIVATIONS[activation], scale, residual)
     outputs = weight.shape[0] // (1 if activation is None else 2)
     out = torch.empty(x_MK.shape[0], outputs, dtype=x_MK.dtype, device=x_MK.device)
-    (gpu_dot if by_dots(stored, x_MK) else gpu).product(x_MK, stored, after, out)
+    gpu.product(x_MK, stored, after, out)
     return out
-
-
-def by_dots(stored: "Stored", x_MK: Tensor) -> bool:
-    """Whether tensor cores take the product: they pad to 16 rows what one or two rows need not, and know 16 bits."""
-    few = x_MK.shape[0] <= 2 or x_MK.dtype == torch.float32
-    return not few and stored.shape[1] % _BLOCK == 0 and torch.cuda.get_device_capability(x_MK.device) >= (8, 0)
 
 
 def as_stored(weight: Weight) -> "Stored":

@@ -18,7 +18,7 @@ from jebi.kernels.gpu import (
     cross_entropy,
     few_rows,
     few_rows_before,
-    few_rows_dot,
+    few_rows_operands,
     fp8,
     gather,
     glu,
@@ -29,6 +29,9 @@ from jebi.kernels.gpu import (
 
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory that one block may have, by compute capability (CUDA programming guide, technical specifications)."""
+
+BARRIERS = {8: 13, 16: 21}
+"""Of a product of so many rows; ten more where its operands are exchanged between threads."""
 
 LONG, FLOAT, SCALAR = "i64", "*fp32", "fp32"
 
@@ -126,12 +129,10 @@ def few_rows_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str
         shape = few_rows.Stored(kind, *[torch.empty(0)] * 2, None, None, None, (28672, 14336))
         for rows in (1, few_rows.MOST):
             tile = few_rows.tile_of(shape, rows)
-            sizes = {"M": rows, "ROWS": tile.rows, "LANES": 32 * tile.warps, "WORDS": tile.words}
-            found.append((few_rows._vector, types | own, after | nested | sizes, tile.warps))
-        if capability >= 80:
-            dots = few_rows_dot.tile_of(shape)
-            sizes = {"ROWS": dots.rows, "WARPS": dots.warps, "STAGES": dots.stages}
-            found.append((few_rows_dot._dot, types | own, after | nested | sizes, dots.warps))
+            dots = capability >= 80
+            sizes = {"M": max(8, rows) if dots else 1, "ROWS": tile.rows, "WARPS": tile.warps, "BLOCKS": tile.blocks}
+            sizes |= {"DOTS": dots} | few_rows_operands.order(kind)
+            found.append((few_rows._product, types | own, after | nested | sizes, tile.warps))
     before = dict.fromkeys(("x_ptr", "weight_ptr", "down_ptr", "y_ptr", "xa_ptr"), value) | {"eps": SCALAR}
     before |= dict.fromkeys(("x_stride", "down_stride", "y_stride", "width", "ranks"), "i32")
     constants = {"NORM": True, "UNIT_OFFSET": False, "RANKS": few_rows_before._RANKS, "BLOCK": 16384}
@@ -199,6 +200,9 @@ def compile_for(capability: int) -> str:
             worst = max(worst, compiled.metadata.shared)
             taken = f"{kernel.__name__} takes {compiled.metadata.shared} bytes of shared memory on {capability}"
             assert compiled.metadata.shared <= limit * 1024, taken
+            if constants.get("DOTS"):
+                found = compiled.asm["ptx"].count("bar.sync")
+                assert found <= BARRIERS[constants["M"]], f"{constants}: {found} barriers"
     count = len(cases("*fp16", capability))
     return f"compute capability {capability / 10}: {count} kernels, at most {worst} bytes shared"
 
