@@ -5,17 +5,20 @@
 Every figure is a training of its own under torchrun, of as many processes on this machine. Rows are 2 x 4 a process and
 step: of 2,048 tokens (full, large), or log-normal with a median of about 180 (chat). Llama 3.1 8B's shape (full, chat)
 is whole on every card; 70B's (large) is divided, each card's memory limited to ``--limit`` GiB. The weights are drawn
-where they are held, so no checkpoint is needed. Speed is the tokens of the second half of the steps over the time of
-those, so that kernels are there and most passes captured. The first losses must be those of one process with as many
-rows a step, or no speed is printed. ``--tiny`` does the same with a model for CPUs, to try it out.
+where they are held, so no checkpoint is needed. The first losses must be those of one process with as many rows a step,
+or no speed is printed. ``--tiny`` does the same with a model for CPUs, to try it out.
 
-Steps wait for the process with the most tokens: the table has its share of them, and ``--json`` every step's.
+Speed is the tokens of the second half of the steps over the time of these. Left out are those in which a process still
+captured a pass of a new shape (0.3 s): a training of thousands of steps does not see them, and here it is chance on how
+many cards there were more. Steps wait for the process with the most tokens, whose share of them is in the table. Beside
+it stands what adding up the gradients takes by itself. ``--json`` has every step's seconds and tokens.
 """
 
 import argparse
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,6 +39,8 @@ AGREEMENT = 0.01
 BATCH, ACCUMULATION = 2, 4
 CHECKED = 3
 """Steps whose losses are compared."""
+CAPTURED = 1.5
+"""Times the usual seconds a token: in such a step a pass was captured. Padding and fixed costs make a fifth."""
 STEPS = {"full": 12, "chat": 60, "large": 6}
 """Steps of a training: chat rows are of many lengths, so that few of their steps say little."""
 
@@ -156,16 +161,42 @@ class Steps:
         """Speed in the second half of the steps, and all steps."""
         seconds = self.seconds()
         timed = -(-len(seconds) // 2)
-        tokens = self.tokens[-timed:]
-        whole, largest = sum(map(sum, tokens)), sum(map(max, tokens))
+        last = list(zip(seconds[-timed:], self.tokens[-timed:], strict=True))
+        usual = statistics.median(one / max(tokens) for one, tokens in last)
+        kept = [(one, tokens) for one, tokens in last if one < CAPTURED * usual * max(tokens)]
+        took, tokens = sum(one for one, _ in kept), sum(sum(tokens) for _, tokens in kept)
         return {
-            "step_s": round(sum(seconds[-timed:]) / timed, 4),
-            "tokens_per_s": round(whole / sum(seconds[-timed:])),
-            "largest_share": round(largest / whole, 4),
-            "timed_steps": timed,
+            "step_s": round(took / len(kept), 4),
+            "tokens_per_s": round(tokens / took),
+            "largest_share": round(sum(max(tokens) for _, tokens in kept) / tokens, 4),
+            "timed_steps": len(kept),
+            "left_out": timed - len(kept),
             "seconds": [None, *(round(one, 5) for one in seconds)],
             "tokens": self.tokens,
         }
+
+
+def reduction_ms(trained: list[Any]) -> float | None:
+    """What adding up the gradients of all processes takes while nothing else happens; None for one process."""
+    import torch
+    import torch.distributed as dist
+
+    from jebi.config.limits import TRAVELLING
+    from jebi.training.flat import starts_of
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    device = trained[0].device
+    buffer = torch.zeros(starts_of(trained)[1] + TRAVELLING, device=device)
+    times = []
+    for _ in range(12):
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_reduce(buffer)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return round(1000 * statistics.median(times[2:]), 3)
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -223,6 +254,7 @@ def train(arguments: argparse.Namespace) -> None:
         "ranks": settings.world_size,
         "device": report.before.device,
         **steps.result(),
+        "reduction_ms": reduction_ms([p for p in model.parameters() if p.requires_grad]),
         "load_s": round(loaded, 1),
         "peak_gib": [round(rank.peak_gb, 2) for rank in report.ranks] or [round(report.peak_gb, 2)],
         "loss": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry][:CHECKED],
@@ -277,8 +309,10 @@ def main() -> None:
     if arguments.process:
         train(arguments)
         return
-    print("| rows | processes | step s | tokens/s | times one | largest share | peak GiB each | losses |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| rows | processes | step s | tokens/s | times one | largest share | reduction ms | peak GiB each | losses |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     results = []
     for workload in arguments.workloads.split(","):
         alone = None
@@ -290,7 +324,15 @@ def main() -> None:
                 require_agreement(arguments, result)
             alone = result if ranks == 1 else alone
             times = f"{result['tokens_per_s'] / alone['tokens_per_s']:.2f}" if alone else ""
-            cells = [workload, ranks, result["step_s"], f"{result['tokens_per_s']:,}", times, result["largest_share"]]
+            cells = [
+                workload,
+                ranks,
+                result["step_s"],
+                f"{result['tokens_per_s']:,}",
+                times,
+                result["largest_share"],
+                result["reduction_ms"],
+            ]
             cells += [" ".join(map(str, result["peak_gib"])), " ".join(map(str, result["loss"]))]
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
             results.append(result)
