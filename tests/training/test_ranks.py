@@ -181,3 +181,8 @@ def test_one_ctrl_c_stops_all_after_the_same_step(runs: Callable[..., Run]) -> N
 def test_processes_that_read_other_rows_are_told(runs: Callable[..., Run]) -> None:
     for rank in range(2):
         assert "read different rows" in runs("other rows", rank)[0]["error"]
+
+
+def test_machines_that_share_layers_have_as_many_processes_each(runs: Callable[..., Run]) -> None:
+    for rank in range(2):
+        assert "{1, 2} of them: start as many on each" in runs("other rows", rank)[0]["uneven"]
