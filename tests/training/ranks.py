@@ -28,6 +28,8 @@ from jebi import FastLanguageModel, SFTConfig, SFTTrainer
 from jebi.adapters.peft_files import adapter_tensors
 from jebi.config.launched import World
 from jebi.errors import JebiError
+from jebi.models.shares import join
+from jebi.nn.sharding import Codes
 from jebi.plan.held import Held
 from jebi.plan.inventory import adapter_items
 from jebi.training.planning import held_of
@@ -58,12 +60,15 @@ class Look(TrainerCallback):
 def train(job: dict[str, Any], rank: int) -> dict[str, Any]:
     """One process of a job; what it knows afterwards."""
     args = SFTConfig(**job["settings"])
+    uneven = refused_machines(rank) if job.get("differ") else ""
     model, tokenizer = FastLanguageModel.from_pretrained(
         job["model"], 128, torch.float32, device="cpu", **job.get("load", {})
     )
     known: dict[str, Any] = {"bytes": held_bytes(layers_weights(model)), "numbers": model.trainable_parameters()}
+    known["uneven"] = uneven
     known["model"] = held_bytes(p for name, p in named_tensors(model) if "rotary" not in name)
     if job.get("load", {}).get("shard"):
+        known["divided"] = sorted({str(p.dtype) for p in model.parameters() if isinstance(p, DTensor)})
         known["refused"] = [
             refusal(lambda: FastLanguageModel.get_peft_model(model, use_dora=True)),
             refusal(lambda: FastLanguageModel.get_peft_model(model, init_lora_weights="pissa")),
@@ -120,13 +125,23 @@ def refusal(call: Callable[[], object]) -> str:
     raise AssertionError("not refused")
 
 
+def refused_machines(rank: int) -> str:
+    """What dividing a model is refused with where this machine has another number of processes than the next."""
+    here = os.environ["LOCAL_WORLD_SIZE"]
+    os.environ["LOCAL_WORLD_SIZE"] = str(1 + rank)
+    try:
+        return refusal(lambda: join(torch.device("cpu")))
+    finally:
+        os.environ["LOCAL_WORLD_SIZE"] = here
+
+
 def layers_weights(model: Any) -> list[torch.Tensor]:
-    """The layers' frozen weights, packed ones by their parts."""
+    """The layers' frozen weights, packed ones by their parts; codes that are divided lie elsewhere."""
     weights = [linear.weight for _, linear in model.linears() if linear is not model.lm_head]
     tensors = []
     for weight in weights:
-        tensors += [weight] if isinstance(weight, torch.Tensor) else [*weight.parameters(), *weight.buffers()]
-    return tensors
+        tensors += [weight] if isinstance(weight, torch.Tensor) else list(weight.buffers())
+    return tensors + [module.laid for module in model.modules() if isinstance(module, Codes)]
 
 
 def named_tensors(model: Any) -> list[tuple[str, torch.Tensor]]:

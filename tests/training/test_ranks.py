@@ -154,6 +154,7 @@ def test_a_divided_base_is_held_in_parts(runs: Callable[..., Run]) -> None:
             known = runs(f"two{kind} divided", rank)[0]
             assert known["bytes"] == known["counted"], "a plan counts what is held"
             # Beside its half every process has the scales that are floating point numbers: of int8 a seventeenth.
+            assert known["divided"] == ["torch.float32"], "FSDP2 of torch 2.11 takes no integers"
             assert whole["bytes"] / 2 <= known["bytes"] <= 0.54 * whole["bytes"]
             assert known["numbers"] == whole["numbers"], "parts are not counted for the whole, nor codes for numbers"
             assert ["shard=True" in refused for refused in known["refused"]] == [True] * 3
@@ -180,3 +181,8 @@ def test_one_ctrl_c_stops_all_after_the_same_step(runs: Callable[..., Run]) -> N
 def test_processes_that_read_other_rows_are_told(runs: Callable[..., Run]) -> None:
     for rank in range(2):
         assert "read different rows" in runs("other rows", rank)[0]["error"]
+
+
+def test_machines_that_share_layers_have_as_many_processes_each(runs: Callable[..., Run]) -> None:
+    for rank in range(2):
+        assert "{1, 2} of them: start as many on each" in runs("other rows", rank)[0]["uneven"]

@@ -78,6 +78,18 @@ def test_a_logged_loss_is_the_mean_over_the_steps_learnt_tokens(
     assert losses(trainer) == pytest.approx([total / count], rel=1e-6)  # float32 logits, summed in float32
 
 
+def test_operations_are_counted_without_a_walk_through_the_model(make_trainer: Fixture) -> None:
+    """Trainer would ask for them before every step's passes are launched, and a card waits meanwhile."""
+    trainer = make_trainer(num_train_epochs=1, gradient_accumulation_steps=2)
+    walks: list[bool] = []
+    trainer.model.num_parameters = lambda *_, **__: walks.append(True) or 0
+    trainer.train()
+    tokens = sum(len(row) for row in trainer.train_dataset["input_ids"])
+    each = trainer.model.floating_point_ops({"input_ids": torch.zeros(1)})
+    assert trainer.state.total_flos == each * tokens
+    assert not walks
+
+
 MODES: dict[str, dict[str, Any]] = {
     "False": {"use_gradient_checkpointing": False},
     "True": {"use_gradient_checkpointing": True},

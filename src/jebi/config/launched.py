@@ -19,10 +19,8 @@ class World:
 
     @property
     def shares(self) -> int:
-        """In how many parts the frozen layers are; machines with different numbers of processes share as one."""
-        if not self.shard or self.here == 1:
-            return 1
-        return self.here if self.ranks % self.here == 0 else self.ranks
+        """In how many parts the frozen layers are."""
+        return self.here if self.shard else 1
 
 
 ALONE = World()

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from jebi.config import launched
 from jebi.config.launched import World
+from jebi.errors import ConfigError
 from jebi.kernels.dequantize import PackedWeight
 from jebi.nn.host_weight import HostWeight
 from jebi.nn.sharding import Shard, link
@@ -28,11 +29,20 @@ def join(device: torch.device) -> DeviceMesh | None:
     """Meet the other processes that a launcher has started, as Trainer would later; those of this machine.
 
     None where a process has its machine, or all machines, to itself.
+
+    Raises:
+        ConfigError: machines have different numbers of processes.
     """
     from accelerate import PartialState
+    from accelerate.utils import gather_object
 
     count = int(PartialState(cpu=device.type == "cpu").num_processes)
     shares = World(count, launched.here(count), shard=True).shares
+    if len(numbers := set(gather_object([shares]))) > 1:
+        raise ConfigError(
+            f"shard=True divides the layers among the processes of a machine, and machines of this job have {numbers} "
+            "of them: start as many on each (--nproc-per-node), or leave shard away."
+        )
     if shares == 1:
         return None
     sizes = (count // shares, shares)

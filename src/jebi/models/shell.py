@@ -20,6 +20,7 @@ from jebi.models.files import ModelFiles
 from jebi.models.vocabulary import resize
 from jebi.models.writing import write_base, write_checkpoint
 from jebi.nn.linear import Linear
+from jebi.nn.sharding import Codes
 from jebi.nn.trained_copy import originals_in_place
 
 
@@ -160,8 +161,9 @@ class JebiPreTrainedModel(PreTrainedModel):
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         tables = {self.model.embed_tokens.weight, getattr(self.get_output_embeddings(), "weight", None)}
         beside = sum(t.shape[0] * t.shape[1] for t in tables if t is not None and not isinstance(t, nn.Parameter))
-        # Codes are parameters where several processes share them, and numbers of no meaning by themselves.
-        dense = sum(p.numel() for p in self.parameters() if p.is_floating_point())
+        # Codes are a parameter where several processes share them, and numbers of no meaning.
+        codes = {module.laid for module in self.modules() if isinstance(module, Codes)}
+        dense = sum(p.numel() for p in self.parameters() if p not in codes)
         return trained, dense + self.packed_values() + beside
 
     def packed_values(self) -> int:

@@ -43,8 +43,8 @@ NETWORK = Link("100 Gbit/s", REACHED * 12.5e9, 20e-6)
 
 
 def world_of(gpus: int, shard: bool) -> World:
-    """Processes on so many cards, of one machine or as few as they need."""
-    return World(gpus, min(gpus, MACHINES[-1]), shard)
+    """Processes on so many cards, of one machine or as few as they need with as many on each."""
+    return World(gpus, max(here for here in range(1, MACHINES[-1] + 1) if gpus % here == 0), shard)
 
 
 def links_of(world: World, card: Card) -> tuple[Link, Link]:

@@ -96,8 +96,7 @@ class SFTTrainer(Trainer):
         own = arguments.own_fields(args, dataset_num_proc=dataset_num_proc, **given)
         self._longest = arguments.longest_row(model, own.max_seq_length)
         self.prepare = prepare = prepare_of(tokenizer, own, self._longest, arguments.learning_of(args), formatting_func)
-        self.given = train_dataset, eval_dataset
-        self.texts = [train_dataset]
+        self.given, self.texts = (train_dataset, eval_dataset), [train_dataset]
         self._rates = own_rates(own, optimizers[0] is not None)
         self._interrupt = StopOnInterrupt()
         self._plan: PassPlan | None = None
@@ -134,8 +133,7 @@ class SFTTrainer(Trainer):
             eos = as_ids(self.model.generation_config.eos_token_id)
             self.data_report = self.prepare.check(self.train_dataset, self.texts, self.eval_dataset, eos)
         settings, plan = self._settings(), self._current_plan()
-        self._losses = Losses()
-        self._meter = Meter(self.model.device)
+        self._losses, self._meter = Losses(), Meter(self.model.device)
         self._engine = Engine(self.model, plan, settings, self.accelerator, self._ranks)
         self._prefetch = Prefetch(self._engine.passes)
         predicted = predict(self.model, plan, settings)
@@ -168,8 +166,7 @@ class SFTTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As Trainer's; rows given to `evaluate` itself are tokenised as the others were."""
-        raw = isinstance(eval_dataset, Dataset | IterableDataset)
-        if raw and "lengths" not in (eval_dataset.column_names or ()):
+        if isinstance(eval_dataset, Dataset | IterableDataset) and "lengths" not in (eval_dataset.column_names or ()):
             eval_dataset = self.prepare(eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
@@ -218,15 +215,18 @@ class SFTTrainer(Trainer):
         self._own_tokens += sum(part.tokens for part in passes)
         self._trained_tokens += sum(sum(batch["lengths"]) for batch in batches)
         self._trained_steps += 1
-        rows = [row for batch in batches for row in batch["rows"]]
-        self._losses.add(self.state.global_step + 1, loss, rows)
+        self._losses.add(self.state.global_step + 1, loss, [row for batch in batches for row in batch["rows"]])
         if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
             torch.cuda.empty_cache()
         return loss
 
     def floating_point_ops(self, inputs: Batch) -> int:
-        """As Trainer's, of this process's share of the rows."""
-        return int(super().floating_point_ops(inputs)) // self._ranks.count
+        """As Trainer's of all processes' rows, but by the model, which counts its parameters once."""
+        return self.model.floating_point_ops(inputs)
+
+    def store_flos(self) -> None:
+        """As Trainer's, which would add up what every process has counted of all rows."""
+        self.state.total_flos, self.current_flos = self.state.total_flos + self.current_flos, 0
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
         """As Trainer's, which takes the rows of a batch for this process's, where they are those of all."""
