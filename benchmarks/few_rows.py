@@ -61,8 +61,8 @@ def nbytes(weight: few_rows.Weight) -> int:
 
 def tiles(rows: int) -> Iterator[gpu.Tile]:
     """What is worth a try."""
-    for height in (16, 32, 64):
-        for warps in (2, 4, 8, 16):
+    for height in (16, 32):
+        for warps in (4, 8, 16):
             for blocks in (1, 2, 4):
                 if height * blocks <= (128 if rows <= 8 else 64):
                     yield gpu.Tile(height, warps, blocks)

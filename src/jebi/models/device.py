@@ -43,6 +43,7 @@ def _cpu_has_bfloat16() -> bool:
 def free_bytes(device: torch.device) -> int:
     """Memory that this process could still take: of a host's, its share among the processes of a training there."""
     if device.type == "cuda":
+        device = device_of(device)
         free, total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
         # What set_per_process_memory_fraction leaves.
