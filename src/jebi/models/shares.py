@@ -5,6 +5,7 @@ arrived they are sent around, packed as they are, and every process keeps its pa
 read once by all of them together, and no process ever holds more than its parts and a layer or two.
 """
 
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +37,9 @@ def join(device: torch.device) -> DeviceMesh | None:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    count = int(PartialState(cpu=device.type == "cpu").num_processes)
+    # Trainer meets them no more, so that processes wait for each other as long as they would there by themselves (its
+    # ddp_timeout): the first one may read the rows through meanwhile.
+    count = int(PartialState(cpu=device.type == "cpu", timeout=timedelta(minutes=30)).num_processes)
     shares = World(count, launched.here(count), shard=True).shares
     if len(numbers := set(gather_object([shares]))) > 1:
         raise ConfigError(
