@@ -15,7 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from jebi.kernels.gpu.dependent import await_inputs, let_next_begin, overlaps
-from jebi.kernels.gpu.few_rows_operands import along, fetch_rows, levels_of, operand, order, row_of, scale_of
+from jebi.kernels.gpu.few_rows_operands import (
+    along,
+    fetch_rows,
+    levels_of,
+    operand,
+    order,
+    own_level,
+    row_of,
+    scale_at,
+    weight_at,
+)
 
 DENSE, INT8, NF4 = range(3)
 MOST = 16
@@ -201,52 +211,65 @@ def _product(
     if OVERLAP:
         let_next_begin()
         fetch_rows(weight_ptr, row, outputs, COLUMNS, KIND, ROWS, 2 if ACTIVATION >= 0 else 1)
-        await_inputs()
+    quarter, eight, warp = along(4, 0, LAST_FIRST), along(8, 1, LAST_FIRST), along(WARPS, 2, LAST_FIRST)
+    turn, half, value = along(BLOCKS, 3, LAST_FIRST), along(2, 5, LAST_FIRST), along(8, 6, LAST_FIRST)
+    number = along(ROWS // 8, 4, LAST_FIRST) * 8 + eight
+    w_row = row_of(row, number, outputs, ROWS, ACTIVATION).to(tl.int64)
+    x_row = tl.program_id(1) + (along(M // 8, 4, LAST_FIRST) * 8 + eight if DOTS else along(1, 0, LAST_FIRST))
+    block = warp * EACH + turn
+    place = block * 64 + quarter * 16 + half * 8
+    own = own_level(levels_ptr, dtype, KIND == 2 and SHUFFLE)
+    # In every quarter, since the sums' columns lie there.
+    s_block = block + quarter * 0 if DOTS else block
+    if KIND == 2:
+        # Words and their scales are read a turn ahead, and those of the first turn before the input is there.
+        weight = weight_at(weight_ptr, w_row, block, quarter, half, value, True, COLUMNS, KIND)
+        scales = scale_at(w_row, s_block, True, scales_ptr, nested_ptr, offsets_ptr, codes_ptr, ALL, NESTED)
     token = tl.program_id(1) + tl.arange(0, M)
     found = row_of(row, tl.arange(0, ROWS), outputs, ROWS, ACTIVATION)
     column = row * WIDTH + tl.arange(0, WIDTH)
     width = outputs // 2 if ACTIVATION >= 0 else outputs
     inside = (column < width)[:, None] & (token < tokens)[None]
+    if OVERLAP:
+        await_inputs()
     # What comes after the product is read first, or it would be waited for.
     if RANK > 0:
         right, left = adapter(left_ptr, right_ptr, left_stride, right_stride, token, tokens, found, 0, rank, RANK)
     if RESIDUAL:
         residual = tl.load(residual_ptr + token[None] * residual_stride + column[:, None], inside, other=0.0)
 
-    quarter, eight, warp = along(4, 0, LAST_FIRST), along(8, 1, LAST_FIRST), along(WARPS, 2, LAST_FIRST)
-    turn, half, value = along(BLOCKS, 3, LAST_FIRST), along(2, 5, LAST_FIRST), along(8, 6, LAST_FIRST)
-    number = along(ROWS // 8, 4, LAST_FIRST) * 8 + eight
-    w_row = row_of(row, number, outputs, ROWS, ACTIVATION).to(tl.int64)
-    x_row = tl.program_id(1) + (along(M // 8, 4, LAST_FIRST) * 8 + eight if DOTS else along(1, 0, LAST_FIRST))
     total = tl.zeros((WARPS, ROWS, M), tl.float32)
     for start in tl.range(0, EACH, BLOCKS, num_stages=1):
-        block = warp * EACH + start + turn
-        place = block * 64 + quarter * 16 + half * 8
-        there = place < COLUMNS
-        x = tl.load(x_ptr + x_row * x_stride + (place + value), there & (x_row < tokens), other=0.0)
+        here = place + start * 64
+        x = tl.load(x_ptr + x_row * x_stride + (here + value), (here < COLUMNS) & (x_row < tokens), other=0.0)
         if KIND == 2:
-            words = tl.load(weight_ptr + w_row * (COLUMNS // 8) + place // 8, there, other=0)
-            weight = levels_of(words, levels_ptr, dtype, SHUFFLE)
+            more, ahead = start + BLOCKS < EACH, start + BLOCKS
+            next_weight = weight_at(weight_ptr, w_row, block + ahead, quarter, half, value, more, COLUMNS, KIND)
+            next_scales = scale_at(
+                w_row, s_block + ahead, more, scales_ptr, nested_ptr, offsets_ptr, codes_ptr, ALL, NESTED
+            )
+            weight = levels_of(weight, levels_ptr, own, dtype, SHUFFLE)
         else:
-            weight = tl.load(weight_ptr + w_row * COLUMNS + (place + value), there, other=0).to(dtype)
-        weight = operand(weight, True, ORDER, LAST_FIRST)
+            weight = weight_at(weight_ptr, w_row, block + start, quarter, half, value, True, COLUMNS, KIND)
+            if KIND == 1:
+                scales = scale_at(
+                    w_row, s_block + start, True, scales_ptr, nested_ptr, offsets_ptr, codes_ptr, ALL, NESTED
+                )
+        weight = operand(weight.to(dtype), True, ORDER, LAST_FIRST)
         if DOTS:
             part = tl.dot(weight, operand(x, False, ORDER, LAST_FIRST), input_precision="ieee")
         else:
             x = operand(x, True, ORDER, LAST_FIRST)
             part = tl.sum(weight.to(tl.float32) * x.to(tl.float32), 2, keep_dims=True)
         if KIND > 0:
-            # In every quarter, since the sums' columns lie there.
-            scales = scale_of(
-                w_row * ALL + (block + quarter * 0 if DOTS else block), block < ALL,
-                scales_ptr, nested_ptr, offsets_ptr, codes_ptr, NESTED,
-            )  # fmt: skip
             if LAST_FIRST:
                 scales = tl.permute(scales, (5, 4, 3, 2, 1, 0, 6))
             if DOTS:
                 scales = tl.broadcast_to(scales, (4, 8, WARPS, BLOCKS, ROWS // 8, M // 8, 2))
             part *= tl.reshape(tl.permute(scales, (3, 2, 4, 1, 5, 0, 6)), (BLOCKS * WARPS, ROWS, M))
         total += tl.sum(tl.reshape(part, (BLOCKS, WARPS, ROWS, M)), 0)
+        if KIND == 2:
+            weight, scales = next_weight, next_scales
 
     y = tl.sum(total, 0)
     if BIAS:

@@ -99,8 +99,40 @@ def operand(values, LEFT: tl.constexpr, ORDER: tl.constexpr, LAST_FIRST: tl.cons
 
 
 @triton.jit
-def levels_of(words, levels_ptr, dtype: tl.constexpr, SHUFFLE: tl.constexpr):
-    """The eight levels of each word in the last of seven dimensions, in the order of its values."""
+def weight_at(
+    weight_ptr, w_row, block, quarter, half, value, there, COLUMNS: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
+    """W as it is stored: values, or words of eight levels with a last dimension of one."""
+    if KIND == 2:
+        # Triton sees through this, not through a division or another condition for each word, that two are neighbours.
+        inside = (block * 64 < COLUMNS) & there
+        word = block * 8 + quarter * 2 + half
+        weight = tl.load(weight_ptr + w_row * (COLUMNS // 8) + word, inside, other=0)
+    else:
+        place = block * 64 + quarter * 16 + half * 8
+        weight = tl.load(weight_ptr + w_row * COLUMNS + (place + value), (place < COLUMNS) & there, other=0)
+    return weight
+
+
+@triton.jit
+def scale_at(
+    w_row, block, there, scales_ptr, nested_ptr, offsets_ptr, codes_ptr, ALL: tl.constexpr, NESTED: tl.constexpr
+):  # fmt: skip
+    """Scales of these blocks of 64, float32; `quant.nf4` says what they are made of."""
+    inside = (block < ALL) & there
+    # Neighbours go to other warps: what lies side by side must not decide about lanes.
+    index = tl.max_contiguous(w_row * ALL + block, [1, 1, 1, 1, 1, 1, 1])
+    scale = tl.load(scales_ptr + index, inside, other=0)
+    if NESTED:
+        nested = tl.load(nested_ptr + index // 256, inside, other=0.0)
+        offset = tl.load(offsets_ptr + index // 256, inside, other=0.0)
+        scale = tl.load(codes_ptr + scale.to(tl.int32)) * nested + offset
+    return scale
+
+
+@triton.jit
+def own_level(levels_ptr, dtype: tl.constexpr, SHUFFLE: tl.constexpr):
+    """The level ``lane % 16`` of each lane, rounded to ``dtype`` of 16 bits, in an int32."""
     if SHUFFLE:
         own = tl.inline_asm_elementwise(
             "{ .reg .u32 t; .reg .u64 a; mov.u32 t, %laneid; and.b32 t, t, 15; mul.wide.u32 a, t, 4; add.u64 a, a, $1; "
@@ -108,6 +140,15 @@ def levels_of(words, levels_ptr, dtype: tl.constexpr, SHUFFLE: tl.constexpr):
             "=r,l", [levels_ptr.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
         own = own.to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
+    else:
+        own = 0
+    return own
+
+
+@triton.jit
+def levels_of(words, levels_ptr, own, dtype: tl.constexpr, SHUFFLE: tl.constexpr):
+    """The eight levels of each word in the last of seven dimensions, in the order of its values."""
+    if SHUFFLE:
         # 0x101f: within 16 lanes, by the four lowest bits of the third operand.
         n1, n0, n3, n2, n5, n4, n7, n6 = tl.inline_asm_elementwise(
             "{ .reg .b32 s, t; "
@@ -133,16 +174,3 @@ def levels_of(words, levels_ptr, dtype: tl.constexpr, SHUFFLE: tl.constexpr):
         levels,
         (words.shape[0], words.shape[1], words.shape[2], words.shape[3], words.shape[4], words.shape[5], 8),
     )
-
-
-@triton.jit
-def scale_of(block, inside, scales_ptr, nested_ptr, offsets_ptr, codes_ptr, NESTED: tl.constexpr):
-    """Scales of these blocks of 64, float32; `quant.nf4` says what they are made of."""
-    # Neighbours go to other warps: what lies side by side must not decide about lanes.
-    block = tl.max_contiguous(block, [1, 1, 1, 1, 1, 1, 1])
-    scale = tl.load(scales_ptr + block, inside, other=0)
-    if NESTED:
-        nested = tl.load(nested_ptr + block // 256, inside, other=0.0)
-        offset = tl.load(offsets_ptr + block // 256, inside, other=0.0)
-        scale = tl.load(codes_ptr + scale.to(tl.int32)) * nested + offset
-    return scale
