@@ -5,8 +5,8 @@
 The demo's settings, but for the number of steps. Each run has a process of its own. Prints the mean loss of every 20
 steps, that of held-out rows at the end, and how far the two are apart: the mean over the seeds with its standard error.
 Fails where that is more than 0.5 % by more than two of its errors. Two trainings that round differently part by up to
-0.9 % in a window of one seed (docs/log.md): take several seeds. ``--compute auto,fp8_backward`` is the other setting. What rounding does shows in
-``--compute auto,auto --second train.pass_tokens=700``, of which the sums alone differ.
+0.9 % in a window of one seed (docs/log.md): take several seeds. ``--compute auto,fp8_backward`` is the other setting.
+What rounding does shows in ``--compute auto,auto --second train.pass_tokens=700``, of which the sums alone differ.
 """
 
 import argparse

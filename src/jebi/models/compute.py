@@ -37,14 +37,15 @@ def require_layers(compute: Compute, decoder: Decoder) -> None:
         if not layer.stackable():
             raise ConfigError(
                 f"{_setting(compute)} serves adapters that are low-rank products over a frozen base, and layer "
-                f"{number} has DoRA, adapter dropout or trained weights: set use_dora false and lora_dropout 0, or drop compute."
+                f"{number} has DoRA, adapter dropout or trained weights: set use_dora false and lora_dropout 0, or "
+                "drop compute."
             )
         for name, linear in layer.projections():
             for size in (linear.in_features, linear.out_features):
                 if size % scaled_product.UNIT:
                     raise ConfigError(
-                        f"{_setting(compute)} needs sizes that {scaled_product.UNIT} divides, and {name} of layer {number} "
-                        f"has {size}: drop compute."
+                        f"{_setting(compute)} needs sizes that {scaled_product.UNIT} divides, and {name} of layer "
+                        f"{number} has {size}: drop compute."
                     )
 
 
