@@ -92,7 +92,7 @@ class FastLanguageModel:
             head: "card", "host" (copied over in slices) or "auto", likewise; or quantised on the card, "int8" or
                 "nf4", which changes what is computed.
             compute: "fp8" multiplies the frozen base in 8-bit floats while training, scaled by rows, on cards of
-                compute capability 9.0 and newer; "auto" multiplies in ``dtype``.
+                compute capability 9.0 and newer; "fp8_backward" in the backward alone; "auto" multiplies in ``dtype``.
             shard: divide the frozen layers among the processes that torchrun or accelerate started on this machine.
 
         Raises:
@@ -109,8 +109,8 @@ class FastLanguageModel:
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None, not {dtype!r}.")
         place = device_of(device)
-        if compute == "fp8":
-            require_card(place, dtype or default_dtype(place))
+        if compute != "auto":
+            require_card(compute, place, dtype or default_dtype(place))
         folder = Path(model_name).expanduser()
         adapter = folder if (folder / CONFIG_FILE).is_file() else None
         base = base_of(adapter) if adapter else model_name
@@ -211,8 +211,8 @@ class FastLanguageModel:
             **settings,
         )
         attach(model, config)
-        if model.compute == "fp8":
-            require_layers(model.model)
+        if model.compute != "auto":
+            require_layers(model.compute, model.model)
         model.model.checkpointing = _CHECKPOINTING[use_gradient_checkpointing]
         model.auto_checkpointing = use_gradient_checkpointing == "auto"
         return model

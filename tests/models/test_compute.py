@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from jebi.adapters.lora import attach
 from jebi.adapters.peft_files import adapter_tensors
-from jebi.config import LoraConfig, ModelConfig
+from jebi.config import Compute, LoraConfig, ModelConfig
 from jebi.errors import ConfigError
 from jebi.fast import FastLanguageModel
 from jebi.kernels import scaled_product
@@ -56,7 +56,7 @@ def test_loss_and_gradients_stay_near_those_of_bfloat16(
             off = torch.randn(weight.shape, generator=generator) * (2 / 3) ** 0.5 / 16
             linear.store(nn.Parameter(weight * (1 + off), requires_grad=False))
     plain.model.stack(keep)
-    ours.model.stack(keep, True)
+    ours.model.stack(keep, "fp8")
     fine, near, usual, eight = (run(made) for made in (exact, noisy, plain, ours))
     for name, value in eight.items():
         assert not torch.equal(value, usual[name]), name
@@ -67,19 +67,34 @@ def test_loss_and_gradients_stay_near_those_of_bfloat16(
     assert (eight["loss"] - usual["loss"]).abs() <= 0.005 * usual["loss"]
 
 
-def test_kept_copies_change_no_bit(model: Callable[..., JebiForCausalLM]) -> None:
+@pytest.mark.parametrize("compute", ["fp8", "fp8_backward"])
+def test_kept_copies_change_no_bit(model: Callable[..., JebiForCausalLM], compute: Compute) -> None:
     results = []
     for keep in (True, False):
         made = model()
-        made.model.stack(keep, True)
+        made.model.stack(keep, compute)
         results.append(run(made))
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name
 
 
+@pytest.mark.parametrize("four", [True, False])
+def test_the_backward_alone_leaves_the_loss_to_the_bit(model: Callable[..., JebiForCausalLM], four: bool) -> None:
+    """Gradients are off, and nearer than those of both passes in 8 bits."""
+    usual, both, ours = model(four), model(four), model(four)
+    usual.model.stack(True)
+    both.model.stack(True, "fp8")
+    ours.model.stack(True, "fp8_backward")
+    exact, far, near = (run(made) for made in (usual, both, ours))
+    assert torch.equal(near.pop("loss"), exact["loss"])
+    off = {name: (near[name] - exact[name]).norm() for name in near}
+    assert any(off.values())
+    assert all(value < (far[name] - exact[name]).norm() for name, value in off.items())
+
+
 def test_evaluation_multiplies_as_training_does(model: Callable[..., JebiForCausalLM]) -> None:
     made = model()
-    made.model.stack(True, True)
+    made.model.stack(True, "fp8")
     trained = made(input_ids=IDS, labels=IDS).loss.detach()
     with torch.no_grad():
         assert torch.equal(made.eval()(input_ids=IDS, labels=IDS).loss, trained)
@@ -91,7 +106,7 @@ def test_evaluation_multiplies_as_training_does(model: Callable[..., JebiForCaus
 def test_full_finetuning_has_no_frozen_base() -> None:
     with pytest.raises(ConfigError, match="compute 'fp8' multiplies a frozen base, and full_finetuning leaves none"):
         ModelConfig(full_finetuning=True, load_in_4bit=False, compute="fp8")
-    with pytest.raises(ConfigError, match="compute must be one of auto, fp8, not 'fp4'"):
+    with pytest.raises(ConfigError, match="compute must be one of auto, fp8, fp8_backward, not 'fp4'"):
         ModelConfig(compute="fp4")
 
 
@@ -106,19 +121,19 @@ def test_older_cards_and_other_dtypes_are_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some card")
     with pytest.raises(ConfigError, match=r"this is Some card with 8\.9: drop compute"):
-        compute.require_card(card, torch.bfloat16)
+        compute.require_card("fp8", card, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    compute.require_card(card, torch.bfloat16)
+    compute.require_card("fp8", card, torch.bfloat16)
     with pytest.raises(ConfigError, match="goes with dtype bfloat16, not float16: drop dtype or compute"):
-        compute.require_card(card, torch.float16)
+        compute.require_card("fp8", card, torch.float16)
 
 
 def test_adapters_that_cannot_be_laid_together_are_refused(model: Callable[..., JebiForCausalLM]) -> None:
-    compute.require_layers(model().model)
+    compute.require_layers("fp8", model().model)
     for settings in ({"use_dora": True}, {"lora_dropout": 0.1}, {"lora_dropout": 0.1, "layers_to_transform": [1]}):
         layer = 1 if "layers_to_transform" in settings else 0
         with pytest.raises(ConfigError, match=rf"layer {layer} has DoRA, adapter dropout or trained weights: set use_"):
-            compute.require_layers(model(**settings).model)
+            compute.require_layers("fp8", model(**settings).model)
 
 
 def test_sizes_that_a_card_does_not_take_are_refused(
@@ -126,7 +141,7 @@ def test_sizes_that_a_card_does_not_take_are_refused(
 ) -> None:
     monkeypatch.setattr(scaled_product, "UNIT", 128)
     with pytest.raises(ConfigError, match=r"needs sizes that 128 divides, and self_attn.q_proj of layer 0 has 64"):
-        compute.require_layers(model().model)
+        compute.require_layers("fp8", model().model)
 
 
 def test_a_fresh_adapter_is_looked_at_at_once(tiny_folder: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from jebi.kernels.scaled_product import product
-from jebi.nn.base_product import Scratch
+from jebi.nn.base_product import DenseProduct, Scratch
 from jebi.nn.fp8_product import Fp8Product
 from jebi.nn.group import Stacked
 from jebi.nn.linear import Linear
@@ -62,6 +62,22 @@ def test_products_are_the_reference_s(storage: str, keep: bool) -> None:
         assert torch.equal(fp8.backward(dy), backward)
     assert torch.equal(fp8.forward(x, residual), forward + residual)
     assert torch.equal(residual, drawn(21, sum(SIZES), seed=9))
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "at every use"])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_backward_alone(storage: str, keep: bool) -> None:
+    group = maps(storage)
+    weight, scratch = whole(group), None if keep else Scratch()
+    fp8, dense = Fp8Product(group, scratch, forward=False), DenseProduct(maps(storage), None)
+    x, dy, residual = drawn(21, INPUTS, seed=7), drawn(21, sum(SIZES), seed=8), drawn(21, sum(SIZES), seed=9)
+    backward = product(quantize_rows(dy), quantize_rows(weight.t()), torch.bfloat16)
+    for _ in range(2):  # the buffer has the other form by then
+        assert torch.equal(fp8.forward(x, residual), dense.forward(x, residual))
+        assert torch.equal(fp8.backward(dy), backward)
+    if storage == "dense":  # moved, not copied
+        assert fp8.kept() is not None
+        assert group[1].weight.data_ptr() == fp8.kept()[SIZES[0] :].data_ptr()
 
 
 def test_packed_weights_share_the_buffer() -> None:

@@ -25,8 +25,10 @@ from jebi.plan.inventory import (
     adapter_items,
     by_part,
     everything,
+    fixed_items,
     kept_weight_bytes,
     model_items,
+    scratch_bytes,
     total,
     trained,
 )
@@ -152,6 +154,12 @@ def test_packed_weights_are_dequantised_once_or_at_every_use() -> None:
     dense = dataclasses.replace(HELD, storage="dense")
     assert kept_weight_bytes(dense) == 0
     assert kept_weight_bytes(HELD) == 2 * sum(p.outputs * p.inputs for _, p in HELD.maps()) == 2 * HELD.projected
+    eight = dataclasses.replace(HELD, fp8=True)
+    behind = dataclasses.replace(eight, exact_forward=True)
+    assert [kept_weight_bytes(held) for held in (eight, behind)] == [2 * HELD.projected, 3 * HELD.projected]
+    assert scratch_bytes(eight) == scratch_bytes(behind) // 2 == scratch_bytes(HELD) // 2
+    in_8_bits = [total(fixed_items(dataclasses.replace(held, storage="dense"))) for held in (eight, behind)]
+    assert in_8_bits == [2 * HELD.projected, HELD.projected]
     names = [item.name for item in everything(dense, Pass(2048, "none", 8192))]
     assert not any("dequantised" in name or "multiplied" in name for name in names)
 

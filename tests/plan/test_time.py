@@ -70,8 +70,17 @@ def test_whatever_is_more_takes_longer() -> None:
     assert seconds(made=dataclasses.replace(offload, shipped_layers=9)) < seconds(made=offload)
 
 
+def test_8_bits_in_the_backward_alone_save_half_of_the_products() -> None:
+    held = [HELD, dataclasses.replace(HELD, fp8=True, exact_forward=True), dataclasses.replace(HELD, fp8=True)]
+    plain, behind, both = (step_time(each, KEPT, FULL, CARDS["h200"]) for each in held)
+    assert behind.products == pytest.approx((plain.products + both.products) / 2)
+    assert both.seconds < behind.seconds < plain.seconds
+
+
 def test_what_the_bus_carries_beside_a_forward() -> None:
     """An H200: 23 us a token at 50 GB/s; in 8-bit floats it is done sooner, and an unknown card promises nothing."""
     assert carried_bytes(HELD, CARDS["h200"]) == pytest.approx(23.3e-6 * 50e9, rel=0.01)
     assert carried_bytes(dataclasses.replace(HELD, fp8=True), CARDS["h200"]) < carried_bytes(HELD, CARDS["h200"])
+    behind = dataclasses.replace(HELD, fp8=True, exact_forward=True)
+    assert carried_bytes(behind, CARDS["h200"]) == carried_bytes(HELD, CARDS["h200"])
     assert carried_bytes(HELD, Card("new", 2**34, math.nan, None, math.nan, math.nan)) == 0

@@ -72,7 +72,8 @@ def command(  # noqa: PLR0913  (options of a command)
     budget = min(device.budget, budget_bytes(run.train.get("memory_budget"), device.card.memory))
     if job.held.fp8 and device.card.fp8 is None and math.isfinite(device.card.products):
         raise ConfigError(
-            f"model.compute 'fp8' is not for {device.card.name}: drop it, or plan with --gpu h100 or newer."
+            f"model.compute '{run.model.compute}' is not for {device.card.name}: drop it, or plan with --gpu h100 or "
+            "newer."
         )
     current = predict(job, device.card, budget, host)
     known = [card for card in CARDS.values() if card.fp8 or not job.held.fp8]

@@ -16,7 +16,7 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 ALL_LINEAR = "all-linear"
 """PEFT's word for every projection but the head."""
 
-Compute = Literal["auto", "fp8"]
+Compute = Literal["auto", "fp8", "fp8_backward"]
 """What multiplies by the frozen base in training: the compute dtype, or 8-bit floats."""
 
 Storage = Literal["dense", "nf4", "int8", "masters"]
@@ -68,8 +68,9 @@ class ModelConfig:
     head: HeadPlace = "auto"
     """Where a frozen output head is: auto, card, host (copied over in slices), or quantised on the card: int8, nf4."""
     compute: Compute = "auto"
-    """``fp8`` multiplies the frozen base in 8-bit floats while training, faster and less exact, on compute capability
-    9.0 and newer; ``auto`` multiplies in `dtype`."""
+    """How the frozen base is multiplied while training: ``auto`` in `dtype`; ``fp8`` in 8-bit floats, faster and less
+    exact (docs/how-it-works.md), on compute capability 9.0 and newer; ``fp8_backward`` in the backward alone, which
+    gains less and leaves the loss as it is."""
     shard: bool = False
     """Divide the frozen layers among the processes of a machine, where one card does not hold them."""
 
@@ -86,12 +87,16 @@ class ModelConfig:
             raise ConfigError(
                 f"full_finetuning trains the weights themselves, which have no bits to spare: drop {name}."
             )
-        if self.full_finetuning and self.compute == "fp8":
-            raise ConfigError("compute 'fp8' multiplies a frozen base, and full_finetuning leaves none: drop one.")
+        if self.full_finetuning and self.compute != "auto":
+            raise ConfigError(
+                f"compute '{self.compute}' multiplies a frozen base, and full_finetuning leaves none: drop one."
+            )
         if self.shard and self.full_finetuning:
             raise ConfigError("shard divides frozen weights, and full_finetuning trains all of them: drop one.")
-        if self.shard and self.compute == "fp8":
-            raise ConfigError("compute 'fp8' needs whole layers, which no process has under shard: drop one.")
+        if self.shard and self.compute != "auto":
+            raise ConfigError(
+                f"compute '{self.compute}' needs whole layers, which no process has under shard: drop one."
+            )
         if self.full_finetuning and (self.embedding not in ("auto", "card") or self.head not in ("auto", "card")):
             raise ConfigError("full_finetuning trains embedding and head, on the card: leave both 'auto'.")
 

@@ -1,19 +1,18 @@
 """Which arithmetic multiplies by the frozen base: the compute dtype, or 8-bit floats where the user named them.
 
-``compute="fp8"`` changes the mathematics, so it is never chosen by itself; where it cannot be had it is refused, as
-soon as that is known. The products are `nn.fp8_product`'s.
+``compute="fp8"`` changes the mathematics, ``"fp8_backward"`` the gradients alone; so neither is chosen by itself. Where
+they cannot be had they are refused, as soon as that is known. The products are `nn.fp8_product`'s.
 """
 
 import torch
 
+from jebi.config import Compute
 from jebi.errors import ConfigError
 from jebi.kernels import scaled_product
 from jebi.models.decoder import Decoder
 
-_SETTING = "compute 'fp8' (model.compute in a config file)"
 
-
-def require_card(device: torch.device, dtype: torch.dtype) -> None:
+def require_card(compute: Compute, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse 8-bit floats on this device, or beside this dtype.
 
     Raises:
@@ -21,14 +20,14 @@ def require_card(device: torch.device, dtype: torch.dtype) -> None:
     """
     if not scaled_product.served(device):
         raise ConfigError(
-            f"{_SETTING} needs a CUDA card of compute capability 9.0 or newer, and this is {_name(device)}: "
+            f"{_setting(compute)} needs a CUDA card of compute capability 9.0 or newer, and this is {_name(device)}: "
             "drop compute."
         )
     if dtype != torch.bfloat16:
-        raise ConfigError(f"{_SETTING} goes with dtype bfloat16, not {str(dtype)[6:]}: drop dtype or compute.")
+        raise ConfigError(f"{_setting(compute)} goes with dtype bfloat16, not {str(dtype)[6:]}: drop dtype or compute.")
 
 
-def require_layers(decoder: Decoder) -> None:
+def require_layers(compute: Compute, decoder: Decoder) -> None:
     """Refuse 8-bit floats where a layer cannot be laid together, whose products would stay as they are.
 
     Raises:
@@ -37,16 +36,21 @@ def require_layers(decoder: Decoder) -> None:
     for number, layer in enumerate(decoder.decoder_layers()):
         if not layer.stackable():
             raise ConfigError(
-                f"{_SETTING} serves adapters that are low-rank products over a frozen base, and layer {number} has "
-                "DoRA, adapter dropout or trained weights: set use_dora false and lora_dropout 0, or drop compute."
+                f"{_setting(compute)} serves adapters that are low-rank products over a frozen base, and layer "
+                f"{number} has DoRA, adapter dropout or trained weights: set use_dora false and lora_dropout 0, or "
+                "drop compute."
             )
         for name, linear in layer.projections():
             for size in (linear.in_features, linear.out_features):
                 if size % scaled_product.UNIT:
                     raise ConfigError(
-                        f"{_SETTING} needs sizes that {scaled_product.UNIT} divides, and {name} of layer {number} has "
-                        f"{size}: drop compute."
+                        f"{_setting(compute)} needs sizes that {scaled_product.UNIT} divides, and {name} of layer "
+                        f"{number} has {size}: drop compute."
                     )
+
+
+def _setting(compute: Compute) -> str:
+    return f"compute '{compute}' (model.compute in a config file)"
 
 
 def _name(device: torch.device) -> str:

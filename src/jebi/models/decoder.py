@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
-from jebi.config import Checkpointing
+from jebi.config import Checkpointing, Compute
 from jebi.config.limits import CHUNK_TOKENS
 from jebi.models.families import DecoderShape
 from jebi.nn import few_rows_step, nf4_product
@@ -176,20 +176,20 @@ class Decoder(nn.Module):
         """Embedded tokens as the residual stream begins."""
         return embedded if self._scale == 1 else embedded * self._scale
 
-    def stack(self, keep: bool, fp8: bool = False, answering: bool = False) -> None:
+    def stack(self, keep: bool, compute: Compute = "auto", answering: bool = False) -> None:
         """Lay every layer's maps together: for training on a card, or for answering anywhere.
 
         Args:
             keep: whether packed weights are kept as they are multiplied, instead of made so at every use.
-            fp8: multiply by the frozen weights in 8-bit floats; who may ask for it is `models.compute`'s.
+            compute: how the frozen weights are multiplied; who may ask for 8-bit floats is `models.compute`'s.
             answering: whether the layers are only to answer.
         """
         stay = not self.sharded
         scratch = None if keep and stay else Scratch()
 
         def base_of(maps: list[Linear]) -> BaseProduct:
-            if fp8:
-                return Fp8Product(maps, scratch)
+            if compute != "auto":
+                return Fp8Product(maps, scratch, forward=compute == "fp8")
             dense = DenseProduct(maps, scratch, stay)
             return nf4_product.answering(maps, dense) if answering else dense
 

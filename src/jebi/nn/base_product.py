@@ -46,10 +46,10 @@ class Scratch:
 
     def matrix(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A (rows, columns) matrix in the buffer; what was in it before is lost."""
-        size = rows * columns
+        size = rows * columns * dtype.itemsize
         if self._flat is None or self._flat.numel() < size:
-            self._flat = torch.empty(size, dtype=dtype, device=device)
-        return self._flat[:size].view(rows, columns)
+            self._flat = torch.empty(size, dtype=torch.uint8, device=device)
+        return self._flat[:size].view(dtype).view(rows, columns)
 
 
 class DenseProduct:

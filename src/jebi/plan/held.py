@@ -40,6 +40,8 @@ class Held:
     """Values of projections that a packed checkpoint leaves dense."""
     world: World = ALONE
     """The processes, of which one is counted."""
+    exact_forward: bool = False
+    """Whether ``fp8`` is of the backward alone."""
 
     @property
     def packed(self) -> bool:

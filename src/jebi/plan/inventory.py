@@ -37,8 +37,8 @@ _KERNEL_SET, _FREE_SETS, _MOST_SETS = 45 * 2**20, 7, 64
 """Bytes of a set of oneDNN's kernels; how many sets are not seen, and how many are kept."""
 KERNELS = "kernels that oneDNN keeps"
 """Name of the item that is no more than a guess."""
-_FP8_BYTES = 2
-"""A weight's bytes in 8-bit floats: held by rows and by columns."""
+_FP8_BYTES = 1
+"""A weight's bytes in 8-bit floats, of each copy: by rows for the forward, by columns for the backward."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,12 @@ def kept_weight_bytes(held: Held) -> int:
     """What keeping packed weights as they are multiplied takes; 0 where none are packed, or layers are divided."""
     if not held.packed or held.world.shares > 1:
         return 0
-    each = _FP8_BYTES if held.fp8 else held.element
-    return each * held.packed_values
+    return (_forward_bytes(held) + (_FP8_BYTES if held.fp8 else 0)) * held.packed_values
+
+
+def _forward_bytes(held: Held) -> int:
+    """Of a weight as the forward multiplies it; without 8-bit floats the backward reads the same copy."""
+    return _FP8_BYTES if held.fp8 and not held.exact_forward else held.element
 
 
 def scratch_bytes(held: Held) -> int:
@@ -146,7 +150,7 @@ def scratch_bytes(held: Held) -> int:
     if not held.packed:
         return 0
     layer = held.shape.layer
-    return (2 if held.on_card else 1) * layer.ffn * layer.width * (1 if held.fp8 else held.element)
+    return (2 if held.on_card else 1) * layer.ffn * layer.width * _forward_bytes(held)
 
 
 def weight_items(held: Held, keep: bool) -> list[Item]:
@@ -168,7 +172,8 @@ def fixed_items(held: Held) -> list[Item]:
     """Those of them in which a plan has no choice."""
     items = []
     if held.fp8 and (dense := held.projected - held.packed_values):
-        items.append(Item("weights in 8-bit floats", "weights as multiplied", _FP8_BYTES * dense))
+        copies = 1 if held.exact_forward else 2
+        items.append(Item("weights in 8-bit floats", "weights as multiplied", copies * _FP8_BYTES * dense))
     if held.gathered:
         items.append(Item("layers gathered from all processes", "workspace", held.gathered))
     if held.places.head in ("host", "nf4", "int8"):

@@ -124,7 +124,8 @@ def job_of(run: RunConfig, shape: DecoderShape, bfloat16: bool, rows: Path | Non
     element = 4 if model.dtype == "float32" or (model.dtype is None and not bfloat16) else 2
     held = Held(
         shape, model.storage, element, lora=None if model.full_finetuning else run.lora,
-        optimizer=str(train.get("optim", "adamw_torch")), fp8=model.compute == "fp8", world=world,
+        optimizer=str(train.get("optim", "adamw_torch")), fp8=model.compute != "auto", world=world,
+        exact_forward=model.compute == "fp8_backward",
     )  # fmt: skip
     steps, asked = _whole(train, "max_steps", -1, least=-1), checkpointing_of(train)
     job = Job(held, model.max_seq_length, batch, steps, asked, model.places, pass_tokens=pass_tokens)

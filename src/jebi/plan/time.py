@@ -95,9 +95,9 @@ def step_time(held: Held, made: Pass, load: Load, card: Card) -> StepTime:
     # Recomputing leaves out the last product, which no gradient needs.
     without_last = weights - layers * layer.ffn * layer.width
     spared = made.shipped_layers * 2 * layer.ffn * layer.width
-    base = load.tokens * (4 * weights + 2 * (recomputed * without_last - spared))
+    forward = load.tokens * (2 * weights + 2 * (recomputed * without_last - spared))
+    backward = load.tokens * 2 * weights
     thin = load.tokens * (2 * weights if held.storage == "masters" else adapter * (6 + 2 * recomputed))
-    rate = card.fp8 if held.fp8 and card.fp8 else card.products
     # Of one token: two products of a row's half, of each layer's heads.
     scores = sum(
         2 * one.heads * one.head_dim * min(load.row, 2 * (one.attention.window or load.row)) for one in shape.layers
@@ -109,7 +109,7 @@ def step_time(held: Held, made: Pass, load: Load, card: Card) -> StepTime:
         scoring *= card.attention / (card.products * _efficiency(_MEASURED_ROW))
     head = 4 * shape.vocabulary * layer.width * load.tokens * load.learnt
     alone = StepTime(
-        products=base / rate + thin / card.products,
+        products=forward / _forward_rate(held, card) + backward / _rate(held, card) + thin / card.products,
         attention=attention / scoring,
         head=head / card.products,
         traffic=_traffic(held, made, load, recomputed) / card.bandwidth,
@@ -125,9 +125,17 @@ def carried_bytes(held: Held, card: Card) -> int:
     """Bytes of a token that cross the bus while its forward lasts; 0 where rates are not known, or layers divided."""
     if held.world.shares > 1:
         return 0
-    rate = card.fp8 if held.fp8 and card.fp8 else card.products
-    carried = card.bus * _FORWARD * 2 * held.projected / rate
+    carried = card.bus * _FORWARD * 2 * held.projected / _forward_rate(held, card)
     return int(carried) if math.isfinite(carried) else 0
+
+
+def _rate(held: Held, card: Card) -> float:
+    """Of the base's products backward."""
+    return card.fp8 if held.fp8 and card.fp8 else card.products
+
+
+def _forward_rate(held: Held, card: Card) -> float:
+    return card.products if held.exact_forward else _rate(held, card)
 
 
 def _efficiency(row: float) -> float:
@@ -142,7 +150,7 @@ def _traffic(held: Held, made: Pass, load: Load, recomputed: float) -> float:
         (_READ_FORWARD, 1 + recomputed), (_READ_BACKWARD, 1),
     ))  # fmt: skip
     if held.fp8:
-        numbers += _QUANTISED * (layer.ffn + layer.width)
+        numbers += _QUANTISED * (layer.ffn + layer.width) * (0.5 if held.exact_forward else 1)
     read = load.tokens * layers * numbers * held.element
     if held.packed and not made.keep_weights:
         uses = 2 + recomputed

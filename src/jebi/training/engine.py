@@ -49,9 +49,9 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
         OutOfMemoryError: the budget is too small, or the longest row surely does not fit.
     """
     backbone, device = model.model, model.device
-    if model.compute == "fp8":
-        require_card(device, model.dtype)
-        require_layers(backbone)
+    if model.compute != "auto":
+        require_card(model.compute, device, model.dtype)
+        require_layers(model.compute, backbone)
     job = job_of(model, settings)
     element = model.dtype.itemsize
     limit = job.pass_limit(CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS)
@@ -78,7 +78,7 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
 
 def lay_together(model: JebiForCausalLM, plan: PassPlan) -> None:
     """Lay the layers' maps together as planned."""
-    model.model.stack(plan.keep_weights, model.compute == "fp8")
+    model.model.stack(plan.keep_weights, model.compute)
 
 
 def chosen(model: JebiForCausalLM, plan: PassPlan) -> dict[str, Any]:

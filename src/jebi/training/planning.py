@@ -41,7 +41,7 @@ def held_of(model: JebiForCausalLM, optimizer: str, world: World = ALONE) -> Hel
     dense = sum(layer.dense_values() for layer in model.model.decoder_layers()) if packed else 0
     return Held(
         model.model.shape, storage, model.dtype.itemsize, placed(model), lora, optimizer,
-        model.compute == "fp8", model.device.type == "cuda", dense, world,
+        model.compute != "auto", model.device.type == "cuda", dense, world, model.compute == "fp8_backward",
     )  # fmt: skip
 
 
