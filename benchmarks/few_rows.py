@@ -19,7 +19,6 @@ from torch import Tensor
 
 from jebi.kernels import few_rows
 from jebi.kernels.gpu import few_rows as gpu
-from jebi.quant.int8 import Int8Weight
 from kernels import copy_bandwidth
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
@@ -33,19 +32,16 @@ COLD = 160 * 2**20
 
 def random_weight(kind: str, rows: int, columns: int) -> few_rows.Weight:
     """Any bytes; scales such that outputs are about 1."""
-    device, blocks = torch.device("cuda"), rows * columns // 64
+    device = torch.device("cuda")
     scale = 2 / columns**0.5
     if kind == "dense":
         return torch.randn(rows, columns, dtype=torch.bfloat16, device=device) * columns**-0.5
+    scales = torch.full((columns // 64, rows), scale, device=device)
     if kind == "int8":
         codes = torch.randint(-127, 128, (rows * columns,), dtype=torch.int8, device=device)
-        return Int8Weight(codes, torch.full((blocks,), scale / 127, device=device), shape=(rows, columns), dtype=DTYPE)
-    packed = torch.randint(0, 256, (rows * columns // 2,), dtype=torch.uint8, device=device)
-    if kind == "nf4 decoded":
-        return few_rows.NF4Stack(packed, torch.full((blocks,), scale, device=device), None, None, (rows, columns))
-    absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=device)
-    nested = torch.full((-(-blocks // 256),), scale / 4, device=device)
-    return few_rows.NF4Stack(packed, absmax, nested, torch.full_like(nested, scale), (rows, columns))
+        return few_rows.Stack(codes, scales / 127, (rows, columns))
+    codes = torch.randint(0, 256, (rows * columns // 2,), dtype=torch.uint8, device=device)
+    return few_rows.Stack(codes, scales, (rows, columns))
 
 
 DTYPE = torch.bfloat16
@@ -53,19 +49,16 @@ DTYPE = torch.bfloat16
 
 def nbytes(weight: few_rows.Weight) -> int:
     """What must be read of it."""
-    if isinstance(weight, few_rows.NF4Stack):
-        parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.offsets)
-        return sum(part.nbytes for part in parts if part is not None)
-    return weight.nbytes
+    return weight.nbytes if isinstance(weight, Tensor) else weight.codes.nbytes + weight.scales_BN.nbytes
 
 
 def tiles(rows: int) -> Iterator[gpu.Tile]:
     """What is worth a try."""
-    for height in (16, 32):
-        for warps in (4, 8, 16):
-            for blocks in (1, 2, 4):
-                if height * blocks <= (128 if rows <= 8 else 64):
-                    yield gpu.Tile(height, warps, blocks)
+    for height in (16, 32, 64):
+        for warps in (2, 4, 8, 16):
+            for units in (1, 2):
+                if height * units <= (64 if rows <= 4 else 32):
+                    yield gpu.Tile(height, warps, units)
 
 
 def microseconds(run: Callable[[int], None], copies: int) -> float:
@@ -148,7 +141,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 16], help="of x")
-    parser.add_argument("--kind", choices=("nf4", "nf4 decoded", "int8", "dense"), default="nf4")
+    parser.add_argument("--kind", choices=("nf4", "int8", "dense"), default="nf4")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--json", help="file for the figures")
     arguments = parser.parse_args()

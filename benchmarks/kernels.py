@@ -235,14 +235,14 @@ def _few_rows_cases(shapes: Shapes, drawn: Callable[..., Tensor]) -> Iterator[Ca
     sizes = {"qkv": ((shapes.heads + shapes.groups) * shapes.head, width), "o": (width, width), "down": (width, ffn)}
     for name, (outputs, inputs) in (sizes | {"gate and up": (2 * ffn, width)}).items():
         stack = few_rows.stacked([NF4Weight.quantize(drawn(outputs, inputs, scale=inputs**-0.5))])
-        assert isinstance(stack, few_rows.NF4Stack)
-        copies = [replace(stack, packed=stack.packed.clone()) for _ in range(REPEATS)]
+        assert isinstance(stack, few_rows.Stack)
+        copies = [replace(stack, codes=stack.codes.clone()) for _ in range(REPEATS)]
         stored = sum(part.nbytes for part in vars(stack).values() if isinstance(part, Tensor))
         for rows in (1, 4, 16):
             x, turn = drawn(rows, inputs), cycle(copies)
             activation: glu.Activation | None = "silu" if name == "gate and up" else None
 
-            def run(x: Tensor = x, turn: Iterator[few_rows.NF4Stack] = turn, activation: Any = activation) -> object:
+            def run(x: Tensor = x, turn: Iterator[few_rows.Stack] = turn, activation: Any = activation) -> object:
                 return few_rows.product(x, next(turn), activation=activation)
 
             plain = partial(few_rows.product_reference, x, stack, activation=activation)

@@ -19,7 +19,6 @@ from jebi.kernels.dequantize import PackedWeight, tables_on
 from jebi.kernels.glu import Activation, glu
 from jebi.kernels.low_rank import LowRank, added
 from jebi.kernels.rms_norm import rms_norm, rms_norm_forward
-from jebi.quant import dynamic8
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
 
@@ -37,29 +36,24 @@ ACTIVATIONS: dict[str, int] = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
 
 @dataclass(frozen=True)
-class NF4Stack:
-    """NF4 maps of one input below each other; scales and their meaning are `quant.nf4`'s."""
+class Stack:
+    """Quantised maps of one input below each other, in blocks of 64 that begin with each row."""
 
-    packed: Tensor
-    """uint8, two levels a byte."""
-    absmax: Tensor
-    """One a block of 64 values: uint8 where double quantised, else float32."""
-    nested_absmax: Tensor | None
-    """float32, one a block of 256 of those."""
-    offsets: Tensor | None
-    """float32, likewise one a block of 256: each map has its own."""
+    codes: Tensor
+    """int8, or uint8 with two levels of NF4 a byte."""
+    scales_BN: Tensor
+    """float32, a block's of all rows side by side: those that threads read at once."""
     shape: tuple[int, int]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix (N, K)."""
-        scales = self.absmax
-        if self.nested_absmax is not None and self.offsets is not None:
-            offsets = self.offsets.repeat_interleave(dynamic8.BLOCK)[: scales.numel()]
-            scales = dynamic8.dequantize(scales, self.nested_absmax) + offsets
-        return NF4Weight(self.packed, scales, None, None, shape=self.shape, dtype=dtype).dense(dtype)
+        scales = self.scales_BN.t().reshape(-1)
+        if self.codes.dtype == torch.int8:
+            return Int8Weight(self.codes, scales, shape=self.shape, dtype=dtype).dense(dtype)
+        return NF4Weight(self.codes, scales, None, None, shape=self.shape, dtype=dtype).dense(dtype)
 
 
-Weight = Tensor | Int8Weight | NF4Stack
+Weight = Tensor | Stack
 """(N, K)."""
 
 NormForm = tuple[Tensor, float, bool]
@@ -71,7 +65,7 @@ def stacked(weights: Sequence[Tensor | PackedWeight]) -> Weight | None:
 
     All of one kind; quantised ones in blocks of 64 that begin with each row; dense ones contiguous, K a multiple of 8.
     Of several maps the bytes are laid together anew, and the maps' own become parts of that, so that nothing is held
-    twice. Doubly quantised scales whose maps do not begin with a block of 256 are decoded (0.4 bits a value more).
+    twice but scales: they are decoded and turned, half a bit a value.
     """
     quantised = [weight for weight in weights if not isinstance(weight, Tensor)]
     columns = weights[0].shape[1]
@@ -79,40 +73,31 @@ def stacked(weights: Sequence[Tensor | PackedWeight]) -> Weight | None:
         return None
     shape = (sum(weight.shape[0] for weight in weights), columns)
     if nf4 := [weight for weight in weights if isinstance(weight, NF4Weight)]:
-        return _nf4_stack(nf4, shape) if len(nf4) == len(weights) else None
+        if len(nf4) != len(weights):
+            return None
+        codes = _laid([weight.packed for weight in nf4])
+        for weight, part in zip(nf4, _parts(codes, nf4)):
+            weight.packed = part
+        return Stack(codes, _turned([weight.scales() for weight in nf4], columns), shape)
     if int8 := [weight for weight in weights if isinstance(weight, Int8Weight)]:
         if len(int8) != len(weights):
             return None
-        codes, scales = (_laid([getattr(weight, name) for weight in int8]) for name in ("codes", "scales"))
-        for weight, part, scale in zip(int8, *(_parts(x, int8) for x in (codes, scales))):
-            weight.codes, weight.scales = part, scale
-        return Int8Weight(codes, scales, shape=shape, dtype=int8[0].dtype)
+        codes = _laid([weight.codes for weight in int8])
+        for integers, part in zip(int8, _parts(codes, int8)):
+            integers.codes = part
+        return Stack(codes, _turned([weight.scales for weight in int8], columns), shape)
     dense = [weight for weight in weights if isinstance(weight, Tensor)]
     if any(weight.dtype != dense[0].dtype or not weight.is_contiguous() for weight in dense):
         return None
     whole = _laid([weight.detach() for weight in dense])
-    for weight, part in zip(dense, whole.split([weight.shape[0] for weight in dense])):
-        if isinstance(weight, nn.Parameter):
-            weight.data = part
+    for matrix, part in zip(dense, whole.split([matrix.shape[0] for matrix in dense])):
+        if isinstance(matrix, nn.Parameter):
+            matrix.data = part
     return whole
 
 
-def _nf4_stack(weights: list[NF4Weight], shape: tuple[int, int]) -> NF4Stack:
-    packed = _laid([weight.packed for weight in weights])
-    for weight, part in zip(weights, _parts(packed, weights)):
-        weight.packed = part
-    unit = _BLOCK * dynamic8.BLOCK
-    whole = all(weight.shape[0] * weight.shape[1] % unit == 0 for weight in weights[:-1])
-    nested = [weight.nested_absmax for weight in weights if weight.nested_absmax is not None]
-    if len(nested) != len(weights) or not whole:
-        return NF4Stack(packed, _laid([weight.scales() for weight in weights]), None, None, shape)
-    absmax, nested_absmax = _laid([weight.absmax for weight in weights]), _laid(nested)
-    offsets = []
-    for weight, part, coarse in zip(weights, _parts(absmax, weights), _parts(nested_absmax, weights)):
-        weight.absmax, weight.nested_absmax = part, coarse
-        assert weight.offset is not None
-        offsets.append(weight.offset.expand(coarse.numel()))
-    return NF4Stack(packed, absmax, nested_absmax, torch.cat(offsets), shape)
+def _turned(scales: list[Tensor], columns: int) -> Tensor:
+    return torch.cat([part.view(-1, columns // _BLOCK) for part in scales]).t().contiguous()
 
 
 def _laid(parts: list[Tensor]) -> Tensor:
@@ -169,11 +154,11 @@ def as_stored(weight: Weight) -> "Stored":
     from jebi.kernels.gpu import few_rows as gpu
 
     if isinstance(weight, Tensor):
-        return gpu.Stored(gpu.DENSE, weight, weight, None, None, None, (weight.shape[0], weight.shape[1]))
-    if isinstance(weight, Int8Weight):
-        return gpu.Stored(gpu.INT8, weight.codes, weight.scales, None, None, None, weight.shape)
-    words, tables = weight.packed.view(torch.int32), tables_on(weight.packed.device)
-    return gpu.Stored(gpu.NF4, words, weight.absmax, weight.nested_absmax, weight.offsets, tables, weight.shape)
+        return gpu.Stored(gpu.DENSE, weight, weight, None, (weight.shape[0], weight.shape[1]))
+    if weight.codes.dtype == torch.int8:
+        return gpu.Stored(gpu.INT8, weight.codes, weight.scales_BN, None, weight.shape)
+    levels = tables_on(weight.codes.device)[0]
+    return gpu.Stored(gpu.NF4, weight.codes.view(torch.int32), weight.scales_BN, levels, weight.shape)
 
 
 def product_reference(

@@ -114,7 +114,7 @@ def few_rows_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str
     """Decoding's products: every form at one row and at the most, with all that may come after them."""
     types = {"scales_ptr": FLOAT, "scale": SCALAR}
     types |= dict.fromkeys(("x_ptr", "bias_ptr", "left_ptr", "right_ptr", "residual_ptr", "out_ptr"), value)
-    types |= dict.fromkeys(("nested_ptr", "offsets_ptr", "levels_ptr", "codes_ptr"), FLOAT)
+    types |= {"levels_ptr": FLOAT}
     types |= dict.fromkeys(("left_stride", "right_stride", "residual_stride", "out_stride", "x_stride"), "i32")
     types |= dict.fromkeys(("rank", "tokens", "outputs"), "i32")
     after = {"COLUMNS": 14336, "BIAS": True, "RANK": 64, "ACTIVATION": 0, "RESIDUAL": True}
@@ -122,17 +122,18 @@ def few_rows_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str
     stored = {
         few_rows.DENSE: {"weight_ptr": value},
         few_rows.INT8: {"weight_ptr": "*i8"},
-        few_rows.NF4: {"weight_ptr": "*i32", "scales_ptr": "*u8"},
+        few_rows.NF4: {"weight_ptr": "*i32"},
     }
     for kind, own in stored.items():
-        nested = {"KIND": kind, "NESTED": kind == few_rows.NF4, "SHUFFLE": True, "OVERLAP": capability >= 90}
-        shape = few_rows.Stored(kind, *[torch.empty(0)] * 2, None, None, None, (28672, 14336))
-        for rows in (1, few_rows.MOST):
+        form = {"KIND": kind, "SHUFFLE": True, "OVERLAP": capability >= 90}
+        shape = few_rows.Stored(kind, *[torch.empty(0)] * 2, None, (28672, 14336))
+        for rows in (1, 8, few_rows.MOST):
             tile = few_rows.tile_of(shape, rows)
             dots = capability >= 80
-            sizes = {"M": max(8, rows) if dots else 1, "ROWS": tile.rows, "WARPS": tile.warps, "BLOCKS": tile.blocks}
+            sizes = {"M": few_rows.padded(rows, kind) if dots else 1}
+            sizes |= {"ROWS": tile.rows, "WARPS": tile.warps, "UNITS": tile.units}
             sizes |= {"DOTS": dots} | few_rows_operands.order(kind)
-            found.append((few_rows._product, types | own, after | nested | sizes, tile.warps))
+            found.append((few_rows._product, types | own, after | form | sizes, tile.warps))
     before = dict.fromkeys(("x_ptr", "weight_ptr", "down_ptr", "y_ptr", "xa_ptr"), value) | {"eps": SCALAR}
     before |= dict.fromkeys(("x_stride", "down_stride", "y_stride", "width", "ranks"), "i32")
     constants = {"NORM": True, "UNIT_OFFSET": False, "RANKS": few_rows_before._RANKS, "BLOCK": 16384}

@@ -4,7 +4,7 @@ What bounds few rows is not memory alone: an H200 has time for about eight instr
 would wait, and this takes three and a half. How is `gpu.few_rows_operands`'s.
 
 Shapes: M rows of ``x``, N rows and K columns of W, R ranks. A program has ROWS rows of W; its WARPS share the columns,
-each taking BLOCKS blocks of 64 at a time, whose scale meets the sums of 64 products.
+each taking UNITS of 128 at a time.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,17 @@ from torch import Tensor
 from jebi.kernels.gpu.dependent import await_inputs, let_next_begin, overlaps
 from jebi.kernels.gpu.few_rows_operands import (
     along,
+    canonical,
     fetch_rows,
     levels_of,
-    operand,
     order,
     own_level,
     row_of,
+    rows_of,
     scale_at,
+    sums_of,
     weight_at,
+    x_at,
 )
 
 DENSE, INT8, NF4 = range(3)
@@ -39,14 +42,10 @@ class Stored:
     kind: int
     weight: Tensor
     """``DENSE``: (N, K) contiguous. ``INT8``: int8, N * K. ``NF4``: the packed bytes as int32."""
-    scales: Tensor
-    """A block of 64 has one: float32, or ``NF4``'s uint8 codes; of a dense weight anything."""
-    nested: Tensor | None
-    """``NF4`` with double quantisation: float32, one a block of 256 codes."""
-    offsets: Tensor | None
-    """Added to the scales, one a block of 256 codes."""
-    tables: tuple[Tensor, Tensor] | None
-    """The 16 levels and the 256 codes of the scales, float32."""
+    scales_BN: Tensor
+    """(K / 64, N), float32; of a dense weight anything."""
+    levels: Tensor | None
+    """The 16 of ``NF4``, float32."""
     shape: tuple[int, int]
 
 
@@ -72,14 +71,15 @@ class Tile:
     """A multiple of 16."""
     warps: int
     """Each has its share of the columns."""
-    blocks: int
-    """Of 64 columns, that a warp reads at once."""
+    units: int
+    """Of 128 columns, that a warp reads at once."""
 
 
 def tile_of(stored: Stored, tokens: int) -> Tile:
     """How a product is cut, by its shape."""
-    rows = 32 if stored.shape[0] > 8192 else 16
-    return Tile(rows, 4 if rows == 32 else 8, 2 if tokens <= 8 else 1)
+    if stored.shape[0] > 8192:
+        return Tile(16 if tokens <= 8 else 32, 4, 1)
+    return Tile(16, 8, 2 if tokens <= 8 else 1)
 
 
 def product(
@@ -99,13 +99,19 @@ def product(
     assert tokens <= MOST
     tile, dots = tile or tile_of(stored, tokens), by_dots(x_MK) if dots is None else dots
     _product[(triton.cdiv(outputs, tile.rows), 1 if dots else tokens)](
-        x_MK, *weight_arguments(stored, x_MK), *epilogue_arguments(after, x_MK, out_MN),
-        x_MK.stride(0), tokens, outputs,
-        COLUMNS=columns, KIND=stored.kind, **epilogue_constants(after), NESTED=stored.nested is not None,
+        x_MK, stored.weight, stored.scales_BN, x_MK if stored.levels is None else stored.levels,
+        *epilogue_arguments(after, x_MK, out_MN), x_MK.stride(0), tokens, outputs,
+        COLUMNS=columns, KIND=stored.kind, **epilogue_constants(after),
         SHUFFLE=x_MK.is_cuda and x_MK.dtype != torch.float32, **overlap(stored), DOTS=dots, **order(stored.kind),
-        M=(8 if tokens <= 8 else 16) if dots else 1, ROWS=tile.rows, WARPS=tile.warps, BLOCKS=tile.blocks,
+        M=padded(tokens, stored.kind) if dots else 1, ROWS=tile.rows, WARPS=tile.warps, UNITS=tile.units,
         num_warps=tile.warps,
     )  # fmt: skip
+
+
+def padded(tokens: int, kind: int) -> int:
+    """Rows of ``x`` for tensor cores: eight columns of sums at least, of which quantised weights take two a row."""
+    least = 8 if kind == DENSE else 4
+    return max(least, triton.next_power_of_2(tokens))
 
 
 def by_dots(x_MK: Tensor) -> bool:
@@ -122,14 +128,6 @@ def overlap(stored: Stored) -> dict[str, bool]:
     """How a product is launched: its weights may be fetched before its input is there."""
     early = overlaps(stored.weight) and stored.weight.data_ptr() % 16 == 0
     return {"OVERLAP": early, "launch_pdl": early}
-
-
-def weight_arguments(stored: Stored, absent: Tensor) -> tuple[Tensor, ...]:
-    """A weight's tensors in a kernel's order; ``absent`` stands for what there is not."""
-    levels, codes = stored.tables or (absent, absent)
-    nested = absent if stored.nested is None else stored.nested
-    offsets = absent if stored.offsets is None else stored.offsets
-    return stored.weight, stored.scales, nested, offsets, levels, codes
 
 
 def epilogue_arguments(after: Epilogue, absent: Tensor, out_MN: Tensor) -> tuple[object, ...]:
@@ -169,12 +167,26 @@ def adapter(
 
 
 @triton.jit
-def thin(right, left, DOTS: tl.constexpr):
+def share(
+    right, left, left_ptr, right_ptr, left_stride, right_stride, token, tokens, found, rank, RANK: tl.constexpr,
+    M: tl.constexpr,
+):  # fmt: skip
+    """An adapter's share (ROWS, M), of the ranks that were read and of those behind them."""
+    y = thin(right, left, M)
+    for start in tl.range(RANK, rank, RANK, num_stages=1):
+        right, left = adapter(left_ptr, right_ptr, left_stride, right_stride, token, tokens, found, start, rank, RANK)
+        y += thin(right, left, M)
+    return y
+
+
+@triton.jit
+def thin(right, left, M: tl.constexpr):
     """The product (ROWS, M) of what `adapter` has read."""
-    if DOTS:
+    if left.shape[1] >= 8:
         y = tl.dot(right, left, input_precision="ieee")
+        y = tl.sum(tl.reshape(y, (y.shape[0], left.shape[1] // M, M)), 1)  # Columns beyond M are zeros.
     else:
-        y = tl.sum(right.to(tl.float32) * tl.trans(left).to(tl.float32), 1, keep_dims=True)
+        y = tl.sum(right.to(tl.float32)[:, :, None] * left.to(tl.float32)[None], 1)
     return y
 
 
@@ -195,36 +207,43 @@ def activated(y, scale, dtype, M: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: 
 
 @triton.jit(do_not_specialize=["tokens", "rank"])
 def _product(
-    x_ptr, weight_ptr, scales_ptr, nested_ptr, offsets_ptr, levels_ptr, codes_ptr,
+    x_ptr, weight_ptr, scales_ptr, levels_ptr,
     bias_ptr, left_ptr, right_ptr, residual_ptr, out_ptr,
     left_stride, right_stride, residual_stride, out_stride, rank, scale, x_stride, tokens, outputs,
     COLUMNS: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
-    RESIDUAL: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr, OVERLAP: tl.constexpr,
+    RESIDUAL: tl.constexpr, SHUFFLE: tl.constexpr, OVERLAP: tl.constexpr,
     LAST_FIRST: tl.constexpr, ORDER: tl.constexpr, DOTS: tl.constexpr,
-    M: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, BLOCKS: tl.constexpr,
+    M: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    ALL: tl.constexpr = (COLUMNS + 63) // 64
-    EACH: tl.constexpr = (ALL + WARPS * BLOCKS - 1) // (WARPS * BLOCKS) * BLOCKS
+    EACH: tl.constexpr = (COLUMNS + 128 * WARPS * UNITS - 1) // (128 * WARPS * UNITS) * UNITS
     WIDTH: tl.constexpr = ROWS // 2 if ACTIVATION >= 0 else ROWS
+    TWICE: tl.constexpr = DOTS and KIND > 0 and M == 4
+    PAIRS: tl.constexpr = DOTS and KIND > 0
+    N: tl.constexpr = 8 if TWICE else M
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     row = tl.program_id(0)
     if OVERLAP:
         let_next_begin()
         fetch_rows(weight_ptr, row, outputs, COLUMNS, KIND, ROWS, 2 if ACTIVATION >= 0 else 1)
-    quarter, eight, warp = along(4, 0, LAST_FIRST), along(8, 1, LAST_FIRST), along(WARPS, 2, LAST_FIRST)
-    turn, half, value = along(BLOCKS, 3, LAST_FIRST), along(2, 5, LAST_FIRST), along(8, 6, LAST_FIRST)
-    number = along(ROWS // 8, 4, LAST_FIRST) * 8 + eight
-    w_row = row_of(row, number, outputs, ROWS, ACTIVATION).to(tl.int64)
-    x_row = tl.program_id(1) + (along(M // 8, 4, LAST_FIRST) * 8 + eight if DOTS else along(1, 0, LAST_FIRST))
-    block = warp * EACH + turn
-    place = block * 64 + quarter * 16 + half * 8
-    own = own_level(levels_ptr, dtype, KIND == 2 and SHUFFLE)
-    # In every quarter, since the sums' columns lie there.
-    s_block = block + quarter * 0 if DOTS else block
+    quarter, eight, eighth = along(4, 0, LAST_FIRST), along(8, 1, LAST_FIRST), along(ROWS // 8, 4, LAST_FIRST)
+    four, value = along(4, 5, LAST_FIRST), along(8, 6, LAST_FIRST)
+    w_row = row_of(row, eighth * 8 + eight, outputs, ROWS, ACTIVATION).to(tl.int64)
+    unit = along(WARPS, 2, LAST_FIRST) * EACH + along(UNITS, 3, LAST_FIRST)
+    if TWICE:
+        # The sums' columns: rows of x with zeros in the second half of the columns, then with zeros in the first.
+        number = along(1, 4, LAST_FIRST) * 8 + eight
+        x_row, x_there, block = number % 4, number // 4 == quarter // 2, unit * 2 + quarter // 2
+    elif DOTS:
+        x_row, x_there, block = along(N // 8, 4, LAST_FIRST) * 8 + eight, True, unit * 2 + along(2, 5, LAST_FIRST)
+        block += quarter * 0
+    else:
+        x_row, x_there, block = tl.program_id(1), True, unit * 2 + quarter // 2
+    x_there &= x_row < tokens
     if KIND == 2:
         # Words and their scales are read a turn ahead, and those of the first turn before the input is there.
-        weight = weight_at(weight_ptr, w_row, block, quarter, half, value, True, COLUMNS, KIND)
-        scales = scale_at(w_row, s_block, True, scales_ptr, nested_ptr, offsets_ptr, codes_ptr, ALL, NESTED)
+        own = own_level(levels_ptr, dtype, SHUFFLE)
+        weight = weight_at(weight_ptr, w_row, unit, quarter, four, value, True, COLUMNS, KIND)
+        scales = scale_at(scales_ptr, w_row, block, True, outputs, COLUMNS)
     token = tl.program_id(1) + tl.arange(0, M)
     found = row_of(row, tl.arange(0, ROWS), outputs, ROWS, ACTIVATION)
     column = row * WIDTH + tl.arange(0, WIDTH)
@@ -234,53 +253,36 @@ def _product(
         await_inputs()
     # What comes after the product is read first, or it would be waited for.
     if RANK > 0:
-        right, left = adapter(left_ptr, right_ptr, left_stride, right_stride, token, tokens, found, 0, rank, RANK)
+        # For at least eight rows of x, which tensor cores want.
+        tall = tl.program_id(1) + tl.arange(0, 8 if M == 4 else M)
+        right, left = adapter(left_ptr, right_ptr, left_stride, right_stride, tall, tokens, found, 0, rank, RANK)
     if RESIDUAL:
         residual = tl.load(residual_ptr + token[None] * residual_stride + column[:, None], inside, other=0.0)
 
-    total = tl.zeros((WARPS, ROWS, M), tl.float32)
-    for start in tl.range(0, EACH, BLOCKS, num_stages=1):
-        here = place + start * 64
-        x = tl.load(x_ptr + x_row * x_stride + (here + value), (here < COLUMNS) & (x_row < tokens), other=0.0)
+    total = tl.zeros((WARPS, ROWS, N), tl.float32) if DOTS else tl.zeros((4, 8, WARPS, ROWS // 8), tl.float32)
+    for start in tl.range(0, EACH, UNITS, num_stages=1):
+        x = x_at(x_ptr, x_row, x_stride, unit + start, quarter, four, x_there, COLUMNS, PAIRS, LAST_FIRST)
         if KIND == 2:
-            more, ahead = start + BLOCKS < EACH, start + BLOCKS
-            next_weight = weight_at(weight_ptr, w_row, block + ahead, quarter, half, value, more, COLUMNS, KIND)
-            next_scales = scale_at(
-                w_row, s_block + ahead, more, scales_ptr, nested_ptr, offsets_ptr, codes_ptr, ALL, NESTED
-            )
+            more, ahead = start + UNITS < EACH, start + UNITS
+            next_weight = weight_at(weight_ptr, w_row, unit + ahead, quarter, four, value, more, COLUMNS, KIND)
+            next_scales = scale_at(scales_ptr, w_row, block + 2 * ahead, more, outputs, COLUMNS)
             weight = levels_of(weight, levels_ptr, own, dtype, SHUFFLE)
         else:
-            weight = weight_at(weight_ptr, w_row, block + start, quarter, half, value, True, COLUMNS, KIND)
+            weight = weight_at(weight_ptr, w_row, unit + start, quarter, four, value, True, COLUMNS, KIND)
             if KIND == 1:
-                scales = scale_at(
-                    w_row, s_block + start, True, scales_ptr, nested_ptr, offsets_ptr, codes_ptr, ALL, NESTED
-                )
-        weight = operand(weight.to(dtype), True, ORDER, LAST_FIRST)
-        if DOTS:
-            part = tl.dot(weight, operand(x, False, ORDER, LAST_FIRST), input_precision="ieee")
-        else:
-            x = operand(x, True, ORDER, LAST_FIRST)
-            part = tl.sum(weight.to(tl.float32) * x.to(tl.float32), 2, keep_dims=True)
-        if KIND > 0:
-            if LAST_FIRST:
-                scales = tl.permute(scales, (5, 4, 3, 2, 1, 0, 6))
-            if DOTS:
-                scales = tl.broadcast_to(scales, (4, 8, WARPS, BLOCKS, ROWS // 8, M // 8, 2))
-            part *= tl.reshape(tl.permute(scales, (3, 2, 4, 1, 5, 0, 6)), (BLOCKS * WARPS, ROWS, M))
-        total += tl.sum(tl.reshape(part, (BLOCKS, WARPS, ROWS, M)), 0)
+                scales = scale_at(scales_ptr, w_row, block + 2 * start, True, outputs, COLUMNS)
+        total += sums_of(
+            canonical(weight.to(dtype), LAST_FIRST), canonical(x, LAST_FIRST),
+            canonical(scales, LAST_FIRST) if KIND > 0 else 0, ORDER, DOTS, PAIRS, N,
+        )  # fmt: skip
         if KIND == 2:
             weight, scales = next_weight, next_scales
 
-    y = tl.sum(total, 0)
+    y = rows_of(total, DOTS, M)
     if BIAS:
         y += tl.load(bias_ptr + found).to(tl.float32)[:, None]
     if RANK > 0:
-        y += thin(right, left, DOTS)
-        for start in tl.range(RANK, rank, RANK, num_stages=1):
-            right, left = adapter(
-                left_ptr, right_ptr, left_stride, right_stride, token, tokens, found, start, rank, RANK
-            )
-            y += thin(right, left, DOTS)
+        y += share(right, left, left_ptr, right_ptr, left_stride, right_stride, tall, tokens, found, rank, RANK, M)
     if ACTIVATION >= 0:
         y = activated(y, scale, dtype, M, ROWS, ACTIVATION)
     if RESIDUAL:

@@ -1,13 +1,16 @@
 """What a program of `gpu.few_rows` reads of W and of ``x``, in the order in which tensor cores take it.
 
 Nothing may be exchanged between threads on the way there: that costs more than all the rest. A matrix product takes any
-order of its columns, if ``x`` has the same. So each lane multiplies the 16 neighbouring values that it has read of a
-block of 64, where the tensor cores expect columns that lie apart; and tensors have their dimensions in the order in
-which Triton deals them to lanes, warps and registers, so that what is read lies as an operand does. A level is one
-shuffle: each lane holds level ``lane % 16``. (PTX ISA, ``shfl.sync`` and ``mma.m16n8k16``.)
+order of its columns, if ``x`` has the same. So each lane multiplies the 32 neighbouring values that it has read of 128
+columns, where the tensor cores expect columns that lie apart; and tensors have their dimensions in the order in which
+Triton deals them to lanes, warps and registers, so that what is read lies as an operand does. A level is one shuffle:
+each lane holds level ``lane % 16``. (PTX ISA, ``shfl.sync`` and ``mma.m16n8k16``.)
 
-Seven dimensions: 0 the quarters of a block (lanes), 1 eight rows (lanes), 2 WARPS, 3 BLOCKS of a warp, 4 rows / 8, and
-5 and 6 the 2 x 8 values of a lane.
+128 columns have two scales a row, and one product adds them up. So ``x`` comes twice, with zeros in the second 64
+columns and in the first: side by side where it has four rows at most, as tensor cores have room for eight.
+
+Seven dimensions: 0 the quarters of 128 columns (lanes), 1 eight rows (lanes), 2 WARPS, 3 UNITS of 128 columns, 4 rows
+/ 8, 5 and 6 the 4 x 8 values of a lane.
 """
 
 import triton
@@ -24,6 +27,66 @@ def order(kind: int) -> dict[str, int | bool]:
     """
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return {"LAST_FIRST": version >= (3, 7), "ORDER": (0, 1, 0 if version >= (3, 8) else 2)[kind]}
+
+
+@triton.jit
+def along(size: tl.constexpr, axis: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """The numbers from 0 along one of the seven dimensions."""
+    at: tl.constexpr = 5 - axis if LAST_FIRST and axis < 6 else axis
+    # By expanding: Triton does not see through a reshape which numbers are neighbours.
+    numbers = tl.arange(0, size)
+    for _ in tl.static_range(at):
+        numbers = tl.expand_dims(numbers, 0)
+    for dimension in tl.static_range(at + 1, 7):
+        numbers = tl.expand_dims(numbers, dimension)
+    return numbers
+
+
+@triton.jit
+def canonical(values, LAST_FIRST: tl.constexpr):
+    """The seven dimensions in the order named above."""
+    return tl.permute(values, (5, 4, 3, 2, 1, 0, 6)) if LAST_FIRST else values
+
+
+@triton.jit
+def operand(values, LEFT: tl.constexpr, ORDER: tl.constexpr):
+    """What lanes have read, as an operand: (UNITS * WARPS, rows, 128), or on the right (UNITS * WARPS, 128, rows).
+
+    A lane of the tensor cores has two neighbouring columns, or four where Triton thinks of packed numbers.
+    """
+    WARPS: tl.constexpr = values.shape[2]
+    UNITS: tl.constexpr = values.shape[3]
+    ROWS: tl.constexpr = values.shape[4] * 8
+    values = tl.reshape(values, (4, 8, WARPS, UNITS, ROWS // 8, 2, 2, 2, 2, 2))
+    if LEFT:
+        if ORDER == 0:
+            values = tl.permute(values, (3, 2, 4, 1, 5, 6, 7, 8, 0, 9))
+        elif ORDER == 1:
+            values = tl.permute(values, (3, 2, 4, 1, 5, 6, 7, 0, 8, 9))
+        else:
+            values = tl.permute(values, (3, 2, 4, 1, 5, 7, 8, 0, 6, 9))
+        values = tl.reshape(values, (UNITS * WARPS, ROWS, 128))
+    else:
+        if ORDER == 0:
+            values = tl.permute(values, (3, 2, 5, 6, 7, 8, 0, 9, 4, 1))
+        elif ORDER == 1:
+            values = tl.permute(values, (3, 2, 5, 6, 7, 0, 8, 9, 4, 1))
+        else:
+            values = tl.permute(values, (3, 2, 5, 7, 8, 0, 6, 9, 4, 1))
+        values = tl.reshape(values, (UNITS * WARPS, 128, ROWS))
+    return values
+
+
+@triton.jit
+def over_sums(scales, N: tl.constexpr):
+    """Scales (4, 8, WARPS, UNITS, ROWS / 8) as factors of a product's sums (UNITS * WARPS, ROWS, N).
+
+    A quarter has two of eight columns of the sums.
+    """
+    shape: tl.constexpr = scales.shape
+    scales = tl.expand_dims(tl.expand_dims(scales, 5), 6)
+    scales = tl.broadcast_to(scales, (4, 8, shape[2], shape[3], shape[4], N // 8, 2))
+    return tl.reshape(tl.permute(scales, (3, 2, 4, 1, 5, 0, 6)), (shape[3] * shape[2], shape[4] * 8, N))
 
 
 @triton.jit
@@ -54,80 +117,50 @@ def fetch_rows(
 
 
 @triton.jit
-def along(size: tl.constexpr, axis: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """The numbers from 0 along one of seven dimensions."""
-    at: tl.constexpr = 5 - axis if LAST_FIRST and axis < 6 else axis
-    # By expanding: Triton does not see through a reshape which numbers are neighbours.
-    numbers = tl.arange(0, size)
-    for _ in tl.static_range(at):
-        numbers = tl.expand_dims(numbers, 0)
-    for dimension in tl.static_range(at + 1, 7):
-        numbers = tl.expand_dims(numbers, dimension)
-    return numbers
-
-
-@triton.jit
-def operand(values, LEFT: tl.constexpr, ORDER: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """What lanes have read, as an operand: (BLOCKS * WARPS, rows, 64), or on the right (BLOCKS * WARPS, 64, rows).
-
-    A lane of the tensor cores has two neighbouring columns, or FOURS, where Triton thinks of packed numbers.
-    """
-    if LAST_FIRST:
-        values = tl.permute(values, (5, 4, 3, 2, 1, 0, 6))
-    WARPS: tl.constexpr = values.shape[2]
-    BLOCKS: tl.constexpr = values.shape[3]
-    EIGHTS: tl.constexpr = values.shape[4]
-    EIGHT: tl.constexpr = values.shape[1]
-    values = tl.reshape(values, (4, EIGHT, WARPS, BLOCKS, EIGHTS, 2, 2, 2, 2))
-    if LEFT:
-        if ORDER == 0:
-            values = tl.permute(values, (3, 2, 4, 1, 5, 6, 7, 0, 8))
-        elif ORDER == 1:
-            values = tl.permute(values, (3, 2, 4, 1, 5, 6, 0, 7, 8))
-        else:
-            values = tl.permute(values, (3, 2, 4, 1, 6, 7, 0, 5, 8))
-        values = tl.reshape(values, (BLOCKS * WARPS, EIGHTS * EIGHT, 64))
-    else:
-        if ORDER == 0:
-            values = tl.permute(values, (3, 2, 5, 6, 7, 0, 8, 4, 1))
-        elif ORDER == 1:
-            values = tl.permute(values, (3, 2, 5, 6, 0, 7, 8, 4, 1))
-        else:
-            values = tl.permute(values, (3, 2, 6, 7, 0, 5, 8, 4, 1))
-        values = tl.reshape(values, (BLOCKS * WARPS, 64, EIGHTS * EIGHT))
-    return values
-
-
-@triton.jit
-def weight_at(
-    weight_ptr, w_row, block, quarter, half, value, there, COLUMNS: tl.constexpr, KIND: tl.constexpr
+def x_at(
+    x_ptr, x_row, x_stride, unit, quarter, four, there, COLUMNS: tl.constexpr, PAIRS: tl.constexpr,
+    LAST_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """W as it is stored: values, or words of eight levels with a last dimension of one."""
-    if KIND == 2:
-        # Triton sees through this, not through a division or another condition for each word, that two are neighbours.
-        inside = (block * 64 < COLUMNS) & there
-        word = block * 8 + quarter * 2 + half
-        weight = tl.load(weight_ptr + w_row * (COLUMNS // 8) + word, inside, other=0)
+    """Rows of ``x``, or PAIRS of numbers of 16 bits in an int32, as which they are chosen between at once."""
+    inside = ((unit * 128 + quarter * 32 + four * 8) < COLUMNS) & there
+    if PAIRS:
+        place = unit * 64 + quarter * 16 + four * 4 + along(4, 6, LAST_FIRST)
+        pointer = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        x = tl.load(pointer + x_row * (x_stride // 2) + place, inside, other=0)
     else:
-        place = block * 64 + quarter * 16 + half * 8
+        place = unit * 128 + quarter * 32 + four * 8 + along(8, 6, LAST_FIRST)
+        x = tl.load(x_ptr + x_row * x_stride + place, inside, other=0.0)
+    return x
+
+
+@triton.jit
+def numbers(pairs, dtype: tl.constexpr):
+    """The numbers that `x_at` has read in pairs; (..., 8)."""
+    shape: tl.constexpr = pairs.shape
+    both = tl.join((pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16)).to(dtype, bitcast=True)
+    return tl.reshape(both, (shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], 8))
+
+
+@triton.jit
+def weight_at(weight_ptr, w_row, unit, quarter, four, value, there, COLUMNS: tl.constexpr, KIND: tl.constexpr):
+    """W as it is stored: values, or words of eight levels with a last dimension of one."""
+    place = unit * 128 + quarter * 32
+    if KIND == 2:
+        # Triton sees through this, not through a division or another condition for each word, that four are neighbours.
+        word = unit * 16 + quarter * 4 + four
+        weight = tl.load(weight_ptr + w_row * (COLUMNS // 8) + word, (place < COLUMNS) & there, other=0)
+    else:
+        place += four * 8
         weight = tl.load(weight_ptr + w_row * COLUMNS + (place + value), (place < COLUMNS) & there, other=0)
     return weight
 
 
 @triton.jit
-def scale_at(
-    w_row, block, there, scales_ptr, nested_ptr, offsets_ptr, codes_ptr, ALL: tl.constexpr, NESTED: tl.constexpr
-):  # fmt: skip
-    """Scales of these blocks of 64, float32; `quant.nf4` says what they are made of."""
-    inside = (block < ALL) & there
-    # Neighbours go to other warps: what lies side by side must not decide about lanes.
-    index = tl.max_contiguous(w_row * ALL + block, [1, 1, 1, 1, 1, 1, 1])
-    scale = tl.load(scales_ptr + index, inside, other=0)
-    if NESTED:
-        nested = tl.load(nested_ptr + index // 256, inside, other=0.0)
-        offset = tl.load(offsets_ptr + index // 256, inside, other=0.0)
-        scale = tl.load(codes_ptr + scale.to(tl.int32)) * nested + offset
-    return scale
+def scale_at(scales_ptr, w_row, block, there, outputs, COLUMNS: tl.constexpr):
+    """Scales of these blocks of 64, float32."""
+    # W's neighbouring rows go to other lanes: what lies side by side must not decide about lanes.
+    index = tl.max_contiguous(block * outputs + w_row.to(tl.int32), [1, 1, 1, 1, 1, 1, 1])
+    return tl.load(scales_ptr + index, (block * 64 < COLUMNS) & there, other=0.0)
 
 
 @triton.jit
@@ -170,7 +203,49 @@ def levels_of(words, levels_ptr, own, dtype: tl.constexpr, SHUFFLE: tl.constexpr
     else:
         number = along(8, 6, False)
         levels = tl.load(levels_ptr + ((words >> (number // 2 * 8 + 4 - number % 2 * 4)) & 15)).to(dtype)
-    return tl.reshape(
-        levels,
-        (words.shape[0], words.shape[1], words.shape[2], words.shape[3], words.shape[4], words.shape[5], 8),
-    )
+    shape: tl.constexpr = words.shape
+    return tl.reshape(levels, (shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], 8))
+
+
+@triton.jit
+def sums_of(weight, x, scales, ORDER: tl.constexpr, DOTS: tl.constexpr, PAIRS: tl.constexpr, N: tl.constexpr):
+    """What one turn adds to the sums: (WARPS, ROWS, N), or without tensor cores (4, 8, WARPS, ROWS / 8).
+
+    ``scales`` have two of the sixth dimension where both halves of the columns are for every lane.
+    """
+    WARPS: tl.constexpr = weight.shape[2]
+    UNITS: tl.constexpr = weight.shape[3]
+    ROWS: tl.constexpr = weight.shape[4] * 8
+    if not DOTS:
+        sums = tl.sum(tl.sum(weight.to(tl.float32) * x.to(tl.float32), 6), 5)
+        if isinstance(scales, tl.tensor):
+            sums *= tl.reshape(scales, (4, 8, WARPS, UNITS, ROWS // 8))
+        sums = tl.sum(sums, 3)
+    elif not PAIRS:
+        part = tl.dot(operand(weight, True, ORDER), operand(x, False, ORDER), input_precision="ieee")
+        sums = tl.sum(tl.reshape(part, (UNITS, WARPS, ROWS, N)), 0)
+    elif scales.shape[5] == 1:
+        part = tl.dot(operand(weight, True, ORDER), operand(numbers(x, weight.dtype), False, ORDER))
+        part *= over_sums(tl.reshape(scales, (4, 8, WARPS, UNITS, ROWS // 8)), N)
+        sums = tl.sum(tl.reshape(part, (UNITS, WARPS, ROWS, N)), 0)
+    else:
+        first, second = tl.split(tl.reshape(scales, (4, 8, WARPS, UNITS, ROWS // 8, 2)))
+        dtype: tl.constexpr = weight.dtype
+        weight = operand(weight, True, ORDER)
+        in_first = along(4, 0, False) < 2
+        part = tl.dot(weight, operand(numbers(tl.where(in_first, x, 0), dtype), False, ORDER)) * over_sums(first, N)
+        part += tl.dot(weight, operand(numbers(tl.where(in_first, 0, x), dtype), False, ORDER)) * over_sums(second, N)
+        sums = tl.sum(tl.reshape(part, (UNITS, WARPS, ROWS, N)), 0)
+    return sums
+
+
+@triton.jit
+def rows_of(sums, DOTS: tl.constexpr, M: tl.constexpr):
+    """The sums of all warps and quarters: (ROWS, M)."""
+    if DOTS:
+        y = tl.sum(sums, 0)
+        y = tl.sum(tl.reshape(y, (y.shape[0], y.shape[1] // M, M)), 1)
+    else:
+        y = tl.permute(tl.sum(tl.sum(sums, 2), 0), (1, 0))
+        y = tl.reshape(y, (y.shape[0] * 8, 1))
+    return y
