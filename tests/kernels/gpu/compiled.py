@@ -30,7 +30,7 @@ from jebi.kernels.gpu import (
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory that one block may have, by compute capability (CUDA programming guide, technical specifications)."""
 
-BARRIERS = {8: 13, 16: 21}
+BARRIERS = {4: 8, 8: 8, 16: 21}
 """Of a product of so many rows; ten more where its operands are exchanged between threads."""
 
 LONG, FLOAT, SCALAR = "i64", "*fp32", "fp32"

@@ -1,7 +1,8 @@
 """``x W^T`` for up to 16 rows of ``x`` on tensor cores, W read once as it is stored and decoded in registers.
 
 What bounds few rows is not memory alone: an H200 has time for about eight instructions a 4-bit weight before memory
-would wait, and this takes three and a half. How is `gpu.few_rows_operands`'s.
+would wait. This takes three and a half, of which the shuffles and the cache lines of each request take the longest.
+How is `gpu.few_rows_operands`'s.
 
 Shapes: M rows of ``x``, N rows and K columns of W, R ranks. A program has ROWS rows of W; its WARPS share the columns,
 each taking UNITS of 128 at a time.
@@ -77,9 +78,10 @@ class Tile:
 
 def tile_of(stored: Stored, tokens: int) -> Tile:
     """How a product is cut, by its shape."""
-    if stored.shape[0] > 8192:
-        return Tile(16 if tokens <= 8 else 32, 4, 1)
-    return Tile(16, 8, 2 if tokens <= 8 else 1)
+    warps = 4 if stored.shape[0] > 8192 else 8
+    if tokens <= 8:
+        return Tile(16, warps, 2)
+    return Tile(32 if max(stored.shape) > 8192 else 16, warps, 1)
 
 
 def product(
@@ -207,13 +209,12 @@ def activated(y, scale, dtype, M: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: 
 
 @triton.jit(do_not_specialize=["tokens", "rank"])
 def _product(
-    x_ptr, weight_ptr, scales_ptr, levels_ptr,
-    bias_ptr, left_ptr, right_ptr, residual_ptr, out_ptr,
+    x_ptr, weight_ptr, scales_ptr, levels_ptr, bias_ptr, left_ptr, right_ptr, residual_ptr, out_ptr,
     left_stride, right_stride, residual_stride, out_stride, rank, scale, x_stride, tokens, outputs,
     COLUMNS: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
-    RESIDUAL: tl.constexpr, SHUFFLE: tl.constexpr, OVERLAP: tl.constexpr,
-    LAST_FIRST: tl.constexpr, ORDER: tl.constexpr, DOTS: tl.constexpr,
-    M: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, UNITS: tl.constexpr,
+    RESIDUAL: tl.constexpr, SHUFFLE: tl.constexpr, OVERLAP: tl.constexpr, LAST_FIRST: tl.constexpr,
+    ORDER: tl.constexpr, DOTS: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+    UNITS: tl.constexpr,
 ):  # fmt: skip
     EACH: tl.constexpr = (COLUMNS + 128 * WARPS * UNITS - 1) // (128 * WARPS * UNITS) * UNITS
     WIDTH: tl.constexpr = ROWS // 2 if ACTIVATION >= 0 else ROWS
