@@ -113,7 +113,7 @@ def product(
 def padded(tokens: int, kind: int) -> int:
     """Rows of ``x`` for tensor cores: eight columns of sums at least, of which quantised weights take two a row."""
     least = 8 if kind == DENSE else 4
-    return max(least, triton.next_power_of_2(tokens))
+    return max(least, int(triton.next_power_of_2(tokens)))
 
 
 def by_dots(x_MK: Tensor) -> bool:
@@ -253,8 +253,7 @@ def _product(
     if OVERLAP:
         await_inputs()
     # What comes after the product is read first, or it would be waited for.
-    if RANK > 0:
-        # For at least eight rows of x, which tensor cores want.
+    if RANK > 0:  # For at least eight rows of x, which tensor cores want.
         tall = tl.program_id(1) + tl.arange(0, 8 if M == 4 else M)
         right, left = adapter(left_ptr, right_ptr, left_stride, right_stride, tall, tokens, found, 0, rank, RANK)
     if RESIDUAL:
