@@ -4,12 +4,13 @@ The heads are `models.hf`'s and `models.reward`'s. Adapter files are written by 
 ``adapter``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -106,6 +107,30 @@ class JebiPreTrainedModel(PreTrainedModel):
         if mode:
             self.drop_kept()
         super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Where the model is moved. To another dtype it is not cast, and to its own there is nothing to cast.
+
+        `to`, `half`, `float` and the like all come here. They would round weights, and trained float32 masters with
+        them, and change nothing of what the layers compute in, which is settled when they are made.
+
+        Raises:
+            ModelError: another dtype than the model's is asked for.
+        """
+        own = self.model.embed_tokens.dtype
+        asked = fn(torch.empty(0, dtype=own)).dtype
+        if asked != own:
+            raise ModelError(
+                f"a model in {own} is not cast to {asked}: load it in what it is to compute in, with dtype= "
+                "torch.float32, torch.bfloat16 or torch.float16 in from_pretrained."
+            )
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        super()._apply(moved, recurse)
         return self
 
     def drop_kept(self) -> None:
