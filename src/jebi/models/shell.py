@@ -19,7 +19,7 @@ from jebi.errors import ModelError
 from jebi.models.decoder import Decoder
 from jebi.models.files import ModelFiles
 from jebi.models.vocabulary import resize
-from jebi.models.writing import write_base, write_checkpoint
+from jebi.models.writing import SHARD_SIZE, write_base, write_checkpoint
 from jebi.nn.linear import Linear
 from jebi.nn.sharding import Codes
 from jebi.nn.trained_copy import originals_in_place
@@ -209,16 +209,19 @@ class JebiPreTrainedModel(PreTrainedModel):
         save_directory: str | PathLike[str],
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
-        *_: Any,
         push_to_hub: bool = False,
+        max_shard_size: int | str = SHARD_SIZE,
+        *_: Any,
         **__: Any,
     ) -> None:
         """Write the adapter in PEFT's format, or the whole model in Hugging Face's where there is no adapter.
 
-        The whole model is written in its compute dtype; ``state_dict``, where given, as it is.
+        The whole model is written in its compute dtype, ``state_dict``, where given, as it is, in files of at most
+        ``max_shard_size``: bytes, or a text such as "2GB". An adapter is one file.
 
         Raises:
             ModelError: ``push_to_hub`` was asked for.
+            ConfigError: ``max_shard_size`` is no size.
         """
         if push_to_hub:
             raise ModelError("save_pretrained writes to a folder: drop push_to_hub=True and call push_to_hub(name).")
@@ -229,7 +232,7 @@ class JebiPreTrainedModel(PreTrainedModel):
         if self.adapter is not None:
             self.adapter.save(self, folder)
         else:
-            write_checkpoint(self, folder, state_dict)
+            write_checkpoint(self, folder, state_dict, max_shard_size)
 
     def save_base(self, folder: str | PathLike[str]) -> None:
         """Write the model without its adapter, as `writing.write_base` does."""
