@@ -2,12 +2,11 @@
 
     python benchmarks/decode.py --path CHECKPOINT --peers FOLDER --against unsloth,hf [--kernels] [--profile]
 
-FOLDER is as in `vs_peers.py`: ``peers.py`` makes the checkpoint, and ``site`` goes in front of the rivals' module path.
-Greedy, behind an adapter of rank 16 on all seven projections, which jebi draws and the rivals read. A rival makes fewer
-tokens (``--rival-new``), so that all are done within nine minutes on an H200; a contender is stopped after ``--limit``
-seconds, and what it has printed by then counts. ``--kernels`` adds what each product reads a second beside a copy,
-``--profile`` where a step's time goes (`decode_step.py`). Prints one table and writes one JSON file. Without a card
-``--device cpu --against ""`` runs jebi alone, to see that the script works.
+FOLDER is what `rivals.py` says. Greedy, behind an adapter of rank 16 on all seven projections, which jebi draws and the
+rivals read. A rival makes fewer tokens (``--rival-new``), so that all are done within nine minutes on an H200; a
+contender is stopped after ``--limit`` seconds, and what it has printed by then counts. ``--kernels`` adds what each
+product reads a second beside a copy, ``--profile`` where a step's time goes (`decode_step.py`). Prints one table and
+writes one JSON file. Without a card ``--device cpu --against ""`` runs jebi alone, to see that the script works.
 """
 
 import argparse
@@ -22,6 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import rivals
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 COMPARED = 16
@@ -228,9 +229,7 @@ def results_of(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]
     command += ["--new", str(arguments.new if name == "jebi" else arguments.rival_new)]
     command += ["--turns", str(arguments.turns if name == "jebi" else 2)]
     command += [f"--{flag.replace('_', '-')}" for flag in ("kernels", "profile", "no_overlap") if vars(arguments)[flag]]
-    environment, site = dict(os.environ), Path(arguments.peers) / "site"
-    if name != "jebi" and site.is_dir():
-        environment["PYTHONPATH"] = f"{site}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+    environment = dict(os.environ) if name == "jebi" else rivals.environment(Path(arguments.peers))
     environment |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=arguments.limit)
@@ -294,9 +293,7 @@ def main() -> None:
     if arguments.run:
         run(arguments)
         return
-    if not Path(arguments.path).is_dir():
-        make = [sys.executable, str(Path(arguments.peers) / "peers.py"), "make", "--path", arguments.path]
-        subprocess.run([*make, "--tok", str(Path(arguments.peers) / "tok")], check=True, capture_output=True)
+    rivals.make_checkpoint(Path(arguments.path), Path(arguments.peers))
     results: list[dict[str, Any]] = []
     for name in ["jebi", *(name for name in arguments.against.split(",") if name)]:
         results += results_of(name, arguments)

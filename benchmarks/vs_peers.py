@@ -2,9 +2,8 @@
 
     python benchmarks/vs_peers.py --peers FOLDER --workloads chat,full --against unsloth,hf
 
-FOLDER holds ``peers.py``, which makes the checkpoint and runs a rival, and ``tok``, the tokenizer that lies beside it;
-a ``site`` folder in it goes in front of the rivals' module path. Prints one table and writes one JSON file. Where loss
-curves disagree no speed is printed.
+FOLDER is what `rivals.py` says. Prints one table and writes one JSON file. Where loss curves disagree no speed is
+printed.
 """
 
 import argparse
@@ -19,6 +18,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import rivals
 
 STEPS = {"chat": 12, "full": 8, "long": 3, "longest": 3}
 SEQUENCE = {"chat": 2048, "full": 2048, "long": 65536, "longest": 131072}
@@ -151,9 +152,8 @@ def measure(contender: Contender, arguments: argparse.Namespace) -> dict[str, An
         command += ["--compute", contender.compute]
     else:
         batch, accumulation = batches(contender.workload)
-        site = Path(arguments.peers) / "site"
-        environment["PYTHONPATH"] = f"{site}{os.pathsep}{environment.get('PYTHONPATH', '')}"
-        command = [sys.executable, str(Path(arguments.peers) / "peers.py"), "train", "--path", arguments.path]
+        environment = rivals.environment(Path(arguments.peers))
+        command = [*rivals.script(Path(arguments.peers)), "train", "--path", arguments.path]
         command += ["--impl", contender.name, "--data", "chat" if contender.workload == "chat" else "full"]
         command += ["--steps", str(steps), "--quant", contender.quant, "--seq", str(SEQUENCE[contender.workload])]
         command += ["--bs", str(batch), "--accum", str(accumulation)]
@@ -217,13 +217,11 @@ def main() -> None:
     if arguments.jebi:
         run_jebi(arguments)
         return
-    if not Path(arguments.path).is_dir():
-        make = [sys.executable, str(Path(arguments.peers) / "peers.py"), "make", "--path", arguments.path]
-        subprocess.run([*make, "--tok", str(Path(arguments.peers) / "tok")], check=True, capture_output=True)
+    rivals.make_checkpoint(Path(arguments.path), Path(arguments.peers))
     results = []
     for workload in arguments.workloads.split(","):
-        rivals = [(name, "") for name in arguments.against.split(",") if name]
-        for name, compute in [*rivals, *(("jebi", compute) for compute in arguments.compute.split(","))]:
+        others = [(name, "") for name in arguments.against.split(",") if name]
+        for name, compute in [*others, *(("jebi", compute) for compute in arguments.compute.split(","))]:
             settings = arguments.quant, arguments.checkpointing, arguments.limit_gib, compute
             results.append(measure(Contender(name, workload, *settings), arguments))
             print(json.dumps(results[-1]), file=sys.stderr, flush=True)

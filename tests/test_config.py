@@ -19,6 +19,7 @@ from jebi.config import (
     run_from_dict,
     settings,
 )
+from jebi.config.train_section import names, require_names
 from jebi.errors import ConfigError
 
 RUN = """
@@ -300,3 +301,22 @@ def test_an_adapter_and_all_weights_exclude_each_other() -> None:
     assert run_from_dict(document).model.full_finetuning
     with pytest.raises(ConfigError, match=r"model.full_finetuning trains .* drop it or section 'lora'"):
         run_from_dict(document | {"lora": {"r": 32}})
+
+
+def test_the_names_of_section_train_are_read_off_without_an_import() -> None:
+    """As `jebi plan` knows them, and as `jebi train` does."""
+    from jebi.training.arguments import SFTConfig
+
+    assert names() == {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("learning_rat", r"setting 'train.learning_rat' is unknown. Did you mean 'train.learning_rate'\?"),
+        ("long", r"train.long: set data.long instead"),
+    ],
+)
+def test_names_of_section_train_that_mean_nothing_there_are_refused(name: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        require_names({name: 1}, names())

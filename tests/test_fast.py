@@ -2,7 +2,9 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -299,3 +301,23 @@ def test_an_adapter_says_that_it_was_trained_with_another_rope(
 def test_saving_does_not_pretend_to_push(tiny_llama, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="drop push_to_hub=True"):
         load(tiny_llama("worded"))[0].save_pretrained(tmp_path, push_to_hub=True)
+
+
+@pytest.mark.parametrize("bits", [{"load_in_4bit": False}, {}, {"load_in_8bit": True}])
+def test_a_loaded_model_is_not_cast(tiny_llama, bits: dict[str, bool]) -> None:
+    """Casts would round the weights and leave what is computed in as it was."""
+    model, _ = load(tiny_llama("worded"), dtype=torch.bfloat16, **bits)
+    FastLanguageModel.get_peft_model(model, r=4)
+    before = {name: tensor.clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    casts: list[Callable[[], Any]] = [model.half, model.float, model.double, lambda: model.to(torch.float16)]
+    casts += [lambda: model.to("cpu", dtype=torch.float32), lambda: model.type(torch.float16)]
+    for cast in casts:
+        with pytest.raises(ModelError, match=r"in torch.bfloat16 is not cast to torch\..*with dtype= .* in from_pre"):
+            cast()
+    for same in (model.bfloat16(), model.to(torch.bfloat16), model.to("cpu"), model.to("cpu", torch.bfloat16)):
+        assert same is model
+    after = dict([*model.named_parameters(), *model.named_buffers()])
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}, "adapters stay masters"
+    reward = FastLanguageModel.reward_model_of(model)
+    assert reward.to(torch.bfloat16).score.weight.dtype == torch.float32

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 from transformers.trainer_utils import get_last_checkpoint
 
 from jebi.adapters.peft_config import CONFIG_FILE, base_of, names_base
-from jebi.config import DataConfig, RunConfig, check_type, reject_unknown
+from jebi.config import DataConfig, RunConfig, check_type
+from jebi.config.train_section import require_names
 from jebi.data import loading, templates
 from jebi.data.conversation import question
 from jebi.data.formatters import load_formatter
@@ -128,17 +129,6 @@ def token_rows(
     return TokenRows(train, apart, [part for _, part in rows], template, all_drawn)
 
 
-_ELSEWHERE = {
-    "packing": "data.packing",
-    "long": "data.long",
-    "overlap": "data.overlap",
-    "allow": "data.allow",
-    "dataset_text_field": "data.text_field",
-    "max_seq_length": "model.max_seq_length",
-}
-"""Fields of `SFTConfig` that a config file sets in another section."""
-
-
 def arguments(config: RunConfig, evaluates: bool = False) -> SFTConfig:
     """The trainer's settings: the section's over those that suit a command.
 
@@ -149,13 +139,10 @@ def arguments(config: RunConfig, evaluates: bool = False) -> SFTConfig:
     Raises:
         ConfigError: a setting is unknown, has the wrong type, or contradicts another.
     """
-    for name, place in _ELSEWHERE.items():
-        if name in config.train:
-            raise ConfigError(f"train.{name}: set {place} instead.")
+    require_names(config.train, {field.name for field in fields(SFTConfig) if field.init})
     if not evaluates and config.train.get("eval_strategy", "no") not in ("no", False):
         raise ConfigError("train.eval_strategy needs held-out rows: set data.heldout or data.heldout_share.")
     hints = typing.get_type_hints(SFTConfig)
-    reject_unknown(config.train, {field.name for field in fields(SFTConfig) if field.init}, "train.")
     for name, value in config.train.items():
         check_type(hints[name], value, f"train.{name}")
     settings: dict[str, Any] = {"output_dir": "outputs", "report_to": [], "logging_steps": 1, "save_strategy": "no"}

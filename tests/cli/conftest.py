@@ -8,9 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import pytest
 
 from jebi.cli import main
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_bars() -> None:
+    """The progress bar of rows that are made tokens is on stderr too, where the tests read messages."""
+    datasets.disable_progress_bars()
 
 
 @dataclass

@@ -1,8 +1,11 @@
 """``jebi inspect``: rows as tokens, lengths, steps and findings, from a tokenizer and a config alone."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,14 @@ def test_it_shows_rows_lengths_steps_and_that_nothing_is_wrong(jebi: Run, config
     assert "none: 3 rows checked." in done.out
     assert max(len(line) for line in done.out.splitlines()) <= 80
     assert "\x1b" not in done.out, "no colours where nobody sees them"
+
+
+def test_in_a_fresh_process_libraries_say_nothing_beside(config: Path) -> None:
+    """Some speak while they are imported, which another test may have made them do before."""
+    command = [sys.executable, "-m", "jebi", "inspect", str(config)]
+    quiet = os.environ | {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=config.parent, env=quiet)
+    assert done.stderr == ""
 
 
 def test_no_weights_are_read(jebi: Run, config: Path, tiny_model: Path, tmp_path: Path) -> None:

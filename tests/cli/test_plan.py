@@ -112,6 +112,15 @@ def test_several_cards_are_planned_for_together() -> None:
         (["smollm2", "--gpu", "t4", "--memory", "much"], "--memory 'much' is no size"),
         (["smollm2", "--memory", "0.5"], "--memory '0.5' is of a card: name it with --gpu"),
         (["smollm2", "--gpu", "t4", "--set", "train.max_steps=abc"], "train.max_steps"),
+        (
+            ["smollm2", "--gpu", "t4", "--set", "train.max_step=3"],
+            "'train.max_step' is unknown. Did you mean 'train.max_steps'",
+        ),
+        (
+            ["--config", "examples/demo.yaml", "--set", "train.warmup=3"],
+            "setting 'train.warmup' is unknown. Did you mean",
+        ),
+        (["--config", "examples/demo.yaml", "--set", "train.packing=true"], "train.packing: set data.packing instead"),
         (["smollm2", "--gpu", "t4", "--set", "train.per_device_train_batch_size=0"], "must be at least 1, not 0"),
         (["smollm2", "--gpu", "t4", "--set", "model.compute=fp8"], "'fp8' is not for t4"),
         (["smollm2", "--gpu", "t4", "--rows", "none.jsonl"], "--rows 'none.jsonl' cannot be read"),

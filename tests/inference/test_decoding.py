@@ -4,6 +4,8 @@ Every field of `GenerationConfig` is in one of two tables: those the engine serv
 transformers' loop (or to another of its modes). The tokens are compared either way.
 """
 
+import copy
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +26,7 @@ from transformers import (
 from jebi.adapters.lora import attach
 from jebi.adapters.peft_files import adapter_tensors
 from jebi.config import LoraConfig
+from jebi.errors import ModelError
 from jebi.fast import FastLanguageModel
 from jebi.inference.decoding import Decoding, why_not
 from jebi.inference.engine import Engine
@@ -408,6 +411,27 @@ def test_training_undoes_it(fresh: JebiForCausalLM) -> None:
     FastLanguageModel.for_training(fresh)
     assert fresh.decoding is None
     assert all(layer.answering is None for layer in fresh.model.decoder_layers())
+
+
+def test_a_copy_is_made_before_it_or_after_it_is_undone(fresh: JebiForCausalLM) -> None:
+    attach(fresh, LoraConfig(r=4))
+    FastLanguageModel.for_inference(fresh)
+    copies: list[Callable[..., Any]] = [copy.deepcopy, pickle.dumps, FastLanguageModel.reference_of]
+    for made in copies:
+        with pytest.raises(
+            ModelError, match=r"not copied or pickled: call FastLanguageModel.for_training\(model\) first"
+        ):
+            made(fresh)
+    twin = copy.deepcopy(FastLanguageModel.for_training(fresh))
+    with torch.no_grad():
+        for tensor in adapter_tensors(fresh).values():
+            tensor.add_(0.5)
+    answers = []
+    for model in (twin, fresh):
+        FastLanguageModel.for_inference(model)
+        answers.append(model(IDS).logits)
+        assert torch.equal(model.generate(IDS, max_new_tokens=1)[:, -1], answers[-1][:, -1].argmax(-1))
+    assert not torch.equal(*answers), "each has an adapter of its own"
 
 
 def test_four_bits_are_dequantised_once_for_both_ways(fresh: JebiForCausalLM) -> None:

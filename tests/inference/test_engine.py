@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from jebi.inference import engine as engine_module
 from jebi.inference.engine import Engine
 from jebi.inference.kv_cache import STEP
 from jebi.models.hf import JebiForCausalLM
@@ -92,3 +93,23 @@ def test_warming_up_leaves_nothing_behind_on_a_cpu(tiny_llama: Callable[[str], P
     engine.warm_up(model, 64)
     assert engine.warm_up_seconds > 0
     assert not engine._batches
+
+
+@torch.no_grad()
+def test_an_answer_of_nan_is_not_in_the_next_one(tiny_llama: Callable[[str], Path], load, monkeypatch) -> None:
+    """Where buffers are kept, as on a card; slots that a shorter row hides still meet a probability of zero."""
+    model, rows = load(tiny_llama("tied")).eval(), [ids(9), ids(4)]
+    model.model.stack(keep=True, answering=True)
+    engine, weight = Engine(), model.model.layers[0].self_attn.v_proj.weight
+    whole = weight.clone()
+    weight.fill_(torch.nan)
+    assert engine.prefill(model, padded([ids(20)] * 2), [20, 20], 24).isnan().all()
+    with monkeypatch.context() as kept:
+        kept.setattr(engine_module, "captures", lambda _: True)
+        kept.setattr(engine_module, "_share_of", lambda _: 2**40)
+        engine.release(model)
+    assert engine._batches
+    weight.copy_(whole)
+    assert_last_logits(model, engine.prefill(model, padded(rows), [9, 4], 16), rows)
+    rows = [torch.cat((row, row[:1])) for row in rows]
+    assert_last_logits(model, engine.step(model, padded(rows)), rows)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from jebi.errors import ModelError
+from jebi.errors import ConfigError, ModelError
 from jebi.models import writing
 
 IDS = torch.randint(3, 300, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -17,13 +17,9 @@ IDS = torch.randint(3, 300, (2, 30), generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
 @pytest.mark.parametrize("variant", ["tied", "untied", "biased", "llama3"])
 @torch.no_grad()
-def test_round_trip(
-    tiny_llama, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, sharded: bool
-) -> None:
-    if sharded:
-        monkeypatch.setattr(writing, "_SHARD_SIZE", "200KB")
+def test_round_trip(tiny_llama, load, tmp_path: Path, variant: str, sharded: bool) -> None:
     model = load(tiny_llama(variant))
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size="200KB" if sharded else "5GB")
     names = {path.name for path in tmp_path.iterdir()}
     assert ("model.safetensors.index.json" in names) == sharded
     assert sum(name.endswith(".safetensors") for name in names) == (1 if not sharded else len(names) - 3)
@@ -45,10 +41,9 @@ def test_shards_of_transformers_are_read(tiny_llama, load, tmp_path: Path) -> No
     assert torch.equal(load(tmp_path)(IDS).logits, load(tiny_llama("untied"))(IDS).logits)
 
 
-def test_an_index_names_every_tensor_once(tiny_llama, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "_SHARD_SIZE", "200KB")
+def test_an_index_names_every_tensor_once(tiny_llama, load, tmp_path: Path) -> None:
     model = load(tiny_llama("tied"))
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size=200_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == dict(model.named_parameters()).keys()
     assert "lm_head.weight" not in index["weight_map"]
@@ -64,12 +59,10 @@ def test_bfloat16_stays_bfloat16(tiny_llama, load, tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", ["even", "even untied"])
 @torch.no_grad()
 def test_a_4_bit_model_is_written_as_bitsandbytes_writes_it(
-    tiny_llama, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, sharded: bool
+    tiny_llama, load, tmp_path: Path, variant: str, sharded: bool
 ) -> None:
-    if sharded:
-        monkeypatch.setattr(writing, "_SHARD_SIZE", "30KB")
     model = load(tiny_llama(variant), load_in_4bit=True)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size="30KB" if sharded else "5GB")
     assert not hasattr(model.config, "quantization_config")
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu", output_loading_info=True)
     assert not any(report.values()), report
@@ -107,9 +100,8 @@ def test_weights_that_cannot_be_written_leave_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writing, "save_file", fail)
-    monkeypatch.setattr(writing, "_SHARD_SIZE", "200KB")
     with pytest.raises(OSError, match="No space left"):
-        load(tiny_llama()).save_pretrained(tmp_path)
+        load(tiny_llama()).save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(calls) == at
     assert list(tmp_path.iterdir()) == []
 
@@ -127,16 +119,19 @@ def test_a_failed_write_leaves_the_earlier_checkpoint(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_another_division_into_files_replaces_the_earlier_one(
-    tiny_llama, load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_division_into_files_replaces_the_earlier_one(tiny_llama, load, tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"someone else's")
     for size, files in (("5GB", 1), ("200KB", 3), ("150KB", 4), ("5GB", 1)):
-        monkeypatch.setattr(writing, "_SHARD_SIZE", size)
         # Read from where it is written to: the weights are mapped files, which must outlive their names.
         source = tmp_path if (tmp_path / "config.json").exists() else tiny_llama()
-        load(source).save_pretrained(tmp_path)
+        load(source).save_pretrained(tmp_path, max_shard_size=size)
         assert len(list(tmp_path.glob("model*.safetensors"))) == files
         assert (tmp_path / "model.safetensors.index.json").exists() == (files > 1)
     assert (tmp_path / "adapter_model.safetensors").exists()
     assert torch.equal(load(tmp_path)(IDS).logits, load(tiny_llama())(IDS).logits)
+
+
+def test_what_is_no_size_is_refused_and_nothing_written(tiny_llama, load, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_shard_size 'large' is no size: give bytes, or a text such as '2GB'"):
+        load(tiny_llama()).save_pretrained(tmp_path, max_shard_size="large")
+    assert list(tmp_path.iterdir()) == []

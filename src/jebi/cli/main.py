@@ -38,6 +38,8 @@ def run() -> None:
     # Notices of libraries that a newcomer can do nothing about; jebi's own stay.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # bitsandbytes, which transformers imports by way of peft, advises to install a package with yet another kernel.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # Of several processes the first one speaks; of errors all do, by number.
     level = logging.WARNING if launched.rank() == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)

@@ -96,12 +96,16 @@ def _run(config: Path | None, settings: list[str] | None) -> RunConfig:
     """The run of a file, or the tutorial's."""
     from jebi.config import run_from_dict
     from jebi.config.reading import apply_settings
+    from jebi.config.train_section import names, require_names
 
     if config is not None:
-        return read_run(config, settings)
-    tutorial = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 60}
-    sections = {"data": {"train": "none"}, "train": tutorial | {"optim": "adamw_8bit"}}
-    return run_from_dict(apply_settings(sections, settings or []))
+        run = read_run(config, settings)
+    else:
+        tutorial = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 60}
+        sections = {"data": {"train": "none"}, "train": tutorial | {"optim": "adamw_8bit"}}
+        run = run_from_dict(apply_settings(sections, settings or []))
+    require_names(run.train, names())
+    return run
 
 
 def _settings(run: RunConfig, job: "Job") -> str:

@@ -22,6 +22,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from jebi.inference.engine import Engine
 from jebi.models.cache import GrowingCache
 from jebi.models.hf import JebiForCausalLM
+from jebi.nn.host_copy import HostCopy
 
 _PREPARED = frozenset(
     ("attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "inputs_embeds", "tokenizer")
@@ -74,7 +75,8 @@ class Decoding:
         ids_BN = input_ids.new_empty(batch, config.max_length)
         ids_BN[:, :prompt] = input_ids
         going_B = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-        told = _Told(batch, input_ids.device)
+        # What the host is told of each token, in one small copy: the tokens, and which rows go on.
+        told = HostCopy((2, batch), torch.long, input_ids.device)
         lengths = [prompt] * batch if mask_BS is None else (mask_BS != 0).sum(1).tolist()
         so_far = input_ids
         pad = config._pad_token_tensor
@@ -90,40 +92,20 @@ class Decoding:
                 ids_BN[:, last] = token_B
                 so_far = ids_BN[:, : last + 1].contiguous()
                 going_B &= ~criteria(so_far, None)
-                told.send(token_B, going_B)
+                told.send(torch.stack((token_B, going_B.long())))
                 goes_on = last + 1 < config.max_length
                 if goes_on and on_card:
                     logits_BV = self.engine.step(model, so_far)
-                token_B, any_going = told.read()
+                token_B, goes_B = told.read()
                 if streamer is not None:
                     streamer.put(token_B)
-                if not any_going:
+                if not goes_B.any():
                     break
                 if goes_on and not on_card:
                     logits_BV = self.engine.step(model, so_far)
             if streamer is not None:
                 streamer.end()
             return so_far
-
-
-class _Told:
-    """What the host is told of each token, in one small copy: the tokens, and which rows go on."""
-
-    def __init__(self, batch: int, device: torch.device):
-        self._host_2B = torch.empty(2, batch, dtype=torch.long, pin_memory=device.type == "cuda")
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
-
-    def send(self, token_B: Tensor, going_B: Tensor) -> None:
-        """Start the copy."""
-        self._host_2B.copy_(torch.stack((token_B, going_B.long())), non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
-
-    def read(self) -> tuple[Tensor, bool]:
-        """The tokens (B,) on the host, and whether any row goes on; waits for the copy alone."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._host_2B[0].clone(), bool(self._host_2B[1].any())
 
 
 def _taken(scores_BV: Tensor, do_sample: bool) -> Tensor:

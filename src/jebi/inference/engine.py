@@ -128,6 +128,8 @@ class Engine:
         if not captures(model) or batch.cache.nbytes > _share_of(model.device):
             self._batches = {rows: kept for rows, kept in self._batches.items() if kept is not batch}
             return
+        # Behind the answer, where nobody waits for it.
+        batch.cache.clear()
         # The oldest goes first; this one is the last.
         while sum(kept.cache.nbytes for kept in self._batches.values()) > _share_of(model.device):
             del self._batches[next(iter(self._batches))]

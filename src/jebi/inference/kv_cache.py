@@ -55,6 +55,11 @@ class StaticCache:
         self.keys_NBGLd, self.values_NBGLd = (self._grown(x, slots_for(tokens)) for x in self._both())
         return True
 
+    def clear(self) -> None:
+        """Leave nothing of an answer behind: a NaN in it, hidden or not, would be in all that come after."""
+        for buffer_NBGLd in self._both():
+            buffer_NBGLd.zero_()
+
     def write(self, layer: int, places: tuple[Tensor, Tensor] | None, k_TGd: Tensor, v_TGd: Tensor) -> None:
         """Put a layer's keys and values of many tokens where these belong.
 

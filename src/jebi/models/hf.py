@@ -205,6 +205,19 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
         super().train(mode)
         return self
 
+    def __getstate__(self) -> Any:
+        """What copies and pickles are made of; torch's own in training and as loaded.
+
+        Raises:
+            ModelError: the model was made ready to answer, with buffers and captured steps that belong to it alone.
+        """
+        if self.decoding is not None:
+            raise ModelError(
+                "a model that was made ready to answer is not copied or pickled: call FastLanguageModel.for_training("
+                "model) first, and for_inference afterwards; or write it with save_pretrained."
+            )
+        return super().__getstate__()
+
     def _sample(
         self,
         input_ids: Any,

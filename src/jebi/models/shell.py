@@ -4,12 +4,13 @@ The heads are `models.hf`'s and `models.reward`'s. Adapter files are written by 
 ``adapter``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -18,7 +19,7 @@ from jebi.errors import ModelError
 from jebi.models.decoder import Decoder
 from jebi.models.files import ModelFiles
 from jebi.models.vocabulary import resize
-from jebi.models.writing import write_base, write_checkpoint
+from jebi.models.writing import SHARD_SIZE, write_base, write_checkpoint
 from jebi.nn.linear import Linear
 from jebi.nn.sharding import Codes
 from jebi.nn.trained_copy import originals_in_place
@@ -108,6 +109,30 @@ class JebiPreTrainedModel(PreTrainedModel):
         super().train(mode)
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Where the model is moved. To another dtype it is not cast, and to its own there is nothing to cast.
+
+        `to`, `half`, `float` and the like all come here. They would round weights, and trained float32 masters with
+        them, and change nothing of what the layers compute in, which is settled when they are made.
+
+        Raises:
+            ModelError: another dtype than the model's is asked for.
+        """
+        own = self.model.embed_tokens.dtype
+        asked = fn(torch.empty(0, dtype=own)).dtype
+        if asked != own:
+            raise ModelError(
+                f"a model in {own} is not cast to {asked}: load it in what it is to compute in, with dtype= "
+                "torch.float32, torch.bfloat16 or torch.float16 in from_pretrained."
+            )
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        super()._apply(moved, recurse)
+        return self
+
     def drop_kept(self) -> None:
         """Drop the copies that were kept for decoding."""
         for _, linear in self.linears():
@@ -184,16 +209,19 @@ class JebiPreTrainedModel(PreTrainedModel):
         save_directory: str | PathLike[str],
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
-        *_: Any,
         push_to_hub: bool = False,
+        max_shard_size: int | str = SHARD_SIZE,
+        *_: Any,
         **__: Any,
     ) -> None:
         """Write the adapter in PEFT's format, or the whole model in Hugging Face's where there is no adapter.
 
-        The whole model is written in its compute dtype; ``state_dict``, where given, as it is.
+        The whole model is written in its compute dtype, ``state_dict``, where given, as it is, in files of at most
+        ``max_shard_size``: bytes, or a text such as "2GB". An adapter is one file.
 
         Raises:
             ModelError: ``push_to_hub`` was asked for.
+            ConfigError: ``max_shard_size`` is no size.
         """
         if push_to_hub:
             raise ModelError("save_pretrained writes to a folder: drop push_to_hub=True and call push_to_hub(name).")
@@ -204,7 +232,7 @@ class JebiPreTrainedModel(PreTrainedModel):
         if self.adapter is not None:
             self.adapter.save(self, folder)
         else:
-            write_checkpoint(self, folder, state_dict)
+            write_checkpoint(self, folder, state_dict, max_shard_size)
 
     def save_base(self, folder: str | PathLike[str]) -> None:
         """Write the model without its adapter, as `writing.write_base` does."""

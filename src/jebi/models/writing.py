@@ -13,7 +13,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from jebi.errors import ModelError
+from jebi.errors import ConfigError, ModelError
 from jebi.nn.host_weight import HostWeight
 from jebi.nn.linear import Linear
 from jebi.nn.trained_copy import originals_in_place
@@ -23,18 +23,26 @@ from jebi.quant.nf4 import NF4Weight, to_bitsandbytes
 if TYPE_CHECKING:
     from jebi.models.shell import JebiPreTrainedModel
 
-_SHARD_SIZE = "5GB"
+SHARD_SIZE = "5GB"
+"""Largest file that is written, unless another size is asked for; a tensor is never divided."""
+
 _HEAD = "lm_head.weight"
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
-def write_checkpoint(model: "JebiPreTrainedModel", folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+def write_checkpoint(
+    model: "JebiPreTrainedModel",
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
+    shard_size: int | str = SHARD_SIZE,
+) -> None:
     """Write config, generation config and weights into ``folder``.
 
-    The weights are the model's in its compute dtype, or those given, as they are.
+    The weights are the model's in its compute dtype, or those given, as they are. ``shard_size``: see `write_weights`.
 
     Raises:
+        ConfigError: ``shard_size`` is no size.
         ModelError: the model's weights are held in 8 bits, or this process has a part of them alone.
     """
     if model.model.sharded:
@@ -54,7 +62,7 @@ def write_checkpoint(model: "JebiPreTrainedModel", folder: Path, weights: dict[s
         if isinstance(linear.weight, NF4Weight):
             packed[name] = linear.weight
             tensors |= to_bitsandbytes(linear.weight, f"{name}.weight")
-    write_weights(tensors, folder)
+    write_weights(tensors, folder, shard_size)
     config = model.config
     if packed:
         config = copy.deepcopy(config)
@@ -88,12 +96,23 @@ def write_base(model: "JebiPreTrainedModel", folder: Path) -> None:
     write_checkpoint(model, folder, held)
 
 
-def write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
+def write_weights(tensors: dict[str, Tensor], folder: Path, shard_size: int | str = SHARD_SIZE) -> None:
     """Write ``tensors`` as safetensors, with an index where they take several files; all of them or none.
 
     Weight files that an earlier, differently divided checkpoint left in ``folder`` are removed: readers would mix them.
+
+    Args:
+        tensors: by name.
+        folder: is there.
+        shard_size: largest file, in bytes or as a text such as "2GB"; a larger tensor has a file of its own.
+
+    Raises:
+        ConfigError: ``shard_size`` is no size.
     """
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=_SHARD_SIZE)
+    try:
+        plan = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_size)
+    except ValueError as error:
+        raise ConfigError(f"max_shard_size '{shard_size}' is no size: give bytes, or a text such as '2GB'.") from error
     partials = {file: folder / f"{file}.partial" for file in plan.filename_to_tensors}
     try:
         for file, names in plan.filename_to_tensors.items():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from jebi.config.limits import TRAVELLING
 from jebi.errors import ConfigError, RankError
+from jebi.nn.host_copy import HostCopy
 from jebi.training.flat import FlatGradients
 
 _LOSS, _STOP = range(-TRAVELLING, 0)
@@ -40,7 +41,7 @@ class Reduction:
         self.gradients = FlatGradients(trained, TRAVELLING, values)
         # A number set by its index would be copied from the host, which waits for all passes: 16 ms a step on an H200.
         self._loss, self._stop = self.gradients.whole_T[_LOSS], self.gradients.whole_T[_STOP]
-        self._asked: list[_Told] = []
+        self._asked: list[HostCopy] = []
         with torch.no_grad(), explained():
             for parameter in trained:
                 dist.broadcast(parameter.data, src=0)
@@ -58,7 +59,8 @@ class Reduction:
         with explained():
             dist.all_reduce(whole_T)
         whole_T /= dist.get_world_size()
-        self._asked.append(_Told(self._stop))
+        self._asked.append(HostCopy((), self._stop.dtype, self._stop.device))
+        self._asked[-1].send(self._stop)
         return self._loss.clone()
 
     def stopping(self) -> bool:
@@ -69,24 +71,8 @@ class Reduction:
         late = 1 if self.gradients.whole_T.is_cuda else 0
         stops = False
         while len(self._asked) > late:
-            stops |= self._asked.pop(0).stop()
+            stops |= self._asked.pop(0).read().item() > 0
         return stops
-
-
-class _Told:
-    """A number on its way to the host."""
-
-    def __init__(self, value: Tensor):
-        self._copied = torch.cuda.Event() if value.is_cuda else None
-        self._value = torch.empty((), dtype=value.dtype, pin_memory=value.is_cuda)
-        self._value.copy_(value, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
-
-    def stop(self) -> bool:
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._value.item() > 0
 
 
 @contextmanager
