@@ -1,8 +1,8 @@
 """The decoding engine on a CUDA card: ``python -m tests.inference.decoding_on_card``.
 
-Captured steps against uncaptured ones and transformers' loop, tokens of rows alone and together, adapters switched
-between replays, caches that outgrow their buffers, and that nothing is captured twice. Random float32 weights, so that
-rounding does not choose the tokens; then bfloat16, dense, over 8 bits and over 4: there the logits of given tokens are
+Captured prompts and steps against uncaptured ones and transformers' loop, tokens of rows alone and together, adapters
+switched between replays, caches that outgrow their buffers, and that nothing is captured twice. Random float32 weights,
+so that rounding does not choose the tokens; then bfloat16, dense, over 8 bits and over 4: there the logits of given tokens are
 at most twice as far from float32's as the plain step's are, and where greedy tokens of rows alone and together, or of
 the two steps, part, they do so at a tie.
 """
@@ -11,6 +11,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +148,41 @@ def check_threads(model: JebiForCausalLM) -> None:
     assert all(torch.equal(*pair) for pair in zip(got, expected * 2, strict=True))
 
 
+def check_prompts(model: JebiForCausalLM) -> None:
+    """Padded and captured against flat: logits and cache, with the adapter and without it, in a cache that has moved.
+
+    Float32 products added in another order, over three layers: a token that sees padding is off in the first digits.
+    """
+    assert model.decoding is not None
+    bar = 1e-4
+    captured, flat = model.decoding.engine, Engine()
+    for rows, most, on in product((slice(1), slice(4)), (300, 3000), (True, False)):
+        ids, mask = (x[rows] for x in prompts())
+        lengths = mask.sum(1).tolist()
+        with torch.no_grad(), nullcontext() if on else model.disable_adapter():
+            expected = flat.prefill(model, ids, lengths, most)
+            for _ in range(3):
+                got = captured.prefill(model, ids, lengths, most)
+                assert (got - expected).abs().max() <= bar * expected.abs().max()
+            ours, theirs = captured._batch, flat._batch
+            assert ours is not None
+            assert theirs is not None
+            assert ("prompts", 256, captured._over) in ours.graphs
+            assert not theirs.graphs
+            assert ours.lengths_B.tolist() == lengths
+            for mine, exact in zip(ours.cache._both(), theirs.cache._both(), strict=True):
+                for row, length in enumerate(lengths):
+                    off = (mine[:, row, :, :length] - exact[:, row, :, :length]).abs().max()
+                    assert off <= bar * exact.abs().max()
+            captured.release(model)
+            flat.release(model)
+
+
 def check_captures(model: JebiForCausalLM) -> None:
-    """One row is captured by `prepare`, for every length up to the model's; nothing is captured after it."""
+    """One row is captured by `prepare`, for every length up to the model's; nothing is captured after it.
+
+    So are its prompts, of one token up to more than are captured.
+    """
     count = 0
     capture = Engine._capture
 
@@ -159,8 +193,9 @@ def check_captures(model: JebiForCausalLM) -> None:
 
     Engine._capture = counted  # type: ignore[method-assign]
     ids, _ = prompts()
-    for length in (5, 250):
-        answer(model, ids[:1, :length], torch.ones_like(ids[:1, :length]), max_new_tokens=100)
+    long = ids.flatten()[None]
+    for length in (1, 5, 128, 129, 250, 400, 900):
+        answer(model, long[:, :length], torch.ones_like(long[:, :length]), max_new_tokens=100)
     assert count == 0, f"{count} captures after the warm-up"
     with torch.inference_mode():
         answer(model, ids[:1, :5], torch.ones_like(ids[:1, :5]))
@@ -244,7 +279,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint(Path(folder))
         model = made(Path(folder), torch.float32, "dense")
-        for check in (check_captures, check_tokens, check_alone, check_switching, check_growth, check_threads):
+        checks = check_captures, check_prompts, check_tokens, check_alone, check_switching, check_growth, check_threads
+        for check in checks:
             check(model)
             print(f"{check.__name__}: passed")
         del model

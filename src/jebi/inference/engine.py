@@ -1,27 +1,28 @@
-"""The decoding engine: prompts in one pass of flat rows, then a token a row at a time over a static cache.
+"""The decoding engine: prompts in one pass (`prefill`), then a token a row at a time over a static cache.
 
 On a card a step is captured as a CUDA graph, one for each number of rows and step of the cache's size, and replayed.
-Where a step depends on numbers of the host (RoPE that follows a row's length, a head in host memory) it runs
-uncaptured, as on a CPU. It knows token ids and logits alone; which token is taken is `decoding`'s.
+So are short prompts, padded to one of a few sizes, of the numbers of rows that were asked for beforehand. Where a step
+depends on numbers of the host (RoPE that follows a row's length, a head in host memory) all runs uncaptured, as on a
+CPU. It knows token ids and logits alone; which token is taken is `decoding`'s.
 
 Shapes: B rows, S tokens of a left-padded row, T tokens of all rows, V vocabulary.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jebi.inference.kv_cache import STEP, StaticCache, slots_for
+from jebi.inference.prefill import PaddedPrompts, flat_prompts, pads, sizes
 from jebi.models.hf import JebiForCausalLM
-from jebi.nn.attention import varlen_serves
 from jebi.nn.few_rows_step import few_rows_step
 from jebi.nn.host_weight import HostWeight
 from jebi.nn.layer_step import LayerStep, Now
-from jebi.nn.rows import rows_from_lengths
 
 WARM_TOKENS = 8192
 """Longest row for which steps are captured beforehand."""
@@ -43,9 +44,13 @@ class _Batch:
     lengths: list[int] = field(default_factory=list)
     """The same on the host."""
     graphs: dict[Any, tuple[Any, Tensor]] = field(default_factory=dict)
-    """Captured steps and their logits, by slots looked at and what else they were captured over."""
+    """What is captured and its logits: steps by slots looked at, prompts by size, and what else they are over."""
     pool: Any = None
     """The memory that the graphs share."""
+    lasts: bool = False
+    """Whether it is to be kept behind the answer, so that graphs of what an answer does once are worth it."""
+    padded: dict[int, PaddedPrompts] = field(default_factory=dict)
+    """What prompts are padded into, by size."""
 
     def reserve(self, tokens: int) -> None:
         """Make room; graphs over buffers that had to move are gone."""
@@ -65,11 +70,13 @@ class Engine:
         self._batch: _Batch | None = None
         self._over: tuple[int, ...] = ()
         self._warm: set[Any] = set()
+        self._rows: set[int] = set()
+        """Numbers of rows whose prompts are captured."""
         self.warm_up_seconds = 0.0
         """What `warm_up` took."""
 
     def prefill(self, model: JebiForCausalLM, ids_BS: Tensor, lengths: list[int], most: int) -> Tensor:
-        """Begin with prompts; logits (B, V) of the token after each.
+        """Begin with prompts; logits (B, V) of the token after each, which the next step writes over.
 
         Args:
             model: made ready to answer.
@@ -77,31 +84,17 @@ class Engine:
             lengths: tokens of each row without padding.
             most: tokens of the longest row when all is answered.
         """
-        device = model.device
-        batch = self._batch = self._batch_of(model, len(lengths), max(lengths), most)
-        with torch.inference_mode(False):
-            for group in model.model.answering_groups():
-                group.refresh()
-        self._over = _addresses(model) if captures(model) else ()
-        rows = rows_from_lengths(lengths, device)
-        if varlen_serves(device, model.dtype):
-            # One kernel for rows alone and together, and for every length: cuDNN would plan each anew.
-            rows = replace(rows, cu=rows.cu_seqlens())
-        counts_B = torch.tensor(lengths, device=device)
-        places = None
-        if len(set(lengths)) > 1:
-            row_T = torch.arange(len(lengths), device=device).repeat_interleave(counts_B, output_size=sum(lengths))
-            places = row_T, rows.positions_U
-        flat_T = torch.cat([row[-length:] for row, length in zip(ids_BS, lengths)])
-        out_BD = model.model.forward_prompts(
-            model.model.embed_tokens(flat_T),
-            rows,
-            lambda layer, k, v: batch.cache.write(layer, places, k, v),
-            counts_B.cumsum(0) - 1,
-        )
-        batch.lengths_B.copy_(counts_B)
-        batch.lengths = [*lengths]
-        return model.logits_of(out_BD)
+        batch = self._begin(model, lengths, most)
+        size = self._size(model, batch, max(lengths))
+        if size is None:
+            return flat_prompts(model, batch.cache, ids_BS, lengths)
+        if size not in batch.padded:
+            with torch.inference_mode(False):  # as in `_batch_of`
+                batch.padded[size] = PaddedPrompts(model, len(lengths), size)
+        padded = batch.padded[size]
+        padded.fill(ids_BS, lengths)
+        run = partial(padded.forward, model, batch.cache, batch.lengths_B)
+        return self._replay(batch, ("prompts", size), run)
 
     def step(self, model: JebiForCausalLM, ids_BS: Tensor) -> Tensor:
         """Logits (B, V) of the token after ``ids_BS``, all tokens so far; the next step writes over them."""
@@ -114,7 +107,7 @@ class Engine:
         batch.ids_B.copy_(ids_BS[:, -1])
         batch.reserve(longest)
         if captures(model):
-            logits_BV = self._replay(model, batch, min(slots_for(longest), batch.cache.slots))
+            logits_BV = self._stepped(model, batch, min(slots_for(longest), batch.cache.slots))
         else:
             logits_BV = self._forward(model, batch, longest, even=min(longer) == longest)
         batch.lengths = longer
@@ -136,24 +129,50 @@ class Engine:
 
     @torch.no_grad()
     def warm_up(self, model: JebiForCausalLM, tokens: int, rows: Sequence[int] = (1,)) -> None:
-        """Compile what prompts of these numbers of rows need, and capture their steps up to so many tokens a row."""
+        """Compile what prompts of these numbers of rows need, and capture them and their steps.
+
+        Steps are captured up to so many tokens a row, and short prompts that leave room for an answer in these.
+        """
         began = time.perf_counter()
-        tokens = min(tokens, WARM_TOKENS)
+        tokens = max(2, min(tokens, WARM_TOKENS))
+        self._rows.update(rows)
         for count in rows:
-            ids_BS = torch.zeros(count, 2, dtype=torch.long, device=model.device)
-            self.prefill(model, ids_BS, [2] * count, tokens)
-            batch = self._batch
-            assert batch is not None
+            ids_BS = torch.zeros(count, tokens, dtype=torch.long, device=model.device)
+            batch = self._begin(model, [2] * count, tokens)
+            flat_prompts(model, batch.cache, ids_BS, batch.lengths)
+            for size in sizes(count):
+                longest = min(size, tokens - 1)
+                if self._size(model, batch, longest) == size:
+                    for _ in range(2):  # uncaptured at first
+                        self.prefill(model, ids_BS, [longest] * count, tokens)
             reach = STEP
             while captures(model) and reach <= batch.cache.slots:
-                for _ in range(2):  # uncaptured at first
+                for _ in range(2):
                     batch.lengths_B.fill_(2)
-                    self._replay(model, batch, reach)
+                    self._stepped(model, batch, reach)
                 reach *= 2
             self.release(model)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         self.warm_up_seconds += time.perf_counter() - began
+
+    def _begin(self, model: JebiForCausalLM, lengths: list[int], most: int) -> _Batch:
+        """The buffers of an answer to prompts of so many tokens, and the adapters as they are now."""
+        batch = self._batch = self._batch_of(model, len(lengths), max(lengths), most)
+        with torch.inference_mode(False):
+            for group in model.model.answering_groups():
+                group.refresh()
+        self._over = _addresses(model) if captures(model) else ()
+        batch.lengths_B.copy_(torch.tensor(lengths))
+        batch.lengths = [*lengths]
+        return batch
+
+    def _size(self, model: JebiForCausalLM, batch: _Batch, longest: int) -> int | None:
+        """What prompts are padded to for a captured pass; None where they go as they are."""
+        rows = len(batch.lengths)
+        if not batch.lasts or rows not in self._rows or not pads(model):
+            return None
+        return next((size for size in sizes(rows) if size >= longest), None)
 
     def _batch_of(self, model: JebiForCausalLM, rows: int, longest: int, most: int) -> _Batch:
         """The buffers of so many rows, with room for these and, where steps are captured, for what is to come."""
@@ -167,7 +186,8 @@ class Engine:
             self._batches[rows] = batch
             while len(self._batches) > _KEPT:
                 del self._batches[next(iter(self._batches))]
-            if captures(model) and batch.cache.bytes_for(slots_for(most)) <= _share_of(model.device):
+            batch.lasts = captures(model) and batch.cache.bytes_for(slots_for(most)) <= _share_of(model.device)
+            if batch.lasts:
                 batch.reserve(most)
             batch.reserve(longest + 1)
         return batch
@@ -182,26 +202,31 @@ class Engine:
         batch.lengths_B += 1
         return logits_BV
 
-    def _replay(self, model: JebiForCausalLM, batch: _Batch, reach: int) -> Tensor:
-        if (reach, self._over) not in batch.graphs:
+    def _stepped(self, model: JebiForCausalLM, batch: _Batch, reach: int) -> Tensor:
+        return self._replay(batch, ("step", reach), partial(self._forward, model, batch, reach))
+
+    def _replay(self, batch: _Batch, shape: tuple[str, int], run: Callable[[], Tensor]) -> Tensor:
+        """The logits of ``run``: captured when it comes for the second time over what it is over, then replayed."""
+        key = *shape, self._over
+        if key not in batch.graphs:
             # Kernels are compiled and libraries set up at their first use, which must not be captured.
-            first = len(batch.lengths), reach, self._over
+            first = len(batch.lengths), key
             if first not in self._warm:
                 self._warm.add(first)
-                return self._forward(model, batch, reach)
-            self._capture(model, batch, reach)
-        graph, logits_BV = batch.graphs[reach, self._over]
+                return run()
+            self._capture(batch, key, run)
+        graph, logits_BV = batch.graphs[key]
         graph.replay()
         return logits_BV
 
-    def _capture(self, model: JebiForCausalLM, batch: _Batch, reach: int) -> None:
+    def _capture(self, batch: _Batch, key: Any, run: Callable[[], Tensor]) -> None:
         if batch.pool is None:
             batch.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Whatever other threads do on the card meanwhile is not of this capture.
         with torch.cuda.graph(graph, pool=batch.pool, capture_error_mode="thread_local"):
-            logits_BV = self._forward(model, batch, reach)
-        batch.graphs[reach, self._over] = graph, logits_BV
+            logits_BV = run()
+        batch.graphs[key] = graph, logits_BV
 
 
 def captures(model: JebiForCausalLM) -> bool:
