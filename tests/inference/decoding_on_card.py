@@ -2,9 +2,9 @@
 
 Captured prompts and steps against uncaptured ones and transformers' loop, tokens of rows alone and together, adapters
 switched between replays, caches that outgrow their buffers, and that nothing is captured twice. Random float32 weights,
-so that rounding does not choose the tokens; then bfloat16, dense, over 8 bits and over 4: there the logits of given tokens are
-at most twice as far from float32's as the plain step's are, and where greedy tokens of rows alone and together, or of
-the two steps, part, they do so at a tie.
+so that rounding does not choose the tokens; then bfloat16, dense, over 8 bits and over 4: there the logits of given
+tokens are at most twice as far from float32's as the plain step's are, and where greedy tokens of rows alone and
+together, or of the two steps, part, they do so at a tie.
 """
 
 import tempfile
