@@ -237,7 +237,7 @@ class FastLanguageModel:
         Args:
             model: with an adapter or without.
             rows: for a card: how many prompts will be answered at once. What these numbers need is compiled and
-                captured now; other numbers work too, and are captured when they come.
+                captured now; other numbers work too, and their steps are captured when they come.
         """
         return prepare(model, rows)
 
