@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from few_rows import nbytes
+from few_rows import microseconds, nbytes
 from jebi.inference.generation import generate
 from jebi.kernels import few_rows
 from jebi.kernels.low_rank import LowRank
@@ -32,11 +32,11 @@ def bandwidths(model: JebiForCausalLM, rows: list[int]) -> list[dict[str, Any]]:
     for count in rows:
         for number, name in enumerate(NAMES):
             groups = [layer.few_rows[number] for layer in layers if layer.few_rows is not None]
-            took = _microseconds([_product(group, count, name) for group in groups])
+            took = microseconds([_product(group, count, name) for group in groups])
             lines.append(_line(name, count, took, statistics.mean(nbytes(group.weight) for group in groups), copied))
         x = torch.randn(count, model.lm_head.in_features, dtype=model.dtype, device=model.device)
         if isinstance(head, Tensor):
-            took = _microseconds([lambda x=x: model.logits_of(x)] * 8)
+            took = microseconds([lambda x=x: model.logits_of(x)] * 8)
             lines.append(_line("head", count, took, head.nbytes, copied))
     return lines
 
@@ -58,25 +58,6 @@ def _line(name: str, rows: int, took: float, size: float, copied: float) -> dict
     speed = size / took / 1e3
     figures = {"us": round(took, 2), "gb_s": round(speed), "of_copy": round(speed / copied, 3)}
     return {"product": name, "rows": rows, **figures, "copy_gb_s": round(copied)}
-
-
-def _microseconds(calls: list[Callable[[], object]]) -> float:
-    """Median time of one of these within a captured round of all."""
-    calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(6):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3 / len(calls))
-    return statistics.median(times[1:])
 
 
 def profiled(model: JebiForCausalLM, ids: Tensor) -> list[str]:

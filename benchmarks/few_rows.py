@@ -11,7 +11,8 @@ import argparse
 import json
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,24 +62,22 @@ def tiles(rows: int) -> Iterator[gpu.Tile]:
                     yield gpu.Tile(height, warps, units)
 
 
-def microseconds(run: Callable[[int], None], copies: int) -> float:
-    """Median time of one call within a captured round over all copies."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        run(0)
+def microseconds(calls: Sequence[Callable[[], object]]) -> float:
+    """Median time of one of these within a captured round of all."""
+    calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        for number in range(copies):
-            run(number)
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
     times = []
-    for _ in range(4):
+    for _ in range(6):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         stop.record()
         stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3 / copies)
+        times.append(start.elapsed_time(stop) * 1e3 / len(calls))
     return statistics.median(times[1:])
 
 
@@ -111,7 +110,7 @@ class Shape:
         off = (out - self.expected).float().norm() / self.expected.float().norm()
         if not off < 0.02:  # bfloat16 rounds by 2**-9, and plain torch rounds the weight too
             raise RuntimeError(f"off by {off:.3f}")
-        return microseconds(run, len(self.weights))
+        return microseconds([partial(run, number) for number in range(len(self.weights))])
 
 
 def measured(name: str, kind: str, rows: int, bandwidth: float) -> dict[str, object]:

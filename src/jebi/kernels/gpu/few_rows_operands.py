@@ -49,8 +49,8 @@ def canonical(values, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
-def operand(values, LEFT: tl.constexpr, ORDER: tl.constexpr):
-    """What lanes have read, as an operand: (UNITS * WARPS, rows, 128), or on the right (UNITS * WARPS, 128, rows).
+def operand(values, ORDER: tl.constexpr):
+    """What lanes have read, as a left operand: (UNITS * WARPS, rows, 128). Of ``x`` its transpose is the right one.
 
     A lane of the tensor cores has two neighbouring columns, or four where Triton thinks of packed numbers.
     """
@@ -58,23 +58,19 @@ def operand(values, LEFT: tl.constexpr, ORDER: tl.constexpr):
     UNITS: tl.constexpr = values.shape[3]
     ROWS: tl.constexpr = values.shape[4] * 8
     values = tl.reshape(values, (4, 8, WARPS, UNITS, ROWS // 8, 2, 2, 2, 2, 2))
-    if LEFT:
-        if ORDER == 0:
-            values = tl.permute(values, (3, 2, 4, 1, 5, 6, 7, 8, 0, 9))
-        elif ORDER == 1:
-            values = tl.permute(values, (3, 2, 4, 1, 5, 6, 7, 0, 8, 9))
-        else:
-            values = tl.permute(values, (3, 2, 4, 1, 5, 7, 8, 0, 6, 9))
-        values = tl.reshape(values, (UNITS * WARPS, ROWS, 128))
+    if ORDER == 0:
+        values = tl.permute(values, (3, 2, 4, 1, 5, 6, 7, 8, 0, 9))
+    elif ORDER == 1:
+        values = tl.permute(values, (3, 2, 4, 1, 5, 6, 7, 0, 8, 9))
     else:
-        if ORDER == 0:
-            values = tl.permute(values, (3, 2, 5, 6, 7, 8, 0, 9, 4, 1))
-        elif ORDER == 1:
-            values = tl.permute(values, (3, 2, 5, 6, 7, 0, 8, 9, 4, 1))
-        else:
-            values = tl.permute(values, (3, 2, 5, 7, 8, 0, 6, 9, 4, 1))
-        values = tl.reshape(values, (UNITS * WARPS, 128, ROWS))
-    return values
+        values = tl.permute(values, (3, 2, 4, 1, 5, 7, 8, 0, 6, 9))
+    return tl.reshape(values, (UNITS * WARPS, ROWS, 128))
+
+
+@triton.jit
+def multiplied(weight, x, ORDER: tl.constexpr):
+    """The product (UNITS * WARPS, ROWS, N) of two that lanes have read."""
+    return tl.dot(operand(weight, ORDER), tl.permute(operand(x, ORDER), (0, 2, 1)), input_precision="ieee")
 
 
 @triton.jit
@@ -221,20 +217,17 @@ def sums_of(weight, x, scales, ORDER: tl.constexpr, DOTS: tl.constexpr, PAIRS: t
         if isinstance(scales, tl.tensor):
             sums *= tl.reshape(scales, (4, 8, WARPS, UNITS, ROWS // 8))
         sums = tl.sum(sums, 3)
-    elif not PAIRS:
-        part = tl.dot(operand(weight, True, ORDER), operand(x, False, ORDER), input_precision="ieee")
-        sums = tl.sum(tl.reshape(part, (UNITS, WARPS, ROWS, N)), 0)
-    elif scales.shape[5] == 1:
-        part = tl.dot(operand(weight, True, ORDER), operand(numbers(x, weight.dtype), False, ORDER))
-        part *= over_sums(tl.reshape(scales, (4, 8, WARPS, UNITS, ROWS // 8)), N)
-        sums = tl.sum(tl.reshape(part, (UNITS, WARPS, ROWS, N)), 0)
     else:
-        first, second = tl.split(tl.reshape(scales, (4, 8, WARPS, UNITS, ROWS // 8, 2)))
-        dtype: tl.constexpr = weight.dtype
-        weight = operand(weight, True, ORDER)
-        in_first = along(4, 0, False) < 2
-        part = tl.dot(weight, operand(numbers(tl.where(in_first, x, 0), dtype), False, ORDER)) * over_sums(first, N)
-        part += tl.dot(weight, operand(numbers(tl.where(in_first, 0, x), dtype), False, ORDER)) * over_sums(second, N)
+        if not PAIRS:
+            part = multiplied(weight, x, ORDER)
+        elif scales.shape[5] == 1:
+            part = multiplied(weight, numbers(x, weight.dtype), ORDER)
+            part *= over_sums(tl.reshape(scales, (4, 8, WARPS, UNITS, ROWS // 8)), N)
+        else:
+            first, second = tl.split(tl.reshape(scales, (4, 8, WARPS, UNITS, ROWS // 8, 2)))
+            in_first = along(4, 0, False) < 2
+            part = multiplied(weight, numbers(tl.where(in_first, x, 0), weight.dtype), ORDER) * over_sums(first, N)
+            part += multiplied(weight, numbers(tl.where(in_first, 0, x), weight.dtype), ORDER) * over_sums(second, N)
         sums = tl.sum(tl.reshape(part, (UNITS, WARPS, ROWS, N)), 0)
     return sums
 
