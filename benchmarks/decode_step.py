@@ -45,13 +45,13 @@ def _product(group: FewRowsGroup, rows: int, name: str) -> Callable[[], object]:
     weight, casts = group.weight, group.group.casts()
     dtype, device = group.group.dtype, group.group.maps[0].device()
     x = torch.randn(rows, weight.shape[1], dtype=dtype, device=device)
-    thin = None
+    laid, thin = few_rows.normed_and_compressed(x, None, casts and casts[0])[0], None
     if casts is not None:
         left = torch.randn(rows, casts[1].shape[1], dtype=dtype, device=device)
         thin = LowRank(left, casts[1].t())
     residual = torch.randn(rows, weight.shape[0], dtype=dtype, device=device) if name in ("o", "down") else None
     kind: Any = "silu" if name == "gate_up" else None
-    return lambda: few_rows.product(x, weight, None, thin, kind, 1.0, residual)
+    return lambda: few_rows.product(laid, weight, None, thin, kind, 1.0, residual)
 
 
 def _line(name: str, rows: int, took: float, size: float, copied: float) -> dict[str, Any]:

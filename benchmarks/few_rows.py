@@ -13,6 +13,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from jebi.kernels import few_rows
 from jebi.kernels.gpu import few_rows as gpu
+from jebi.kernels.gpu.few_rows_before import normed_and_compressed
 from kernels import copy_bandwidth
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
@@ -55,11 +57,9 @@ def nbytes(weight: few_rows.Weight) -> int:
 
 def tiles(rows: int) -> Iterator[gpu.Tile]:
     """What is worth a try."""
-    for height in (16, 32, 64):
-        for warps in (2, 4, 8, 16):
-            for units in (1, 2):
-                if height * units <= (64 if rows <= 4 else 32):
-                    yield gpu.Tile(height, warps, units)
+    for height, warps, units in product((16, 32, 64), (2, 4, 8, 16), (1, 2)):
+        if height * units <= (64 if rows <= 4 else 32) and height * warps <= 128:
+            yield gpu.Tile(height, warps, units)
 
 
 def microseconds(calls: Sequence[Callable[[], object]]) -> float:
@@ -92,19 +92,20 @@ class Shape:
         self.weights += [random_weight(kind, outputs, inputs) for _ in range(copies - 1)]
         self.stored = [few_rows.as_stored(weight) for weight in self.weights]
         activation = "silu" if name == "gate_up" else None
-        self.x = torch.randn(rows, inputs, dtype=DTYPE, device="cuda")
+        x = torch.randn(rows, inputs, dtype=DTYPE, device="cuda")
+        self.laid, _ = normed_and_compressed(x, None, x[:1])
         left, right = (torch.randn(size, RANKS[name], dtype=DTYPE, device="cuda") * 0.1 for size in (rows, outputs))
         residual = torch.randn(rows, outputs, dtype=DTYPE, device="cuda") if name in ("o", "down") else None
         self.after = gpu.Epilogue(None, left, right, few_rows.ACTIVATIONS.get(activation), 1.0, residual)
         thin = few_rows.LowRank(left, right.t())
-        self.expected = few_rows.product_reference(self.x, self.weights[0], None, thin, activation, 1.0, residual)
+        self.expected = few_rows.product_reference(x, self.weights[0], None, thin, activation, 1.0, residual)
 
     def timed(self, tile: gpu.Tile | None) -> float:
         """Microseconds a call; `RuntimeError` where the result is off or the tile does not fit."""
         out = torch.full_like(self.expected, torch.nan)
 
         def run(number: int, out: Tensor = out) -> None:
-            gpu.product(self.x, self.stored[number], self.after, out, tile)
+            gpu.product(self.laid, self.stored[number], self.after, out, tile)
 
         run(0)
         off = (out - self.expected).float().norm() / self.expected.float().norm()

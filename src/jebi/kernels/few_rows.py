@@ -24,6 +24,7 @@ from jebi.quant.nf4 import NF4Weight
 
 if TYPE_CHECKING:
     from jebi.kernels.gpu.few_rows import Stored
+    from jebi.kernels.gpu.few_rows_before import Laid
 
 MOST = 16
 """Rows of ``x`` that are few."""
@@ -112,7 +113,7 @@ def _parts(whole: Tensor, weights: Sequence[PackedWeight]) -> list[Tensor]:
 
 
 def product(
-    x_MK: Tensor,
+    x: "Tensor | Laid",
     weight: Weight,
     bias_N: Tensor | None = None,
     thin: LowRank | None = None,
@@ -125,7 +126,7 @@ def product(
     On a card sums are float32 and rounded once, but gate and up and the activation where transformers rounds.
 
     Args:
-        x_MK: at most `MOST` rows.
+        x: (M, K), at most `MOST` rows, or what `normed_and_compressed` made of them.
         weight: from `stacked`.
         bias_N: of all maps.
         thin: an adapter's share, (M, R) and (R, N), the latter a transposed contiguous matrix.
@@ -136,16 +137,17 @@ def product(
     Returns:
         (M, N), or with an activation (M, F), in the dtype of ``x``.
     """
-    if not x_MK.is_cuda:
-        return product_reference(x_MK, weight, bias_N, thin, activation, scale, residual)
+    if isinstance(x, Tensor) and not x.is_cuda:
+        return product_reference(x, weight, bias_N, thin, activation, scale, residual)
     from jebi.kernels.gpu import few_rows as gpu
 
     stored = as_stored(weight)
     left, right = (thin.left_TR, thin.right_RF.t()) if thin is not None else (None, None)
     after = gpu.Epilogue(bias_N, left, right, None if activation is None else ACTIVATIONS[activation], scale, residual)
+    tokens, values = (x.shape[0], x) if isinstance(x, Tensor) else (x.tokens, x.values)
     outputs = weight.shape[0] // (1 if activation is None else 2)
-    out = torch.empty(x_MK.shape[0], outputs, dtype=x_MK.dtype, device=x_MK.device)
-    gpu.product(x_MK, stored, after, out)
+    out = torch.empty(tokens, outputs, dtype=values.dtype, device=values.device)
+    gpu.product(x, stored, after, out)
     return out
 
 
@@ -179,8 +181,10 @@ def product_reference(
     return y_MN if residual is None else y_MN + residual
 
 
-def normed_and_compressed(x_MK: Tensor, norm: NormForm | None, down_RK: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What a product needs of its input: the normed rows and ``normed A^T`` (M, R), in one launch.
+def normed_and_compressed(
+    x_MK: Tensor, norm: NormForm | None, down_RK: Tensor | None
+) -> "tuple[Tensor | Laid, Tensor | None]":
+    """What a product needs of its input: the normed rows, on a card laid for it, and ``normed A^T`` (M, R); one launch.
 
     Args:
         x_MK: the rows.

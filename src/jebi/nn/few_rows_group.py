@@ -34,12 +34,12 @@ class FewRowsGroup:
         ``norm`` is what the rows go through first. Adapters are taken as `Stacked.refresh` left them.
         """
         casts = self.group.casts()
-        x_MK, xa_MR = few_rows.normed_and_compressed(x_MK, norm, casts and casts[0])
+        x, xa_MR = few_rows.normed_and_compressed(x_MK, norm, casts and casts[0])
         thin = LowRank(xa_MR, casts[1].t()) if xa_MR is not None and casts is not None else None
         biases = [linear.bias for linear in self.group.maps if linear.bias is not None]
         bias_N = torch.cat([bias.to(x_MK.dtype) for bias in biases]) if len(biases) > 1 else None
         bias_N = biases[0].to(x_MK.dtype) if len(biases) == 1 else bias_N
-        return few_rows.product(x_MK, self.weight, bias_N, thin, activation, scale, residual)
+        return few_rows.product(x, self.weight, bias_N, thin, activation, scale, residual)
 
 
 def laid(group: Stacked) -> FewRowsGroup | None:

@@ -4,6 +4,7 @@ Prints, for each, what it takes of a block's shared memory, and fails where a ca
 """
 
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -30,8 +31,8 @@ from jebi.kernels.gpu import (
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory that one block may have, by compute capability (CUDA programming guide, technical specifications)."""
 
-BARRIERS = {4: 8, 8: 8, 16: 21}
-"""Of a product of so many rows; ten more where its operands are exchanged between threads."""
+STATIC = 49152
+"""Bytes of shared memory that a kernel may have without asking for more, its own tables' included."""
 
 LONG, FLOAT, SCALAR = "i64", "*fp32", "fp32"
 
@@ -125,18 +126,18 @@ def few_rows_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str
         few_rows.NF4: {"weight_ptr": "*i32"},
     }
     for kind, own in stored.items():
-        form = {"KIND": kind, "SHUFFLE": True, "OVERLAP": capability >= 90}
+        form = {"KIND": kind, "TABLE": True, "OVERLAP": capability >= 90}
         shape = few_rows.Stored(kind, *[torch.empty(0)] * 2, None, (28672, 14336))
         for rows in (1, 8, few_rows.MOST):
             tile = few_rows.tile_of(shape, rows)
             dots = capability >= 80
             sizes = {"M": few_rows.padded(rows, kind) if dots else 1}
             sizes |= {"ROWS": tile.rows, "WARPS": tile.warps, "UNITS": tile.units}
-            sizes |= {"DOTS": dots} | few_rows_operands.order(kind)
+            sizes |= {"DOTS": dots, "LAID": max(4, rows)} | few_rows_operands.order(kind)
             found.append((few_rows._product, types | own, after | form | sizes, tile.warps))
     before = dict.fromkeys(("x_ptr", "weight_ptr", "down_ptr", "y_ptr", "xa_ptr"), value) | {"eps": SCALAR}
-    before |= dict.fromkeys(("x_stride", "down_stride", "y_stride", "width", "ranks"), "i32")
-    constants = {"NORM": True, "UNIT_OFFSET": False, "RANKS": few_rows_before._RANKS, "BLOCK": 16384}
+    before |= dict.fromkeys(("x_stride", "down_stride", "width", "ranks"), "i32")
+    constants = {"NORM": True, "UNIT_OFFSET": False, "RANKS": few_rows_before._RANKS, "ROWS": 4, "BLOCK": 16384}
     constants["OVERLAP"] = capability >= 90
     return [*found, (few_rows_before._before, before, constants, 16)]
 
@@ -186,6 +187,16 @@ def aligned(signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
     return {(place,): [["tt.divisibility", 16]] for place, fits in enumerate(found) if fits}
 
 
+def first_loop(ptx: str) -> str:
+    """The first piece of a program that ends with a jump to its beginning and has matrix products."""
+    for match in re.finditer(r"^(\$L\w+):", ptx, re.MULTILINE):
+        end = re.search(rf"bra[.\w]*\s+\{match[1]};", ptx[match.end() :])
+        body = ptx[match.end() : match.end() + end.start()] if end is not None else ""
+        if "mma.sync" in body:
+            return body
+    raise AssertionError("no loop with matrix products")
+
+
 def compile_for(capability: int) -> str:
     """Compile them all for one kind of card; what was found."""
     target, limit, worst = GPUTarget("cuda", capability, 32), SHARED_KIB[capability], 0
@@ -201,9 +212,12 @@ def compile_for(capability: int) -> str:
             worst = max(worst, compiled.metadata.shared)
             taken = f"{kernel.__name__} takes {compiled.metadata.shared} bytes of shared memory on {capability}"
             assert compiled.metadata.shared <= limit * 1024, taken
+            if kernel is few_rows._product:
+                tables = 32768 if constants["KIND"] == few_rows.NF4 else 0
+                assert compiled.metadata.shared + tables <= STATIC, f"{constants}: {taken} beside its table"
             if constants.get("DOTS"):
-                found = compiled.asm["ptx"].count("bar.sync")
-                assert found <= BARRIERS[constants["M"]], f"{constants}: {found} barriers"
+                # Here one for each turn is what a product costs whose operands are exchanged between threads.
+                assert "bar.sync" not in first_loop(compiled.asm["ptx"]), f"{constants}: barriers in the loop"
     count = len(cases("*fp16", capability))
     return f"compute capability {capability / 10}: {count} kernels, at most {worst} bytes shared"
 

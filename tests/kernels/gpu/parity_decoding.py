@@ -1,6 +1,7 @@
 """The kernels of decoding against their references, as parity.py has the others'; called as that is."""
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from parity import DEVICE, Check, drawn, main, nan, wide
@@ -65,11 +66,11 @@ def check_few_rows(dtype: torch.dtype) -> Iterator[Check]:
                     after[3],
                     residual,
                 )
-                for dots in {False, gpu_few_rows.by_dots(x)}:
+                for dots, given in product({False, gpu_few_rows.by_dots(x)}, (x, as_laid(x))):
                     out = wide(tokens, width, dtype)
-                    gpu_few_rows.product(x, stored, epilogue, out, dots=dots)
+                    gpu_few_rows.product(given, stored, epilogue, out, dots=dots)
                     said = f"{rows}x{columns} {tokens} {activation}{' and all' * full}{' by dots' * dots}"
-                    yield f"few rows {name} {said}", out, plain, exact
+                    yield f"few rows {name} {said} {type(given).__name__}", out, plain, exact
 
 
 def exact_product(
@@ -97,7 +98,8 @@ def check_few_rows_before(dtype: torch.dtype) -> Iterator[Check]:
         x, down = drawn(tokens, width, dtype=dtype), drawn(ranks, width, seed=1, dtype=dtype) / width**0.5
         weight = drawn(width, seed=2, dtype=dtype)
         for norm in (None, (weight, 1e-5, False), (weight, 1e-5, True)):
-            y, xa = gpu_few_rows_before.normed_and_compressed(x, norm, down)
+            laid, xa = gpu_few_rows_before.normed_and_compressed(x, norm, down)
+            y = in_order(laid, width)
             plain, plain_xa = few_rows.normed_and_compressed_reference(x, norm, down)
             exact = plain.double() if norm is None else x.double() * (weight.double() + norm[2])
             exact = exact if norm is None else exact / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
@@ -105,6 +107,17 @@ def check_few_rows_before(dtype: torch.dtype) -> Iterator[Check]:
             yield f"{name} normed", y, plain, exact
             # Of the rounded rows, as both have them.
             yield f"{name} A", xa, plain_xa, y.double() @ down.double().t()
+
+
+def in_order(laid: gpu_few_rows_before.Laid, columns: int) -> Tensor:
+    """The rows (M, K) of what is laid."""
+    x = laid.values.unflatten(0, (-1, 4)).unflatten(-1, (4, 8))  # 128 columns, pieces of 8, rows, 32 columns
+    return x.permute(2, 0, 3, 1, 4).flatten(1)[: laid.tokens, :columns]
+
+
+def as_laid(x: Tensor) -> gpu_few_rows_before.Laid:
+    """Rows laid as `normed_and_compressed` leaves them."""
+    return gpu_few_rows_before.normed_and_compressed(x, None, x[:1])[0]
 
 
 def check_cached_attention(dtype: torch.dtype) -> Iterator[Check]:

@@ -16,13 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from jebi.kernels.gpu.dependent import await_inputs, let_next_begin, overlaps
+from jebi.kernels.gpu.few_rows_before import Laid
 from jebi.kernels.gpu.few_rows_operands import (
     along,
     canonical,
     fetch_rows,
     levels_of,
+    loads_before_this,
     order,
-    own_level,
+    pair_table,
     row_of,
     rows_of,
     scale_at,
@@ -77,36 +79,42 @@ class Tile:
 
 
 def tile_of(stored: Stored, tokens: int) -> Tile:
-    """How a product is cut, by its shape."""
-    warps = 4 if stored.shape[0] > 8192 else 8
+    """How a product is cut, by its shape: an H200's best of some tens (docs/log.md)."""
+    outputs, columns = stored.shape
     if tokens <= 8:
-        return Tile(16, warps, 2)
-    return Tile(32 if max(stored.shape) > 8192 else 16, warps, 1)
+        return Tile(16, 4, 2) if outputs > 4096 else Tile(16, 8, 2 if columns > 8192 else 1)
+    return Tile(16, 4, 1 if outputs > 4096 else 2)
 
 
 def product(
-    x_MK: Tensor, stored: Stored, after: Epilogue, out_MN: Tensor, tile: Tile | None = None, dots: bool | None = None
+    x: Tensor | Laid,
+    stored: Stored,
+    after: Epilogue,
+    out_MN: Tensor,
+    tile: Tile | None = None,
+    dots: bool | None = None,
 ) -> None:
     """Write the product into ``out_MN``, (M, N) or with an activation (M, N / 2).
 
     Args:
-        x_MK: at most `MOST` rows, each contiguous and starting at a multiple of 16 bytes.
+        x: at most `MOST` rows, each contiguous and starting at a multiple of 16 bytes; or as they are laid.
         stored: K a multiple of 64 unless it is dense, of 8 then.
         after: residual of the output's shape; matrices contiguous within a row.
         out_MN: may be the residual itself; contiguous within a row.
         tile: other than `tile_of`'s, for measuring.
         dots: other than `by_dots`, for testing.
     """
-    tokens, (outputs, columns) = x_MK.shape[0], stored.shape
+    tokens, (outputs, columns) = out_MN.shape[0], stored.shape
     assert tokens <= MOST
-    tile, dots = tile or tile_of(stored, tokens), by_dots(x_MK) if dots is None else dots
+    values, laid = (x, 0) if isinstance(x, Tensor) else (x.values, x.values.shape[1])
+    tile, dots = tile or tile_of(stored, tokens), by_dots(values) if dots is None else dots
+    table = values.is_cuda and values.dtype != torch.float32
     _product[(triton.cdiv(outputs, tile.rows), 1 if dots else tokens)](
-        x_MK, stored.weight, stored.scales_BN, x_MK if stored.levels is None else stored.levels,
-        *epilogue_arguments(after, x_MK, out_MN), x_MK.stride(0), tokens, outputs,
-        COLUMNS=columns, KIND=stored.kind, **epilogue_constants(after),
-        SHUFFLE=x_MK.is_cuda and x_MK.dtype != torch.float32, **overlap(stored), DOTS=dots, **order(stored.kind),
-        M=padded(tokens, stored.kind) if dots else 1, ROWS=tile.rows, WARPS=tile.warps, UNITS=tile.units,
-        num_warps=tile.warps,
+        values, stored.weight, stored.scales_BN, values if stored.levels is None else stored.levels,
+        *epilogue_arguments(after, values, out_MN), values.stride(0), tokens, outputs,
+        COLUMNS=columns, KIND=stored.kind, **epilogue_constants(after), TABLE=table, **overlap(stored), DOTS=dots,
+        LAID=laid, **order(stored.kind), M=padded(tokens, stored.kind) if dots else 1,
+        ROWS=tile.rows, WARPS=tile.warps, UNITS=tile.units, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -212,9 +220,9 @@ def _product(
     x_ptr, weight_ptr, scales_ptr, levels_ptr, bias_ptr, left_ptr, right_ptr, residual_ptr, out_ptr,
     left_stride, right_stride, residual_stride, out_stride, rank, scale, x_stride, tokens, outputs,
     COLUMNS: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
-    RESIDUAL: tl.constexpr, SHUFFLE: tl.constexpr, OVERLAP: tl.constexpr, LAST_FIRST: tl.constexpr,
-    ORDER: tl.constexpr, DOTS: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    UNITS: tl.constexpr,
+    RESIDUAL: tl.constexpr, TABLE: tl.constexpr, OVERLAP: tl.constexpr, LAST_FIRST: tl.constexpr,
+    ORDER: tl.constexpr, DOTS: tl.constexpr, LAID: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
+    WARPS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     EACH: tl.constexpr = (COLUMNS + 128 * WARPS * UNITS - 1) // (128 * WARPS * UNITS) * UNITS
     WIDTH: tl.constexpr = ROWS // 2 if ACTIVATION >= 0 else ROWS
@@ -240,11 +248,10 @@ def _product(
     else:
         x_row, x_there, block = tl.program_id(1), True, unit * 2 + quarter // 2
     x_there &= x_row < tokens
-    if KIND == 2:
-        # Words and their scales are read a turn ahead, and those of the first turn before the input is there.
-        own = own_level(levels_ptr, dtype, SHUFFLE)
-        weight = weight_at(weight_ptr, w_row, unit, quarter, four, value, True, COLUMNS, KIND)
-        scales = scale_at(scales_ptr, w_row, block, True, outputs, COLUMNS)
+    # W and its scales are read a turn ahead, and those of the first turn before the input is there.
+    weight = weight_at(weight_ptr, w_row, unit, quarter, four, value, True, COLUMNS, KIND)
+    scales = scale_at(scales_ptr, w_row, block, True, outputs, COLUMNS, KIND)
+    lane = pair_table(levels_ptr, dtype, WARPS, TABLE) if KIND == 2 else 0
     token = tl.program_id(1) + tl.arange(0, M)
     found = row_of(row, tl.arange(0, ROWS), outputs, ROWS, ACTIVATION)
     column = row * WIDTH + tl.arange(0, WIDTH)
@@ -261,22 +268,19 @@ def _product(
 
     total = tl.zeros((WARPS, ROWS, N), tl.float32) if DOTS else tl.zeros((4, 8, WARPS, ROWS // 8), tl.float32)
     for start in tl.range(0, EACH, UNITS, num_stages=1):
-        x = x_at(x_ptr, x_row, x_stride, unit + start, quarter, four, x_there, COLUMNS, PAIRS, LAST_FIRST)
+        x = x_at(x_ptr, x_row, x_stride, unit + start, quarter, four, x_there, COLUMNS, PAIRS, LAID, LAST_FIRST)
+        loads_before_this(KIND == 2 and TABLE)
+        more, ahead = start + UNITS < EACH, start + UNITS
+        next_weight = weight_at(weight_ptr, w_row, unit + ahead, quarter, four, value, more, COLUMNS, KIND)
+        next_scales = scale_at(scales_ptr, w_row, block + 2 * ahead, more, outputs, COLUMNS, KIND)
+        loads_before_this(KIND == 2 and TABLE)
         if KIND == 2:
-            more, ahead = start + UNITS < EACH, start + UNITS
-            next_weight = weight_at(weight_ptr, w_row, unit + ahead, quarter, four, value, more, COLUMNS, KIND)
-            next_scales = scale_at(scales_ptr, w_row, block + 2 * ahead, more, outputs, COLUMNS)
-            weight = levels_of(weight, levels_ptr, own, dtype, SHUFFLE)
-        else:
-            weight = weight_at(weight_ptr, w_row, unit + start, quarter, four, value, True, COLUMNS, KIND)
-            if KIND == 1:
-                scales = scale_at(scales_ptr, w_row, block + 2 * start, True, outputs, COLUMNS)
+            weight = levels_of(weight, levels_ptr, lane, dtype, TABLE)
         total += sums_of(
             canonical(weight.to(dtype), LAST_FIRST), canonical(x, LAST_FIRST),
             canonical(scales, LAST_FIRST) if KIND > 0 else 0, ORDER, DOTS, PAIRS, N,
         )  # fmt: skip
-        if KIND == 2:
-            weight, scales = next_weight, next_scales
+        weight, scales = next_weight, next_scales
 
     y = rows_of(total, DOTS, M)
     if BIAS:

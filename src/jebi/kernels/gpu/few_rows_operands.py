@@ -3,8 +3,8 @@
 Nothing may be exchanged between threads on the way there: that costs more than all the rest. A matrix product takes any
 order of its columns, if ``x`` has the same. So each lane multiplies the 32 neighbouring values that it has read of 128
 columns, where the tensor cores expect columns that lie apart; and tensors have their dimensions in the order in which
-Triton deals them to lanes, warps and registers, so that what is read lies as an operand does. A level is one shuffle:
-each lane holds level ``lane % 16``. (PTX ISA, ``shfl.sync`` and ``mma.m16n8k16``.)
+Triton deals them to lanes, warps and registers, so that what is read lies as an operand does. Levels come two at a time
+out of a table of all bytes. (PTX ISA, ``ld.shared`` and ``mma.m16n8k16``.)
 
 128 columns have two scales a row, and one product adds them up. So ``x`` comes twice, with zeros in the second 64
 columns and in the first: side by side where it has four rows at most, as tensor cores have room for eight.
@@ -115,17 +115,22 @@ def fetch_rows(
 @triton.jit
 def x_at(
     x_ptr, x_row, x_stride, unit, quarter, four, there, COLUMNS: tl.constexpr, PAIRS: tl.constexpr,
-    LAST_FIRST: tl.constexpr,
+    LAID: tl.constexpr, LAST_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Rows of ``x``, or PAIRS of numbers of 16 bits in an int32, as which they are chosen between at once."""
+    """Rows of ``x``, or PAIRS of numbers of 16 bits in an int32, as which they are chosen between at once.
+
+    LAID is the number of rows of `few_rows_before.Laid`; 0 for rows as they come.
+    """
     inside = ((unit * 128 + quarter * 32 + four * 8) < COLUMNS) & there
-    if PAIRS:
-        place = unit * 64 + quarter * 16 + four * 4 + along(4, 6, LAST_FIRST)
-        pointer = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        x = tl.load(pointer + x_row * (x_stride // 2) + place, inside, other=0)
+    if LAID > 0:
+        first = (unit * 4 + four) * (LAID * 32) + x_row * 32 + quarter * 8
     else:
-        place = unit * 128 + quarter * 32 + four * 8 + along(8, 6, LAST_FIRST)
-        x = tl.load(x_ptr + x_row * x_stride + place, inside, other=0.0)
+        first = x_row * x_stride + unit * 128 + quarter * 32 + four * 8
+    if PAIRS:
+        pointer = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        x = tl.load(pointer + (first // 2 + along(4, 6, LAST_FIRST)), inside, other=0)
+    else:
+        x = tl.load(x_ptr + (first + along(8, 6, LAST_FIRST)), inside, other=0.0)
     return x
 
 
@@ -152,44 +157,80 @@ def weight_at(weight_ptr, w_row, unit, quarter, four, value, there, COLUMNS: tl.
 
 
 @triton.jit
-def scale_at(scales_ptr, w_row, block, there, outputs, COLUMNS: tl.constexpr):
+def scale_at(scales_ptr, w_row, block, there, outputs, COLUMNS: tl.constexpr, KIND: tl.constexpr):
     """Scales of these blocks of 64, float32."""
     # W's neighbouring rows go to other lanes: what lies side by side must not decide about lanes.
     index = tl.max_contiguous(block * outputs + w_row.to(tl.int32), [1, 1, 1, 1, 1, 1, 1])
-    return tl.load(scales_ptr + index, (block * 64 < COLUMNS) & there, other=0.0)
+    return tl.load(scales_ptr + index, (block * 64 < COLUMNS) & there, other=0.0) if KIND > 0 else 0
 
 
 @triton.jit
-def own_level(levels_ptr, dtype: tl.constexpr, SHUFFLE: tl.constexpr):
-    """The level ``lane % 16`` of each lane, rounded to ``dtype`` of 16 bits, in an int32."""
-    if SHUFFLE:
-        own = tl.inline_asm_elementwise(
-            "{ .reg .u32 t; .reg .u64 a; mov.u32 t, %laneid; and.b32 t, t, 15; mul.wide.u32 a, t, 4; add.u64 a, a, $1; "
-            "ld.global.nc.b32 $0, [a]; }",
-            "=r,l", [levels_ptr.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1,
+def pair_table(levels_ptr, dtype: tl.constexpr, WARPS: tl.constexpr, TABLE: tl.constexpr):
+    """Lay both levels of each byte out in shared memory; what a lane adds to a byte's place there, in an int32.
+
+    Byte b's are at 128 b, 32 times, so that no two lanes of a warp ever meet in a bank. 32 KiB.
+    """
+    if TABLE:
+        own = own_level(levels_ptr).to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
+        # Eight threads write a byte's, 16 bytes each: where each thread begins, and with which byte.
+        place, byte = tl.inline_asm_elementwise(
+            ".shared .align 128 .b32 pairs[8192]; "
+            "mov.u32 $1, %tid.x; shl.b32 $0, $1, 4; shr.u32 $1, $1, 3; "
+            "{ .reg .u32 t; mov.u32 t, pairs; add.u32 $0, $0, t; }",
+            "=&r,=&r", [], dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
         )  # fmt: skip
-        own = own.to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
+        for turn in tl.static_range(64 // WARPS):
+            # 0x101f: within 16 lanes, by the four lowest bits of the third operand.
+            tl.inline_asm_elementwise(
+                "{ .reg .b32 x, y; shr.u32 x, $2, 4; shfl.sync.idx.b32 x, $3, x, 0x101f, 0xffffffff; "
+                "shfl.sync.idx.b32 y, $3, $2, 0x101f, 0xffffffff; prmt.b32 x, x, y, 0x5410; mov.b32 $0, x; "
+                "st.shared.v4.b32 [$1], {x, x, x, x}; }",
+                "=&r,r,r,r", [place + turn * WARPS * 512, byte + turn * WARPS * 4, own],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+        lane = tl.inline_asm_elementwise(
+            "bar.sync 0; mov.u32 $0, %laneid; shl.b32 $0, $0, 2;", "=&r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
     else:
-        own = 0
-    return own
+        lane = 0
+    return lane
 
 
 @triton.jit
-def levels_of(words, levels_ptr, own, dtype: tl.constexpr, SHUFFLE: tl.constexpr):
+def own_level(levels_ptr):
+    """The level ``lane % 16`` of each lane."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .u32 t; .reg .u64 a; mov.u32 t, %laneid; and.b32 t, t, 15; mul.wide.u32 a, t, 4; add.u64 a, a, $1; "
+        "ld.global.nc.b32 $0, [a]; }",
+        "=r,l", [levels_ptr.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def loads_before_this(ORDERED: tl.constexpr):
+    """Have loads that stand before this issued before it: ptxas would put them off until registers are free."""
+    if ORDERED:
+        tl.inline_asm_elementwise(
+            "bar.warp.sync 0xffffffff; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def levels_of(words, levels_ptr, lane, dtype: tl.constexpr, TABLE: tl.constexpr):
     """The eight levels of each word in the last of seven dimensions, in the order of its values."""
-    if SHUFFLE:
-        # 0x101f: within 16 lanes, by the four lowest bits of the third operand.
-        n1, n0, n3, n2, n5, n4, n7, n6 = tl.inline_asm_elementwise(
-            "{ .reg .b32 s, t; "
-            "shfl.sync.idx.b32 t, $9, $8, 0x101f, 0xffffffff; cvt.u16.u32 $0, t; "
-            "shr.u32 s, $8, 4; shfl.sync.idx.b32 t, $9, s, 0x101f, 0xffffffff; cvt.u16.u32 $1, t; "
-            "shr.u32 s, $8, 8; shfl.sync.idx.b32 t, $9, s, 0x101f, 0xffffffff; cvt.u16.u32 $2, t; "
-            "shr.u32 s, $8, 12; shfl.sync.idx.b32 t, $9, s, 0x101f, 0xffffffff; cvt.u16.u32 $3, t; "
-            "shr.u32 s, $8, 16; shfl.sync.idx.b32 t, $9, s, 0x101f, 0xffffffff; cvt.u16.u32 $4, t; "
-            "shr.u32 s, $8, 20; shfl.sync.idx.b32 t, $9, s, 0x101f, 0xffffffff; cvt.u16.u32 $5, t; "
-            "shr.u32 s, $8, 24; shfl.sync.idx.b32 t, $9, s, 0x101f, 0xffffffff; cvt.u16.u32 $6, t; "
-            "shr.u32 s, $8, 28; shfl.sync.idx.b32 t, $9, s, 0x101f, 0xffffffff; cvt.u16.u32 $7, t; }",
-            "=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,r", [words, own],
+    if TABLE:
+        # A byte moved to bits 7 to 14 is its place; 0xea: (a & b) | c.
+        n0, n1, n2, n3, n4, n5, n6, n7 = tl.inline_asm_elementwise(
+            "{ .reg .b32 s, t, table; mov.u32 table, pairs; "
+            "shl.b32 s, $8, 7; lop3.b32 s, s, 0x7f80, $9, 0xea; add.u32 s, s, table; ld.shared.b32 t, [s]; "
+            "mov.b32 {$0, $1}, t; "
+            "shr.u32 s, $8, 1; lop3.b32 s, s, 0x7f80, $9, 0xea; add.u32 s, s, table; ld.shared.b32 t, [s]; "
+            "mov.b32 {$2, $3}, t; "
+            "shr.u32 s, $8, 9; lop3.b32 s, s, 0x7f80, $9, 0xea; add.u32 s, s, table; ld.shared.b32 t, [s]; "
+            "mov.b32 {$4, $5}, t; "
+            "shr.u32 s, $8, 17; lop3.b32 s, s, 0x7f80, $9, 0xea; add.u32 s, s, table; ld.shared.b32 t, [s]; "
+            "mov.b32 {$6, $7}, t; }",
+            "=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,r", [words, lane],
             dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
             is_pure=True, pack=1,
         )  # fmt: skip
