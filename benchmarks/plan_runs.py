@@ -25,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jebi.plan.inventory import CONTEXT_BYTES, GIB
+
 RUNS = (
     # 0.1 billion values
     "0.1b-4bit-256-r8-6GB", "0.1b-16bit-1024-r64-6GB", "0.1b-4bit-16384-r8-16GB", "0.1b-16bit-2048-r8-all",
@@ -84,7 +86,7 @@ def train(run: Run) -> dict[str, Any]:
     from jebi.models.families import read_config
     from jebi.models.loading import load_model
     from jebi.plan.held import Held
-    from jebi.plan.inventory import CONTEXT_BYTES, GIB, by_part
+    from jebi.plan.inventory import by_part
     from jebi.plan.jobs import Job
     from jebi.plan.prediction import predict
     from jebi.plan.present import available, card_of, host_bytes, memory_of
@@ -288,7 +290,7 @@ def summary(results: list[dict[str, Any]]) -> list[str]:
     under = [result["run"] for result in done if memory_error(result) < -UNDER]
     timed = sum(abs(time_error(result)) <= NEAR_TIME for result in done)
     # What a process takes of a card is what its allocator reserved and the context that the budget counts beside it.
-    context = {True: 0.5, False: 0.0}
+    context = {True: CONTEXT_BYTES / GIB, False: 0.0}
     over = [r["run"] for r in done if r["peak_gb"] + context["context_gb" in r] > r["budget_gb"] + 1e-3]
     return [
         f"{len(done)} of {len(results)} runs ended",

@@ -89,13 +89,13 @@ def test_a_capture_that_failed_for_want_of_memory_is_known_by_its_cause() -> Non
 
 
 def test_of_a_card_it_is_told_who_holds_what(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a GB is its context's."""
+    """0.85 GB is its context's."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB // 4, 24 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 19 * GIB)
     assert _measured(torch.device("cuda")) == (
         "measured were 20.00 GB reserved, 19.00 of them allocated, and of the card's 24.00 GB 0.25 free, "
-        "3.25 held by others"
+        "2.90 held by others"
     )
 
 
