@@ -117,8 +117,8 @@ class PassGraphs:
                 # captured. Later the scale changes in place, so that replays read it as it is.
                 self._warm.add(kind)
                 loss = self._pass(graph)
-                # What outlives the step, the optimizer's moments first of all, would lie in what the pass has left, which
-                # could not be given back then: 3.3 GiB of 19.7 where rows had 16,384 tokens.
+                # What outlives the step, the optimizer's moments first of all, would lie in what the pass has left,
+                # which could not be given back then: 3.3 GiB of 19.7 where rows had 16,384 tokens.
                 torch.cuda.empty_cache()
                 return loss
             self._captured[shape] = graph
