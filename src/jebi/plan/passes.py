@@ -5,6 +5,7 @@ Bytes are counted by `plan.inventory`. Rows are put into passes by `data.passes`
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from jebi.config import Checkpointing
 from jebi.config.limits import CHUNK_TOKENS
@@ -22,16 +23,22 @@ _SHARE, _SHARE_SHARED = 0.92, 0.8
 """Of the room that is used: on a card for what a prediction may be off; of a host's memory, which others use too."""
 
 _RECOMPUTING = 0.34
-_DEQUANTISING, _PASS, _HEAD_ON_HOST = 250, 30, 400
+_DEQUANTISING, _PASS, _HEAD_ON_HOST = 250, 40, 400
 _OFFLOADING = 0.02
-_SENDING = 0.17
+_SENDING = 0.12
 _LONG_ROW = 131072
-"""What things cost, in the time that a token takes of which everything is kept and nothing dequantised: recomputing all
-layers; dequantising all weights, for each pass or chunk; a pass itself; a head that comes out of host memory, for each
-pass; layer inputs there; what is saved of it where all layers send gate and up there too; and recomputing attention's
-output of a row as long as that. Llama 8B's shape on an H200: 57.6 us with everything kept, 86.5 recomputing in passes
-of 2,362 tokens, 89.4 with inputs and head in host memory in passes of 3,039; on an H100 gate and up take 10 us forward,
-and attention over 65,536 tokens 28."""
+"""What things cost, in the time that a token of Llama 8B's takes where all is kept and nothing dequantised:
+recomputing all layers; dequantising all weights, for each pass or chunk; a pass itself, of any size; a head that comes
+out of host memory, for each pass; layer inputs there; what is saved of it where all layers send gate and up there too;
+and recomputing attention's output of a row as long as that. Llama 8B's shape on an H200: 57.6 us with everything kept,
+86.5 recomputing in passes of 2,362 tokens, 89.4 with inputs and head in host memory in passes of 3,039; on an H100 gate
+and up take 10 us forward, and attention over 65,536 tokens 28. A pass takes 2.4 ms more than its tokens in Llama 8B's
+shape and 2.9 in Llama 1B's. In 6 GB 86.0 us with gate and up of 11 layers sent, in passes of two rows of 2,048 tokens,
+82.6 without, in passes of three."""
+_MEASURED_VALUES = 6_979_321_856
+"""Projected values of Llama 8B's shape."""
+_FEW = 4
+"""Rows of a pass from which on other rows are short enough to fill it."""
 _LONGEST = 2**22
 """Tokens beyond which no row is looked for."""
 _CHUNKS = (CHUNK_TOKENS, CHUNK_TOKENS // 2, CHUNK_TOKENS // 4, CHUNK_TOKENS // 8)
@@ -57,7 +64,7 @@ class PassPlan:
     shipped_layers: int = 0
     """Of the others those that send gate and up to host memory beside their input."""
     cost: float = field(default=0.0, compare=False)
-    """Time a token takes beyond what it must, relative to that; to compare plans by."""
+    """Time a token takes beyond what it must, relative to one of Llama 8B's; to compare plans by."""
 
     def made(self, tokens: int, sizes: int = 1) -> Pass:
         """A pass that has so many tokens, for the count of its memory, in a run whose passes have so many sizes."""
@@ -218,15 +225,27 @@ class _Size:
     def _bytes(self, made: Pass) -> PassBytes:
         return pass_bytes(self.shape, self.element, made, self.on_card)
 
+    @cached_property
+    def _share(self) -> float:
+        """What a token takes of the time it takes in Llama 8B's shape; a pass costs the same time whatever the size."""
+        values = sum(one.outputs * one.inputs for layer in self.shape.layers for _, one in layer.maps())
+        return values / _MEASURED_VALUES if self.on_card else 1.0
+
+    def _filled(self, tokens: int) -> int:
+        """Of the tokens that a pass may have, those that whole rows fill, the longest as long as this."""
+        rows = tokens // self.longest_row
+        return rows * self.longest_row if 0 < rows < _FEW else tokens
+
     def _cost(self, mode: Checkpointing, tokens: int, chunk: int, kept: int, dense: bool, sent: int = 0) -> float:
-        cost = _PASS / tokens
+        tokens = self._filled(tokens)
+        cost = 0.0
         if not dense:
             cost += _DEQUANTISING / (tokens if mode == "none" else min(tokens, chunk))
         if mode != "none":
             attention = self.longest_row / _LONG_ROW if mode == "recompute" else 0
             again = _RECOMPUTING + attention + (_OFFLOADING if mode == "offload" else 0)
             cost += again * (1 - kept / len(self.shape.layers)) - _SENDING * sent / len(self.shape.layers)
-        return cost
+        return _PASS / tokens + cost * self._share
 
 
 def longest_row(shape: DecoderShape, element: int, room: Room, asked: Checkpointing | None) -> int:
