@@ -28,6 +28,8 @@ _PREPARED = frozenset(
     ("attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "inputs_embeds", "tokenizer")
 )
 """Keywords that `why_not` looks at, or that concern what is ready by then."""
+_PARTS = 64
+"""Of a row's scores, of which the highest are looked for beside each other."""
 
 
 class Decoding:
@@ -111,8 +113,22 @@ class Decoding:
 def _taken(scores_BV: Tensor, do_sample: bool) -> Tensor:
     """The best token of each row, or one drawn as transformers draws it."""
     if not do_sample:
-        return scores_BV.argmax(-1)
+        return _best(scores_BV)
     return torch.multinomial(scores_BV.softmax(-1), num_samples=1).squeeze(1)
+
+
+def _best(scores_BV: Tensor) -> Tensor:
+    """The first of each row's highest scores, as ``argmax`` has it.
+
+    In two steps where that can be: a card gives ``argmax`` one block a row, 27 us of 128,256 scores on an H200.
+    """
+    vocabulary = scores_BV.shape[-1]
+    if vocabulary % _PARTS:
+        return scores_BV.argmax(-1)
+    tops, places = scores_BV.unflatten(-1, (_PARTS, -1)).max(-1)
+    part_B1: Tensor = tops.argmax(-1, keepdim=True)
+    best_B1: Tensor = part_B1 * (vocabulary // _PARTS) + places.gather(-1, part_B1)
+    return best_B1.squeeze(-1)
 
 
 def why_not(
