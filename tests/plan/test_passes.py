@@ -240,3 +240,22 @@ def test_a_layer_that_recomputes_keeps_its_input(
 ) -> None:
     model = layer(dtype)
     assert counted(model, [96], "input") == 96 * predicted(model, "recompute") == 96 * 64 * dtype.itemsize
+
+
+def test_whole_rows_fill_a_pass_where_all_are_alike() -> None:
+    def cost(alike: bool, on_card: bool = True) -> float:
+        room = Room(19 * GB, on_card=on_card)
+        found = choose(LLAMA_8B, 2, room, 2048, "none", 8192, alike)
+        assert 2 * 2048 < found.tokens < 3 * 2048
+        return found.cost
+
+    assert cost(True) == 40 / 4096
+    assert cost(False) < cost(True)
+    assert cost(True, on_card=False) == cost(False, on_card=False)
+
+
+def test_a_pass_takes_its_time_whatever_the_model() -> None:
+    """A half of the layers takes half the time, of which a pass' overhead is twice as large a part."""
+    half = dataclasses.replace(LLAMA_8B, layers=LLAMA_8B.layers[:16])
+    whole, light = (choose(shape, 2, Room(100 * GB), 512, "recompute", 8192) for shape in (LLAMA_8B, half))
+    assert whole.cost - 40 / 8192 == pytest.approx(2 * (light.cost - 40 / 8192))

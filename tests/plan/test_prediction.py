@@ -182,3 +182,13 @@ def test_passes_as_long_as_is_asked_for_are_planned_with() -> None:
     beyond = predict(dataclasses.replace(JOB, batch=64, pass_tokens=131072), CARDS["t4"], 12 * GIB)
     assert not beyond.fits
     assert remedies(beyond, 0)[0][0] == ("train.pass_tokens=null",)
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b"])
+def test_short_passes_are_not_taken_for_a_little_less_recomputing(name: str) -> None:
+    """In 6 GB of an H200 passes of one row instead of two made a 1B 4.5 % slower, two instead of three an 8B 4.2 %."""
+    job = dataclasses.replace(JOB, held=Held(read_sizes(name).shape, "nf4", 2, lora=LoraConfig(r=8)))
+    found = predict(job, H200, 6 * GIB, 64 * GIB)
+    assert found.rows_a_pass >= 2
+    if name == "llama-3.1-8b":
+        assert found.plan.shipped_layers == 0, "the bus carries the head"

@@ -34,7 +34,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., JebiForCa
     for module in (engine, placement):
         monkeypatch.setattr(module, "resolve", lambda places, tied, device: resolve(places, tied, torch.device("cuda")))
     found = make_model()
-    options = [Relief(Places(), 0), Relief(Places("host", "host"), TABLE)]
+    options = [Relief(Places(), 0), Relief(Places("host", "host"), TABLE, 10**9)]
     monkeypatch.setattr(engine, "_reliefs", lambda model: options)
 
     def plan(lacking: int) -> Any:

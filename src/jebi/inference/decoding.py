@@ -118,13 +118,14 @@ def _taken(scores_BV: Tensor, do_sample: bool) -> Tensor:
 
 
 def _best(scores_BV: Tensor) -> Tensor:
-    """The first of each row's highest scores, as ``argmax`` has it.
+    """The first of each row's highest scores."""
+    parted = scores_BV.is_cuda and scores_BV.shape[-1] % _PARTS == 0
+    return _best_of_parts(scores_BV) if parted else scores_BV.argmax(-1)
 
-    In two steps where that can be: a card gives ``argmax`` one block a row, 27 us of 128,256 scores on an H200.
-    """
+
+def _best_of_parts(scores_BV: Tensor) -> Tensor:
+    """``argmax`` in two steps: a card gives it one block a row otherwise, 27 us of 128,256 scores on an H200."""
     vocabulary = scores_BV.shape[-1]
-    if vocabulary % _PARTS:
-        return scores_BV.argmax(-1)
     tops, places = scores_BV.unflatten(-1, (_PARTS, -1)).max(-1)
     part_B1: Tensor = tops.argmax(-1, keepdim=True)
     best_B1: Tensor = part_B1 * (vocabulary // _PARTS) + places.gather(-1, part_B1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from jebi.kernels.dequantize import PackedWeight, tables_on
 from jebi.kernels.glu import Activation, glu
 from jebi.kernels.low_rank import LowRank, added
-from jebi.kernels.rms_norm import rms_norm, rms_norm_forward
+from jebi.kernels.rms_norm import rms_norm
 from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 MOST = 16
 """Rows of ``x`` that are few."""
+
+_FEW = 4
+"""Rows that take no longer to be read as they come."""
 
 _BLOCK = 64
 """Values under one scale, as the kernels know it."""
@@ -186,17 +189,18 @@ def normed_and_compressed(
 ) -> "tuple[Tensor | Laid, Tensor | None]":
     """What a product needs of its input: the normed rows, on a card laid for it, and ``normed A^T`` (M, R); one launch.
 
+    A few rows that nothing is done to stay as they are.
+
     Args:
         x_MK: the rows.
         norm: what the rows go through; None leaves them as they are.
         down_RK: A of all maps; None where there are no adapters.
     """
-    if x_MK.is_cuda and down_RK is not None:
+    # A launch of its own, to lay the rows, is worth it where there are more than a few.
+    if x_MK.is_cuda and (norm is not None or down_RK is not None or x_MK.shape[0] > _FEW):
         from jebi.kernels.gpu import few_rows_before as gpu
 
         return gpu.normed_and_compressed(x_MK, norm, down_RK)
-    if x_MK.is_cuda and norm is not None:
-        return rms_norm_forward(x_MK, *norm)[0], None
     return normed_and_compressed_reference(x_MK, norm, down_RK)
 
 

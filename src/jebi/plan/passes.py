@@ -37,8 +37,10 @@ shape and 2.9 in Llama 1B's. In 6 GB 86.0 us with gate and up of 11 layers sent,
 82.6 without, in passes of three."""
 _MEASURED_VALUES = 6_979_321_856
 """Projected values of Llama 8B's shape."""
-_FEW = 4
-"""Rows of a pass from which on other rows are short enough to fill it."""
+_MEASURED_HEAD = 525_336_576
+"""Values of its head."""
+_PASS_ON_CPU = 30
+"""A pass itself, there."""
 _LONGEST = 2**22
 """Tokens beyond which no row is looked for."""
 _CHUNKS = (CHUNK_TOKENS, CHUNK_TOKENS // 2, CHUNK_TOKENS // 4, CHUNK_TOKENS // 8)
@@ -117,7 +119,13 @@ def room_beside(held: Held, free: int, host: int = 0, carried: int = 0) -> Room:
 
 
 def choose(
-    shape: DecoderShape, element: int, room: Room, longest_row: int, asked: Checkpointing | None, limit: int
+    shape: DecoderShape,
+    element: int,
+    room: Room,
+    longest_row: int,
+    asked: Checkpointing | None,
+    limit: int,
+    alike: bool = False,
 ) -> PassPlan:
     """The fastest plan that fits, by the costs above.
 
@@ -128,8 +136,9 @@ def choose(
         longest_row: tokens of the longest row.
         asked: what the user named, which is obeyed; None lets the plan choose.
         limit: most tokens worth having in a pass.
+        alike: whether all rows are as long as the longest.
     """
-    size = _Size(shape, element, longest_row, limit, room.on_card, room.carried)
+    size = _Size(shape, element, longest_row, limit, room.on_card, room.carried, alike)
     budget = room.usable
     modes: list[Checkpointing] = ["none", "keep_attention", "recompute"]
     on_host = host_bytes_per_token(shape, element)
@@ -162,6 +171,7 @@ class _Size:
     limit: int
     on_card: bool = True
     carried: int = 0
+    alike: bool = False
 
     @property
     def least(self) -> int:
@@ -229,15 +239,21 @@ class _Size:
     def _share(self) -> float:
         """What a token takes of the time it takes in Llama 8B's shape; a pass costs the same time whatever the size."""
         values = sum(one.outputs * one.inputs for layer in self.shape.layers for _, one in layer.maps())
-        return values / _MEASURED_VALUES if self.on_card else 1.0
+        return values / _MEASURED_VALUES
 
     def _filled(self, tokens: int) -> int:
-        """Of the tokens that a pass may have, those that whole rows fill, the longest as long as this."""
-        rows = tokens // self.longest_row
-        return rows * self.longest_row if 0 < rows < _FEW else tokens
+        """Of the tokens that a pass may have, those that whole rows fill, where all are of one length."""
+        whole = tokens // self.longest_row * self.longest_row
+        return whole if self.alike and whole else tokens
 
     def _cost(self, mode: Checkpointing, tokens: int, chunk: int, kept: int, dense: bool, sent: int = 0) -> float:
+        if not self.on_card:
+            return _PASS_ON_CPU / tokens + self._beyond(mode, tokens, chunk, kept, dense, sent)
         tokens = self._filled(tokens)
+        return _PASS / tokens + self._share * self._beyond(mode, tokens, chunk, kept, dense, sent)
+
+    def _beyond(self, mode: Checkpointing, tokens: int, chunk: int, kept: int, dense: bool, sent: int) -> float:
+        """What a token takes beyond its share of a pass and what it must, relative to the latter."""
         cost = 0.0
         if not dense:
             cost += _DEQUANTISING / (tokens if mode == "none" else min(tokens, chunk))
@@ -245,7 +261,7 @@ class _Size:
             attention = self.longest_row / _LONG_ROW if mode == "recompute" else 0
             again = _RECOMPUTING + attention + (_OFFLOADING if mode == "offload" else 0)
             cost += again * (1 - kept / len(self.shape.layers)) - _SENDING * sent / len(self.shape.layers)
-        return _PASS / tokens + cost * self._share
+        return cost
 
 
 def longest_row(shape: DecoderShape, element: int, room: Room, asked: Checkpointing | None) -> int:
@@ -261,6 +277,6 @@ def longest_row(shape: DecoderShape, element: int, room: Room, asked: Checkpoint
     return max(found)
 
 
-def head_cost(tokens: int) -> float:
-    """What a head in host memory adds to a plan's cost, for passes of so many tokens."""
-    return _HEAD_ON_HOST / tokens
+def head_cost(values: int, tokens: int) -> float:
+    """What a head of so many values in host memory adds to a plan's cost, for passes of so many tokens."""
+    return _HEAD_ON_HOST * values / _MEASURED_HEAD / tokens

@@ -21,6 +21,8 @@ class Relief:
     """Of embedding and head."""
     frees: int
     """Bytes on the card that are free beside those of the first relief."""
+    crossing: int = 0
+    """Values of the head, where it was moved and crosses the bus for each pass."""
 
 
 def reliefs(shape: DecoderShape, element: int, movable: Places) -> list[Relief]:
@@ -31,20 +33,21 @@ def reliefs(shape: DecoderShape, element: int, movable: Places) -> list[Relief]:
         element: bytes of a number of embedding and head.
         movable: what the user asked for; "auto" may be moved.
     """
-    table = shape.vocabulary * shape.layer.width * element
+    values = shape.vocabulary * shape.layer.width
+    table = values * element
     # Two slices of it are on the card in its stead.
     head = table - 2 * SLICE_BYTES
     found = [Relief(movable, 0)]
     if shape.tied:
         if movable == Places() and head > 0:
-            found.append(Relief(Places("host", "host"), head))
+            found.append(Relief(Places("host", "host"), head, values))
         return found
     embedding, freed = movable.embedding, 0
     if embedding == "auto":
         embedding, freed = "host", table
         found.append(Relief(Places(embedding, movable.head), freed))
     if movable.head == "auto" and head > 0:
-        found.append(Relief(Places(embedding, "host"), freed + head))
+        found.append(Relief(Places(embedding, "host"), freed + head, values))
     return found
 
 
@@ -60,7 +63,6 @@ def best(options: list[Relief], now: int, room: Room, plan_of: Callable[[Room], 
     found = []
     for option in options:
         plan = plan_of(replace(room, card=room.card + option.frees - now))
-        moved = option.places.head == "host" and options[0].places.head != "host"
-        found.append((plan.cost + (head_cost(plan.tokens) if moved else 0), option, plan))
+        found.append((plan.cost + head_cost(option.crossing, plan.tokens), option, plan))
     _, option, plan = min(found, key=lambda each: each[0])
     return (option, plan) if plan.fits else found[-1][1:]

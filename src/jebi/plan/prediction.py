@@ -118,7 +118,7 @@ def predict(job: Job, card: Card, budget: int, host: int = 0) -> Prediction:
     limit = job.pass_limit(GPU_PASS_TOKENS if on_card else CPU_PASS_TOKENS)
 
     def plan_of(free: Room) -> PassPlan:
-        return choose(held.shape, held.element, free, job.largest, job.asked, limit)
+        return choose(held.shape, held.element, free, job.largest, job.asked, limit, job.row is None)
 
     if options:
         relief, plan = best(options, 0, room, plan_of)

@@ -58,7 +58,10 @@ def make_plan(model: JebiForCausalLM, settings: Settings) -> PassPlan:
     room, options = _room(model, settings, job.held), _reliefs(model)
     now = next((o.frees for o in options if resolve(o.places, backbone.shape.tied, device) == placed(model)), 0)
     relief, plan = best(
-        options, now, room, lambda free: choose(backbone.shape, element, free, job.largest, job.asked, limit)
+        options,
+        now,
+        room,
+        lambda free: choose(backbone.shape, element, free, job.largest, job.asked, limit, job.row is None),
     )
     if settings.pass_tokens is not None:
         plan = dataclasses.replace(plan, tokens=settings.pass_tokens)

@@ -6,6 +6,7 @@ Prints, for each, what it takes of a block's shared memory, and fails where a ca
 import os
 import re
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from typing import Any
 
 import torch
@@ -118,27 +119,28 @@ def few_rows_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str
     types |= {"levels_ptr": FLOAT}
     types |= dict.fromkeys(("left_stride", "right_stride", "residual_stride", "out_stride", "x_stride"), "i32")
     types |= dict.fromkeys(("rank", "tokens", "outputs"), "i32")
-    after = {"COLUMNS": 14336, "BIAS": True, "RANK": 64, "ACTIVATION": 0, "RESIDUAL": True}
+    after = {"BIAS": True, "RANK": 64, "ACTIVATION": 0, "RESIDUAL": True}
     found: list[tuple[Any, dict[str, str], dict[str, Any], int]] = []
     stored = {
         few_rows.DENSE: {"weight_ptr": value},
         few_rows.INT8: {"weight_ptr": "*i8"},
         few_rows.NF4: {"weight_ptr": "*i32"},
     }
+    dots, levels = capability >= 80, 2 if divmod(capability, 10) in few_rows._ROOMY else 1
     for kind, own in stored.items():
-        form = {"KIND": kind, "TABLE": True, "OVERLAP": capability >= 90}
-        shape = few_rows.Stored(kind, *[torch.empty(0)] * 2, None, (28672, 14336))
-        for rows in (1, 8, few_rows.MOST):
-            tile = few_rows.tile_of(shape, rows)
-            dots = capability >= 80
-            sizes = {"M": few_rows.padded(rows, kind) if dots else 1}
+        form = {"KIND": kind, "LEVELS": levels, "OVERLAP": capability >= 90}
+        # Each way in which `tile_of` cuts.
+        shapes = [(28672, 14336)] + ([(4096, 14336), (4096, 4096)] if kind == few_rows.NF4 else [])
+        for shape, rows in product(shapes, (1, 8, few_rows.MOST)):
+            tile = few_rows.tile_of(few_rows.Stored(kind, *[torch.empty(0)] * 2, None, shape), rows)
+            sizes = {"M": few_rows.padded(rows, kind) if dots else 1, "COLUMNS": shape[1]}
             sizes |= {"ROWS": tile.rows, "WARPS": tile.warps, "UNITS": tile.units}
             sizes |= {"DOTS": dots, "LAID": max(4, rows)} | few_rows_operands.order(kind)
             found.append((few_rows._product, types | own, after | form | sizes, tile.warps))
     before = dict.fromkeys(("x_ptr", "weight_ptr", "down_ptr", "y_ptr", "xa_ptr"), value) | {"eps": SCALAR}
     before |= dict.fromkeys(("x_stride", "down_stride", "width", "ranks"), "i32")
-    constants = {"NORM": True, "UNIT_OFFSET": False, "RANKS": few_rows_before._RANKS, "ROWS": 4, "BLOCK": 16384}
-    constants["OVERLAP"] = capability >= 90
+    constants = {"NORM": True, "ADAPTED": True, "UNIT_OFFSET": False, "RANKS": few_rows_before._RANKS, "ROWS": 4}
+    constants |= {"BLOCK": 16384, "OVERLAP": capability >= 90}
     return [*found, (few_rows_before._before, before, constants, 16)]
 
 
@@ -213,7 +215,7 @@ def compile_for(capability: int) -> str:
             taken = f"{kernel.__name__} takes {compiled.metadata.shared} bytes of shared memory on {capability}"
             assert compiled.metadata.shared <= limit * 1024, taken
             if kernel is few_rows._product:
-                tables = 32768 if constants["KIND"] == few_rows.NF4 else 0
+                tables = 32768 if constants["KIND"] == few_rows.NF4 and constants["LEVELS"] == 2 else 0
                 assert compiled.metadata.shared + tables <= STATIC, f"{constants}: {taken} beside its table"
             if constants.get("DOTS"):
                 # Here one for each turn is what a product costs whose operands are exchanged between threads.

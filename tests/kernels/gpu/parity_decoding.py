@@ -106,7 +106,11 @@ def check_few_rows_before(dtype: torch.dtype) -> Iterator[Check]:
             name = f"before few rows {tokens}x{width} {norm and norm[2]}"
             yield f"{name} normed", y, plain, exact
             # Of the rounded rows, as both have them.
+            assert xa is not None
             yield f"{name} A", xa, plain_xa, y.double() @ down.double().t()
+            bare, none = gpu_few_rows_before.normed_and_compressed(x, norm, None)
+            assert none is None
+            assert torch.equal(in_order(bare, width), y)
 
 
 def in_order(laid: gpu_few_rows_before.Laid, columns: int) -> Tensor:

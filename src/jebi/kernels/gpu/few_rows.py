@@ -1,8 +1,8 @@
 """``x W^T`` for up to 16 rows of ``x`` on tensor cores, W read once as it is stored and decoded in registers.
 
 What bounds few rows is not memory alone: an H200 has time for about eight instructions a 4-bit weight before memory
-would wait. This takes three and a half, of which the shuffles and the cache lines of each request take the longest.
-How is `gpu.few_rows_operands`'s.
+would wait. This takes three, and is bound by how few warps wait beside each other (docs/benchmarks/h200.md). How is
+`gpu.few_rows_operands`'s.
 
 Shapes: M rows of ``x``, N rows and K columns of W, R ranks. A program has ROWS rows of W; its WARPS share the columns,
 each taking UNITS of 128 at a time.
@@ -21,10 +21,10 @@ from jebi.kernels.gpu.few_rows_operands import (
     along,
     canonical,
     fetch_rows,
+    levels_held,
     levels_of,
     loads_before_this,
     order,
-    pair_table,
     row_of,
     rows_of,
     scale_at,
@@ -36,6 +36,8 @@ from jebi.kernels.gpu.few_rows_operands import (
 DENSE, INT8, NF4 = range(3)
 MOST = 16
 """Rows of ``x``."""
+_ROOMY = {(8, 0), (9, 0), (10, 0), (10, 3)}
+"""Compute capabilities whose multiprocessors have 164 KiB of shared memory and more (CUDA programming guide)."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Tile:
 
 
 def tile_of(stored: Stored, tokens: int) -> Tile:
-    """How a product is cut, by its shape: an H200's best of some tens (docs/log.md)."""
+    """How a product is cut, by its shape: an H200's best for 4 bits of some tens (`benchmarks/few_rows.py`)."""
     outputs, columns = stored.shape
     if tokens <= 8:
         return Tile(16, 4, 2) if outputs > 4096 else Tile(16, 8, 2 if columns > 8192 else 1)
@@ -108,14 +110,24 @@ def product(
     assert tokens <= MOST
     values, laid = (x, 0) if isinstance(x, Tensor) else (x.values, x.values.shape[1])
     tile, dots = tile or tile_of(stored, tokens), by_dots(values) if dots is None else dots
-    table = values.is_cuda and values.dtype != torch.float32
     _product[(triton.cdiv(outputs, tile.rows), 1 if dots else tokens)](
         values, stored.weight, stored.scales_BN, values if stored.levels is None else stored.levels,
         *epilogue_arguments(after, values, out_MN), values.stride(0), tokens, outputs,
-        COLUMNS=columns, KIND=stored.kind, **epilogue_constants(after), TABLE=table, **overlap(stored), DOTS=dots,
-        LAID=laid, **order(stored.kind), M=padded(tokens, stored.kind) if dots else 1,
+        COLUMNS=columns, KIND=stored.kind, **epilogue_constants(after), LEVELS=levels_by(values),
+        **overlap(stored), DOTS=dots, LAID=laid, **order(stored.kind), M=padded(tokens, stored.kind) if dots else 1,
         ROWS=tile.rows, WARPS=tile.warps, UNITS=tile.units, num_warps=tile.warps,
     )  # fmt: skip
+
+
+def levels_by(x: Tensor) -> int:
+    """How 4-bit levels are looked up: 0 in memory, 1 by shuffles, 2 in a table of 32 KiB of shared memory.
+
+    Where a multiprocessor has 100 KiB (8.6, 8.9, 12.0) or 64 (7.5) that would leave room for two programs or one, and
+    cards without dots would fill a table for each row of ``x``. Neither is measured there.
+    """
+    if not x.is_cuda or x.dtype == torch.float32:
+        return 0
+    return 2 if torch.cuda.get_device_capability(x.device) in _ROOMY else 1
 
 
 def padded(tokens: int, kind: int) -> int:
@@ -220,7 +232,7 @@ def _product(
     x_ptr, weight_ptr, scales_ptr, levels_ptr, bias_ptr, left_ptr, right_ptr, residual_ptr, out_ptr,
     left_stride, right_stride, residual_stride, out_stride, rank, scale, x_stride, tokens, outputs,
     COLUMNS: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
-    RESIDUAL: tl.constexpr, TABLE: tl.constexpr, OVERLAP: tl.constexpr, LAST_FIRST: tl.constexpr,
+    RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, OVERLAP: tl.constexpr, LAST_FIRST: tl.constexpr,
     ORDER: tl.constexpr, DOTS: tl.constexpr, LAID: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
     WARPS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
@@ -248,10 +260,12 @@ def _product(
     else:
         x_row, x_there, block = tl.program_id(1), True, unit * 2 + quarter // 2
     x_there &= x_row < tokens
-    # W and its scales are read a turn ahead, and those of the first turn before the input is there.
-    weight = weight_at(weight_ptr, w_row, unit, quarter, four, value, True, COLUMNS, KIND)
-    scales = scale_at(scales_ptr, w_row, block, True, outputs, COLUMNS, KIND)
-    lane = pair_table(levels_ptr, dtype, WARPS, TABLE) if KIND == 2 else 0
+    if KIND == 2:
+        # Words and their scales are read a turn ahead, and those of the first turn before the input is there. Of larger
+        # values that takes four times the registers.
+        weight = weight_at(weight_ptr, w_row, unit, quarter, four, value, True, COLUMNS, KIND)
+        scales = scale_at(scales_ptr, w_row, block, True, outputs, COLUMNS)
+        held = levels_held(levels_ptr, dtype, WARPS, LEVELS)
     token = tl.program_id(1) + tl.arange(0, M)
     found = row_of(row, tl.arange(0, ROWS), outputs, ROWS, ACTIVATION)
     column = row * WIDTH + tl.arange(0, WIDTH)
@@ -269,18 +283,23 @@ def _product(
     total = tl.zeros((WARPS, ROWS, N), tl.float32) if DOTS else tl.zeros((4, 8, WARPS, ROWS // 8), tl.float32)
     for start in tl.range(0, EACH, UNITS, num_stages=1):
         x = x_at(x_ptr, x_row, x_stride, unit + start, quarter, four, x_there, COLUMNS, PAIRS, LAID, LAST_FIRST)
-        loads_before_this(KIND == 2 and TABLE)
-        more, ahead = start + UNITS < EACH, start + UNITS
-        next_weight = weight_at(weight_ptr, w_row, unit + ahead, quarter, four, value, more, COLUMNS, KIND)
-        next_scales = scale_at(scales_ptr, w_row, block + 2 * ahead, more, outputs, COLUMNS, KIND)
-        loads_before_this(KIND == 2 and TABLE)
         if KIND == 2:
-            weight = levels_of(weight, levels_ptr, lane, dtype, TABLE)
+            more, ahead = start + UNITS < EACH, start + UNITS
+            loads_before_this(LEVELS == 2)
+            next_weight = weight_at(weight_ptr, w_row, unit + ahead, quarter, four, value, more, COLUMNS, KIND)
+            next_scales = scale_at(scales_ptr, w_row, block + 2 * ahead, more, outputs, COLUMNS)
+            loads_before_this(LEVELS == 2)
+            weight = levels_of(weight, levels_ptr, held, dtype, LEVELS)
+        else:
+            weight = weight_at(weight_ptr, w_row, unit + start, quarter, four, value, True, COLUMNS, KIND)
+            if KIND == 1:
+                scales = scale_at(scales_ptr, w_row, block + 2 * start, True, outputs, COLUMNS)
         total += sums_of(
             canonical(weight.to(dtype), LAST_FIRST), canonical(x, LAST_FIRST),
             canonical(scales, LAST_FIRST) if KIND > 0 else 0, ORDER, DOTS, PAIRS, N,
         )  # fmt: skip
-        weight, scales = next_weight, next_scales
+        if KIND == 2:
+            weight, scales = next_weight, next_scales
 
     y = rows_of(total, DOTS, M)
     if BIAS:

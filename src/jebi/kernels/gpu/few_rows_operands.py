@@ -4,7 +4,8 @@ Nothing may be exchanged between threads on the way there: that costs more than 
 order of its columns, if ``x`` has the same. So each lane multiplies the 32 neighbouring values that it has read of 128
 columns, where the tensor cores expect columns that lie apart; and tensors have their dimensions in the order in which
 Triton deals them to lanes, warps and registers, so that what is read lies as an operand does. Levels come two at a time
-out of a table of all bytes. (PTX ISA, ``ld.shared`` and ``mma.m16n8k16``.)
+out of a table of all bytes, or one by one: each lane holds level ``lane % 16``. (PTX ISA, ``ld.shared``,
+``shfl.sync`` and ``mma.m16n8k16``.)
 
 128 columns have two scales a row, and one product adds them up. So ``x`` comes twice, with zeros in the second 64
 columns and in the first: side by side where it has four rows at most, as tensor cores have room for eight.
@@ -157,21 +158,22 @@ def weight_at(weight_ptr, w_row, unit, quarter, four, value, there, COLUMNS: tl.
 
 
 @triton.jit
-def scale_at(scales_ptr, w_row, block, there, outputs, COLUMNS: tl.constexpr, KIND: tl.constexpr):
+def scale_at(scales_ptr, w_row, block, there, outputs, COLUMNS: tl.constexpr):
     """Scales of these blocks of 64, float32."""
     # W's neighbouring rows go to other lanes: what lies side by side must not decide about lanes.
     index = tl.max_contiguous(block * outputs + w_row.to(tl.int32), [1, 1, 1, 1, 1, 1, 1])
-    return tl.load(scales_ptr + index, (block * 64 < COLUMNS) & there, other=0.0) if KIND > 0 else 0
+    return tl.load(scales_ptr + index, (block * 64 < COLUMNS) & there, other=0.0)
 
 
 @triton.jit
-def pair_table(levels_ptr, dtype: tl.constexpr, WARPS: tl.constexpr, TABLE: tl.constexpr):
-    """Lay both levels of each byte out in shared memory; what a lane adds to a byte's place there, in an int32.
+def levels_held(levels_ptr, dtype: tl.constexpr, WARPS: tl.constexpr, LEVELS: tl.constexpr):
+    """What a lane looks levels up by, in an int32: its own level, ``lane % 16``; or its place in a table, made here.
 
-    Byte b's are at 128 b, 32 times, so that no two lanes of a warp ever meet in a bank. 32 KiB.
+    Byte b's two levels are at 128 b, 32 times, so that no two lanes of a warp ever meet in a bank. 32 KiB.
     """
-    if TABLE:
+    if LEVELS > 0:
         own = own_level(levels_ptr).to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
+    if LEVELS == 2:
         # Eight threads write a byte's, 16 bytes each: where each thread begins, and with which byte.
         place, byte = tl.inline_asm_elementwise(
             ".shared .align 128 .b32 pairs[8192]; "
@@ -188,12 +190,12 @@ def pair_table(levels_ptr, dtype: tl.constexpr, WARPS: tl.constexpr, TABLE: tl.c
                 "=&r,r,r,r", [place + turn * WARPS * 512, byte + turn * WARPS * 4, own],
                 dtype=tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
-        lane = tl.inline_asm_elementwise(
+        held = tl.inline_asm_elementwise(
             "bar.sync 0; mov.u32 $0, %laneid; shl.b32 $0, $0, 2;", "=&r", [], dtype=tl.int32, is_pure=False, pack=1
         )
     else:
-        lane = 0
-    return lane
+        held = own if LEVELS == 1 else 0
+    return held
 
 
 @triton.jit
@@ -216,9 +218,9 @@ def loads_before_this(ORDERED: tl.constexpr):
 
 
 @triton.jit
-def levels_of(words, levels_ptr, lane, dtype: tl.constexpr, TABLE: tl.constexpr):
+def levels_of(words, levels_ptr, held, dtype: tl.constexpr, LEVELS: tl.constexpr):
     """The eight levels of each word in the last of seven dimensions, in the order of its values."""
-    if TABLE:
+    if LEVELS == 2:
         # A byte moved to bits 7 to 14 is its place; 0xea: (a & b) | c.
         n0, n1, n2, n3, n4, n5, n6, n7 = tl.inline_asm_elementwise(
             "{ .reg .b32 s, t, table; mov.u32 table, pairs; "
@@ -230,18 +232,39 @@ def levels_of(words, levels_ptr, lane, dtype: tl.constexpr, TABLE: tl.constexpr)
             "mov.b32 {$4, $5}, t; "
             "shr.u32 s, $8, 17; lop3.b32 s, s, 0x7f80, $9, 0xea; add.u32 s, s, table; ld.shared.b32 t, [s]; "
             "mov.b32 {$6, $7}, t; }",
-            "=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,r", [words, lane],
+            "=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,r", [words, held],
             dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
             is_pure=True, pack=1,
         )  # fmt: skip
-        # join puts its two side by side: the last is the first bit of a value's number.
-        even, odd = tl.join(tl.join(n0, n4), tl.join(n2, n6)), tl.join(tl.join(n1, n5), tl.join(n3, n7))
-        levels = tl.join(even, odd).to(dtype, bitcast=True)
+        levels = in_order(n0, n1, n2, n3, n4, n5, n6, n7).to(dtype, bitcast=True)
+    elif LEVELS == 1:
+        # 0x101f: within 16 lanes, by the four lowest bits of the third operand.
+        n1, n0, n3, n2, n5, n4, n7, n6 = tl.inline_asm_elementwise(
+            "{ .reg .b32 s, t; "
+            "shfl.sync.idx.b32 t, $9, $8, 0x101f, 0xffffffff; cvt.u16.u32 $0, t; "
+            "shr.u32 s, $8, 4; shfl.sync.idx.b32 t, $9, s, 0x101f, 0xffffffff; cvt.u16.u32 $1, t; "
+            "shr.u32 s, $8, 8; shfl.sync.idx.b32 t, $9, s, 0x101f, 0xffffffff; cvt.u16.u32 $2, t; "
+            "shr.u32 s, $8, 12; shfl.sync.idx.b32 t, $9, s, 0x101f, 0xffffffff; cvt.u16.u32 $3, t; "
+            "shr.u32 s, $8, 16; shfl.sync.idx.b32 t, $9, s, 0x101f, 0xffffffff; cvt.u16.u32 $4, t; "
+            "shr.u32 s, $8, 20; shfl.sync.idx.b32 t, $9, s, 0x101f, 0xffffffff; cvt.u16.u32 $5, t; "
+            "shr.u32 s, $8, 24; shfl.sync.idx.b32 t, $9, s, 0x101f, 0xffffffff; cvt.u16.u32 $6, t; "
+            "shr.u32 s, $8, 28; shfl.sync.idx.b32 t, $9, s, 0x101f, 0xffffffff; cvt.u16.u32 $7, t; }",
+            "=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,r", [words, held],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        levels = in_order(n0, n1, n2, n3, n4, n5, n6, n7).to(dtype, bitcast=True)
     else:
         number = along(8, 6, False)
         levels = tl.load(levels_ptr + ((words >> (number // 2 * 8 + 4 - number % 2 * 4)) & 15)).to(dtype)
     shape: tl.constexpr = words.shape
     return tl.reshape(levels, (shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], 8))
+
+
+@triton.jit
+def in_order(n0, n1, n2, n3, n4, n5, n6, n7):
+    """Eight numbers in three further dimensions: join puts its two side by side, the last is a number's first bit."""
+    return tl.join(tl.join(tl.join(n0, n4), tl.join(n2, n6)), tl.join(tl.join(n1, n5), tl.join(n3, n7)))
 
 
 @triton.jit
