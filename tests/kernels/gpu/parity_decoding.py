@@ -45,7 +45,7 @@ def check_few_rows(dtype: torch.dtype) -> Iterator[Check]:
     if truncates(dtype):
         return
     cases = ((20, 64, 1, 11, AFTER), (38, 192, 2, 70, AFTER[1:3]), (20, 1152, 6, 11, AFTER[2:3]))
-    cases += ((40, 320, 13, 11, AFTER[1:3]),)
+    cases += ((40, 320, 13, 11, AFTER[1:3]), (20, 1024, 3, 11, AFTER[2:3]))  # The last fills its tiles.
     for rows, columns, tokens, ranks, afters in cases:
         x = drawn(tokens, columns + 8, dtype=dtype)[:, :columns]
         for name, weight in stored_weights(rows, columns, dtype).items():

@@ -237,6 +237,7 @@ def _product(
     WARPS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     EACH: tl.constexpr = (COLUMNS + 128 * WARPS * UNITS - 1) // (128 * WARPS * UNITS) * UNITS
+    EVEN: tl.constexpr = COLUMNS % (128 * WARPS * UNITS) == 0
     WIDTH: tl.constexpr = ROWS // 2 if ACTIVATION >= 0 else ROWS
     TWICE: tl.constexpr = DOTS and KIND > 0 and M == 4
     PAIRS: tl.constexpr = DOTS and KIND > 0
@@ -263,8 +264,8 @@ def _product(
     if KIND == 2:
         # Words and their scales are read a turn ahead, and those of the first turn before the input is there. Of larger
         # values that takes four times the registers.
-        weight = weight_at(weight_ptr, w_row, unit, quarter, four, value, True, COLUMNS, KIND)
-        scales = scale_at(scales_ptr, w_row, block, True, outputs, COLUMNS)
+        weight = weight_at(weight_ptr, w_row, unit, quarter, four, value, True, COLUMNS, KIND, EVEN)
+        scales = scale_at(scales_ptr, w_row, block, True, outputs, COLUMNS, EVEN)
         held = levels_held(levels_ptr, dtype, WARPS, LEVELS)
     token = tl.program_id(1) + tl.arange(0, M)
     found = row_of(row, tl.arange(0, ROWS), outputs, ROWS, ACTIVATION)
@@ -282,18 +283,18 @@ def _product(
 
     total = tl.zeros((WARPS, ROWS, N), tl.float32) if DOTS else tl.zeros((4, 8, WARPS, ROWS // 8), tl.float32)
     for start in tl.range(0, EACH, UNITS, num_stages=1):
-        x = x_at(x_ptr, x_row, x_stride, unit + start, quarter, four, x_there, COLUMNS, PAIRS, LAID, LAST_FIRST)
+        x = x_at(x_ptr, x_row, x_stride, unit + start, quarter, four, x_there, COLUMNS, PAIRS, LAID, LAST_FIRST, EVEN)
         if KIND == 2:
             more, ahead = start + UNITS < EACH, start + UNITS
             loads_before_this(LEVELS == 2)
-            next_weight = weight_at(weight_ptr, w_row, unit + ahead, quarter, four, value, more, COLUMNS, KIND)
-            next_scales = scale_at(scales_ptr, w_row, block + 2 * ahead, more, outputs, COLUMNS)
+            next_weight = weight_at(weight_ptr, w_row, unit + ahead, quarter, four, value, more, COLUMNS, KIND, EVEN)
+            next_scales = scale_at(scales_ptr, w_row, block + 2 * ahead, more, outputs, COLUMNS, EVEN)
             loads_before_this(LEVELS == 2)
             weight = levels_of(weight, levels_ptr, held, dtype, LEVELS)
         else:
-            weight = weight_at(weight_ptr, w_row, unit + start, quarter, four, value, True, COLUMNS, KIND)
+            weight = weight_at(weight_ptr, w_row, unit + start, quarter, four, value, True, COLUMNS, KIND, EVEN)
             if KIND == 1:
-                scales = scale_at(scales_ptr, w_row, block + 2 * start, True, outputs, COLUMNS)
+                scales = scale_at(scales_ptr, w_row, block + 2 * start, True, outputs, COLUMNS, EVEN)
         total += sums_of(
             canonical(weight.to(dtype), LAST_FIRST), canonical(x, LAST_FIRST),
             canonical(scales, LAST_FIRST) if KIND > 0 else 0, ORDER, DOTS, PAIRS, N,

@@ -116,13 +116,13 @@ def fetch_rows(
 @triton.jit
 def x_at(
     x_ptr, x_row, x_stride, unit, quarter, four, there, COLUMNS: tl.constexpr, PAIRS: tl.constexpr,
-    LAID: tl.constexpr, LAST_FIRST: tl.constexpr,
+    LAID: tl.constexpr, LAST_FIRST: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Rows of ``x``, or PAIRS of numbers of 16 bits in an int32, as which they are chosen between at once.
 
     LAID is the number of rows of `few_rows_before.Laid`; 0 for rows as they come.
     """
-    inside = ((unit * 128 + quarter * 32 + four * 8) < COLUMNS) & there
+    inside = there if EVEN else ((unit * 128 + quarter * 32 + four * 8) < COLUMNS) & there
     if LAID > 0:
         first = (unit * 4 + four) * (LAID * 32) + x_row * 32 + quarter * 8
     else:
@@ -139,30 +139,44 @@ def x_at(
 def numbers(pairs, dtype: tl.constexpr):
     """The numbers that `x_at` has read in pairs; (..., 8)."""
     shape: tl.constexpr = pairs.shape
-    both = tl.join((pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16)).to(dtype, bitcast=True)
+    both = halves(pairs).to(dtype, bitcast=True)
     return tl.reshape(both, (shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], 8))
 
 
 @triton.jit
-def weight_at(weight_ptr, w_row, unit, quarter, four, value, there, COLUMNS: tl.constexpr, KIND: tl.constexpr):
-    """W as it is stored: values, or words of eight levels with a last dimension of one."""
+def halves(pairs):
+    """Both 16 bits of each int32, the lower ones first, in one more dimension."""
+    return tl.join((pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16))
+
+
+@triton.jit
+def weight_at(
+    weight_ptr, w_row, unit, quarter, four, value, there, COLUMNS: tl.constexpr, KIND: tl.constexpr, EVEN: tl.constexpr
+):
+    """W as it is stored: values, or words of eight levels with a last dimension of one.
+
+    EVEN says that tiles have no columns beyond W's. What is not ``there`` then is anything.
+    """
     place = unit * 128 + quarter * 32
     if KIND == 2:
         # Triton sees through this, not through a division or another condition for each word, that four are neighbours.
         word = unit * 16 + quarter * 4 + four
-        weight = tl.load(weight_ptr + w_row * (COLUMNS // 8) + word, (place < COLUMNS) & there, other=0)
+        pointer = weight_ptr + w_row * (COLUMNS // 8) + word
+        weight = tl.load(pointer, there) if EVEN else tl.load(pointer, (place < COLUMNS) & there, other=0)
     else:
         place += four * 8
-        weight = tl.load(weight_ptr + w_row * COLUMNS + (place + value), (place < COLUMNS) & there, other=0)
+        pointer = weight_ptr + w_row * COLUMNS + (place + value)
+        weight = tl.load(pointer, there) if EVEN else tl.load(pointer, (place < COLUMNS) & there, other=0)
     return weight
 
 
 @triton.jit
-def scale_at(scales_ptr, w_row, block, there, outputs, COLUMNS: tl.constexpr):
+def scale_at(scales_ptr, w_row, block, there, outputs, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
     """Scales of these blocks of 64, float32."""
     # W's neighbouring rows go to other lanes: what lies side by side must not decide about lanes.
     index = tl.max_contiguous(block * outputs + w_row.to(tl.int32), [1, 1, 1, 1, 1, 1, 1])
-    return tl.load(scales_ptr + index, (block * 64 < COLUMNS) & there, other=0.0)
+    pointer = scales_ptr + index
+    return tl.load(pointer, there) if EVEN else tl.load(pointer, (block * 64 < COLUMNS) & there, other=0.0)
 
 
 @triton.jit
@@ -221,22 +235,17 @@ def loads_before_this(ORDERED: tl.constexpr):
 def levels_of(words, levels_ptr, held, dtype: tl.constexpr, LEVELS: tl.constexpr):
     """The eight levels of each word in the last of seven dimensions, in the order of its values."""
     if LEVELS == 2:
-        # A byte moved to bits 7 to 14 is its place; 0xea: (a & b) | c.
-        n0, n1, n2, n3, n4, n5, n6, n7 = tl.inline_asm_elementwise(
-            "{ .reg .b32 s, t, table; mov.u32 table, pairs; "
-            "shl.b32 s, $8, 7; lop3.b32 s, s, 0x7f80, $9, 0xea; add.u32 s, s, table; ld.shared.b32 t, [s]; "
-            "mov.b32 {$0, $1}, t; "
-            "shr.u32 s, $8, 1; lop3.b32 s, s, 0x7f80, $9, 0xea; add.u32 s, s, table; ld.shared.b32 t, [s]; "
-            "mov.b32 {$2, $3}, t; "
-            "shr.u32 s, $8, 9; lop3.b32 s, s, 0x7f80, $9, 0xea; add.u32 s, s, table; ld.shared.b32 t, [s]; "
-            "mov.b32 {$4, $5}, t; "
-            "shr.u32 s, $8, 17; lop3.b32 s, s, 0x7f80, $9, 0xea; add.u32 s, s, table; ld.shared.b32 t, [s]; "
-            "mov.b32 {$6, $7}, t; }",
-            "=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,r", [words, held],
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
-            is_pure=True, pack=1,
+        # A byte moved to bits 7 to 14 is its place; 0xea: (a & b) | c. In pairs to the end: halves are copied.
+        p0, p1, p2, p3 = tl.inline_asm_elementwise(
+            "{ .reg .b32 s, table; mov.u32 table, pairs; "
+            "shl.b32 s, $4, 7; lop3.b32 s, s, 0x7f80, $5, 0xea; add.u32 s, s, table; ld.shared.b32 $0, [s]; "
+            "shr.u32 s, $4, 1; lop3.b32 s, s, 0x7f80, $5, 0xea; add.u32 s, s, table; ld.shared.b32 $1, [s]; "
+            "shr.u32 s, $4, 9; lop3.b32 s, s, 0x7f80, $5, 0xea; add.u32 s, s, table; ld.shared.b32 $2, [s]; "
+            "shr.u32 s, $4, 17; lop3.b32 s, s, 0x7f80, $5, 0xea; add.u32 s, s, table; ld.shared.b32 $3, [s]; }",
+            "=&r,=&r,=&r,=&r,r,r", [words, held], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
-        levels = in_order(n0, n1, n2, n3, n4, n5, n6, n7).to(dtype, bitcast=True)
+        pairs = tl.join(tl.join(p0, p2), tl.join(p1, p3))
+        levels = halves(pairs).to(dtype, bitcast=True)
     elif LEVELS == 1:
         # 0x101f: within 16 lanes, by the four lowest bits of the third operand.
         n1, n0, n3, n2, n5, n4, n7, n6 = tl.inline_asm_elementwise(
@@ -253,18 +262,14 @@ def levels_of(words, levels_ptr, held, dtype: tl.constexpr, LEVELS: tl.constexpr
             dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
             is_pure=True, pack=1,
         )  # fmt: skip
-        levels = in_order(n0, n1, n2, n3, n4, n5, n6, n7).to(dtype, bitcast=True)
+        # join puts its two side by side: the last is the first bit of a value's number.
+        even, odd = tl.join(tl.join(n0, n4), tl.join(n2, n6)), tl.join(tl.join(n1, n5), tl.join(n3, n7))
+        levels = tl.join(even, odd).to(dtype, bitcast=True)
     else:
         number = along(8, 6, False)
         levels = tl.load(levels_ptr + ((words >> (number // 2 * 8 + 4 - number % 2 * 4)) & 15)).to(dtype)
     shape: tl.constexpr = words.shape
     return tl.reshape(levels, (shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], 8))
-
-
-@triton.jit
-def in_order(n0, n1, n2, n3, n4, n5, n6, n7):
-    """Eight numbers in three further dimensions: join puts its two side by side, the last is a number's first bit."""
-    return tl.join(tl.join(tl.join(n0, n4), tl.join(n2, n6)), tl.join(tl.join(n1, n5), tl.join(n3, n7)))
 
 
 @triton.jit
