@@ -26,6 +26,7 @@ from jebi.kernels.gpu.few_rows_operands import (
     loads_before_this,
     order,
     row_of,
+    rows_and_blocks,
     rows_of,
     scale_at,
     sums_of,
@@ -251,16 +252,7 @@ def _product(
     four, value = along(4, 5, LAST_FIRST), along(8, 6, LAST_FIRST)
     w_row = row_of(row, eighth * 8 + eight, outputs, ROWS, ACTIVATION).to(tl.int64)
     unit = along(WARPS, 2, LAST_FIRST) * EACH + along(UNITS, 3, LAST_FIRST)
-    if TWICE:
-        # The sums' columns: rows of x with zeros in the second half of the columns, then with zeros in the first.
-        number = along(1, 4, LAST_FIRST) * 8 + eight
-        x_row, x_there, block = number % 4, number // 4 == quarter // 2, unit * 2 + quarter // 2
-    elif DOTS:
-        x_row, x_there, block = along(N // 8, 4, LAST_FIRST) * 8 + eight, True, unit * 2 + along(2, 5, LAST_FIRST)
-        block += quarter * 0
-    else:
-        x_row, x_there, block = tl.program_id(1), True, unit * 2 + quarter // 2
-    x_there &= x_row < tokens
+    x_row, x_there, block = rows_and_blocks(unit, quarter, eight, tokens, DOTS, TWICE, N, LAST_FIRST)
     if KIND == 2:
         # Words and their scales are read a turn ahead, and those of the first turn before the input is there. Of larger
         # values that takes four times the registers.

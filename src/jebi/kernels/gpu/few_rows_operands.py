@@ -114,6 +114,23 @@ def fetch_rows(
 
 
 @triton.jit
+def rows_and_blocks(
+    unit, quarter, eight, tokens, DOTS: tl.constexpr, TWICE: tl.constexpr, N: tl.constexpr, LAST_FIRST: tl.constexpr
+):
+    """Which rows of ``x`` a lane reads, whether they are there, and which blocks' scales it needs."""
+    if TWICE:
+        # The sums' columns: rows of x with zeros in the second half of the columns, then with zeros in the first.
+        number = along(1, 4, LAST_FIRST) * 8 + eight
+        x_row, x_there, block = number % 4, number // 4 == quarter // 2, unit * 2 + quarter // 2
+    elif DOTS:
+        x_row, x_there, block = along(N // 8, 4, LAST_FIRST) * 8 + eight, True, unit * 2 + along(2, 5, LAST_FIRST)
+        block += quarter * 0
+    else:
+        x_row, x_there, block = tl.program_id(1), True, unit * 2 + quarter // 2
+    return x_row, x_there & (x_row < tokens), block
+
+
+@triton.jit
 def x_at(
     x_ptr, x_row, x_stride, unit, quarter, four, there, COLUMNS: tl.constexpr, PAIRS: tl.constexpr,
     LAID: tl.constexpr, LAST_FIRST: tl.constexpr, EVEN: tl.constexpr,
