@@ -117,7 +117,7 @@ def test_host_memory_is_used_where_it_pays_and_only_as_much_as_there_is() -> Non
 def test_gate_and_up_go_to_host_memory_where_the_bus_is_idle() -> None:
     inputs, each = host_bytes_per_token(LLAMA_8B, 2), sent_bytes_per_token(LLAMA_8B, 2)
 
-    def sent(layers: float, longest: int = 512, host: float = 100.0) -> PassPlan:
+    def sent(layers: float, longest: int = 2048, host: float = 100.0) -> PassPlan:
         room = Room(2 * GB, scratch=GB // 4, weights=13 * GB, host=int(host * GB), carried=int(inputs + layers * each))
         return choose(LLAMA_8B, 2, room, longest, None, 8192)
 
