@@ -57,6 +57,7 @@ def nbytes(weight: few_rows.Weight) -> int:
 
 def tiles(rows: int) -> Iterator[gpu.Tile]:
     """What is worth a try."""
+    # More sums than that do not fit beside a table of levels.
     for height, warps, units in product((16, 32, 64), (2, 4, 8, 16), (1, 2)):
         if height * units <= (64 if rows <= 4 else 32) and height * warps <= 128:
             yield gpu.Tile(height, warps, units)

@@ -112,13 +112,8 @@ class Decoding:
 
 def _taken(scores_BV: Tensor, do_sample: bool) -> Tensor:
     """The best token of each row, or one drawn as transformers draws it."""
-    if not do_sample:
-        return _best(scores_BV)
-    return torch.multinomial(scores_BV.softmax(-1), num_samples=1).squeeze(1)
-
-
-def _best(scores_BV: Tensor) -> Tensor:
-    """The first of each row's highest scores."""
+    if do_sample:
+        return torch.multinomial(scores_BV.softmax(-1), num_samples=1).squeeze(1)
     parted = scores_BV.is_cuda and scores_BV.shape[-1] % _PARTS == 0
     return _best_of_parts(scores_BV) if parted else scores_BV.argmax(-1)
 

@@ -7,6 +7,7 @@ tokenizers are read elsewhere. No torch here.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jebi.errors import ModelError
@@ -40,6 +41,11 @@ class DecoderShape:
     def layer(self) -> LayerShape:
         """The first layer's shape, for the sizes that all of them have."""
         return self.layers[0]
+
+    @cached_property
+    def projected(self) -> int:
+        """Values of all projections."""
+        return sum(one.outputs * one.inputs for layer in self.layers for _, one in layer.maps())
 
 
 @dataclass(frozen=True)

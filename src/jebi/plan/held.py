@@ -61,10 +61,10 @@ class Held:
             for path, one in layer.maps():
                 yield f"model.layers.{number}.{path}", one
 
-    @cached_property
+    @property
     def projected(self) -> int:
         """Values of all projections."""
-        return sum(one.outputs * one.inputs for _, one in self.maps())
+        return self.shape.projected
 
     @property
     def packed_values(self) -> int:

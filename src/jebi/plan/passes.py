@@ -5,7 +5,6 @@ Bytes are counted by `plan.inventory`. Rows are put into passes by `data.passes`
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 from jebi.config import Checkpointing
 from jebi.config.limits import CHUNK_TOKENS
@@ -235,11 +234,10 @@ class _Size:
     def _bytes(self, made: Pass) -> PassBytes:
         return pass_bytes(self.shape, self.element, made, self.on_card)
 
-    @cached_property
+    @property
     def _share(self) -> float:
         """What a token takes of the time it takes in Llama 8B's shape; a pass costs the same time whatever the size."""
-        values = sum(one.outputs * one.inputs for layer in self.shape.layers for _, one in layer.maps())
-        return values / _MEASURED_VALUES
+        return self.shape.projected / _MEASURED_VALUES
 
     def _filled(self, tokens: int) -> int:
         """Of the tokens that a pass may have, those that whole rows fill, where all are of one length."""

@@ -179,12 +179,10 @@ def weight_at(
         # Triton sees through this, not through a division or another condition for each word, that four are neighbours.
         word = unit * 16 + quarter * 4 + four
         pointer = weight_ptr + w_row * (COLUMNS // 8) + word
-        weight = tl.load(pointer, there) if EVEN else tl.load(pointer, (place < COLUMNS) & there, other=0)
     else:
         place += four * 8
         pointer = weight_ptr + w_row * COLUMNS + (place + value)
-        weight = tl.load(pointer, there) if EVEN else tl.load(pointer, (place < COLUMNS) & there, other=0)
-    return weight
+    return tl.load(pointer, there) if EVEN else tl.load(pointer, (place < COLUMNS) & there, other=0)
 
 
 @triton.jit
