@@ -22,6 +22,7 @@ from torch import Tensor
 from jebi.kernels import few_rows
 from jebi.kernels.gpu import few_rows as gpu
 from jebi.kernels.gpu.few_rows_before import normed_and_compressed
+from jebi.kernels.gpu.few_rows_epilogue import Epilogue
 from kernels import copy_bandwidth
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
@@ -97,7 +98,7 @@ class Shape:
         self.laid, _ = normed_and_compressed(x, None, x[:1])
         left, right = (torch.randn(size, RANKS[name], dtype=DTYPE, device="cuda") * 0.1 for size in (rows, outputs))
         residual = torch.randn(rows, outputs, dtype=DTYPE, device="cuda") if name in ("o", "down") else None
-        self.after = gpu.Epilogue(None, left, right, few_rows.ACTIVATIONS.get(activation), 1.0, residual)
+        self.after = Epilogue(None, left, right, few_rows.ACTIVATIONS.get(activation), 1.0, residual)
         thin = few_rows.LowRank(left, right.t())
         self.expected = few_rows.product_reference(x, self.weights[0], None, thin, activation, 1.0, residual)
 

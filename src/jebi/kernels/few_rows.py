@@ -143,10 +143,11 @@ def product(
     if isinstance(x, Tensor) and not x.is_cuda:
         return product_reference(x, weight, bias_N, thin, activation, scale, residual)
     from jebi.kernels.gpu import few_rows as gpu
+    from jebi.kernels.gpu.few_rows_epilogue import Epilogue
 
     stored = as_stored(weight)
     left, right = (thin.left_TR, thin.right_RF.t()) if thin is not None else (None, None)
-    after = gpu.Epilogue(bias_N, left, right, None if activation is None else ACTIVATIONS[activation], scale, residual)
+    after = Epilogue(bias_N, left, right, None if activation is None else ACTIVATIONS[activation], scale, residual)
     tokens, values = (x.shape[0], x) if isinstance(x, Tensor) else (x.tokens, x.values)
     outputs = weight.shape[0] // (1 if activation is None else 2)
     out = torch.empty(tokens, outputs, dtype=values.dtype, device=values.device)

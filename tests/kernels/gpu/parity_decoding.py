@@ -12,6 +12,7 @@ from jebi.kernels.glu import glu
 from jebi.kernels.gpu import cached_attention as gpu_cached_attention
 from jebi.kernels.gpu import few_rows as gpu_few_rows
 from jebi.kernels.gpu import few_rows_before as gpu_few_rows_before
+from jebi.kernels.gpu.few_rows_epilogue import Epilogue
 from jebi.kernels.low_rank import LowRank
 from jebi.kernels.rope import rope_tables
 from jebi.quant import int8, nf4
@@ -45,7 +46,8 @@ def check_few_rows(dtype: torch.dtype) -> Iterator[Check]:
     if truncates(dtype):
         return
     cases = ((20, 64, 1, 11, AFTER), (38, 192, 2, 70, AFTER[1:3]), (20, 1152, 6, 11, AFTER[2:3]))
-    cases += ((40, 320, 13, 11, AFTER[1:3]), (20, 1024, 3, 11, AFTER[2:3]))  # The last fills its tiles.
+    # The last two fill their tiles, with whole ranks; of these the second has two slices a row.
+    cases += ((40, 320, 13, 11, AFTER[1:3]), (32, 1024, 3, 16, AFTER[2:3]), (32, 2048, 2, 32, AFTER[2:3]))
     for rows, columns, tokens, ranks, afters in cases:
         x = drawn(tokens, columns + 8, dtype=dtype)[:, :columns]
         for name, weight in stored_weights(rows, columns, dtype).items():
@@ -58,7 +60,7 @@ def check_few_rows(dtype: torch.dtype) -> Iterator[Check]:
                 residual = drawn(tokens, width, seed=8, dtype=dtype) if full else None
                 after = (bias, thin, activation, 0.5 if full and activation is not None else 1.0, residual)
                 plain, exact = few_rows.product_reference(x, weight, *after), exact_product(x, weight, *after)
-                epilogue = gpu_few_rows.Epilogue(
+                epilogue = Epilogue(
                     bias,
                     left if full else None,
                     right if full else None,

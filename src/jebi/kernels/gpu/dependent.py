@@ -2,7 +2,7 @@
 
 From compute capability 9.0 on (CUDA programming guide, "Programmatic Dependent Launch and Synchronization"). A kernel
 that is launched so has to call `await_inputs` before it reads what kernels before it wrote, and before it writes
-anything; every program of it, for the next kernel relies on it. What it may do earlier is fetch what no kernel writes:
+anything; every program of it, for the next kernel relies on it. What it may do earlier is read what no kernel writes:
 weights.
 """
 
@@ -30,14 +30,3 @@ def let_next_begin():
 def await_inputs():
     """Wait until all kernels before this one are done and what they wrote is visible."""
     tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def fetch(first_ptr, size):
-    """Begin to fetch ``size`` bytes into the level-2 cache; start and size are multiples of 16. (PTX ISA,
-    ``cp.async.bulk.prefetch``.)"""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.u32 $0, 0; "
-        "@p cp.async.bulk.prefetch.L2.global [$1], $2; }",
-        "=r,l,r", [first_ptr.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip

@@ -1,11 +1,11 @@
 """``x W^T`` for up to 16 rows of ``x`` on tensor cores, W read once as it is stored and decoded in registers.
 
 What bounds few rows is not memory alone: an H200 has time for about eight instructions a 4-bit weight before memory
-would wait. This takes three, and is bound by how few warps wait beside each other (docs/benchmarks/h200.md). How is
-`gpu.few_rows_operands`'s.
+would wait. This takes three; what threads look up, load and exchange by way of shared memory's banks is the most of its
+time (docs/benchmarks/h200.md). How is `gpu.few_rows_operands`'s.
 
 Shapes: M rows of ``x``, N rows and K columns of W, R ranks. A program has ROWS rows of W; its WARPS share the columns,
-each taking UNITS of 128 at a time.
+each taking UNITS of 128 at a time, or as many as SLICES beside each other.
 """
 
 from dataclasses import dataclass
@@ -17,16 +17,23 @@ from torch import Tensor
 
 from jebi.kernels.gpu.dependent import await_inputs, let_next_begin, overlaps
 from jebi.kernels.gpu.few_rows_before import Laid
+from jebi.kernels.gpu.few_rows_epilogue import (
+    Epilogue,
+    activated,
+    adapter,
+    epilogue_arguments,
+    epilogue_constants,
+    share,
+)
 from jebi.kernels.gpu.few_rows_operands import (
     along,
     canonical,
-    fetch_rows,
     levels_held,
     levels_of,
     loads_before_this,
     order,
+    places,
     row_of,
-    rows_and_blocks,
     rows_of,
     scale_at,
     sums_of,
@@ -56,20 +63,6 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Epilogue:
-    """What becomes of the product before it is stored; in this order, and in float32."""
-
-    bias_N: Tensor | None = None
-    left_MR: Tensor | None = None
-    """``left right^T`` is added: an adapter's share."""
-    right_NR: Tensor | None = None
-    activation: int | None = None
-    """W is gate above up: what is stored is ``act(gate) * up * scale``. 0 silu, 1 gelu by tanh, 2 gelu by erf."""
-    scale: float = 1.0
-    residual_MN: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Tile:
     """What a program has."""
 
@@ -84,9 +77,13 @@ class Tile:
 def tile_of(stored: Stored, tokens: int) -> Tile:
     """How a product is cut, by its shape: an H200's best for 4 bits of some tens (`benchmarks/few_rows.py`)."""
     outputs, columns = stored.shape
-    if tokens <= 8:
-        return Tile(16, 4, 2) if outputs > 4096 else Tile(16, 8, 2 if columns > 8192 else 1)
-    return Tile(16, 4, 1 if outputs > 4096 else 2)
+    if tokens <= 2:
+        return Tile(16, 4 if outputs > 4096 else 8, 1)
+    if tokens <= 4:
+        return Tile(32, 4, 1) if outputs > 8192 else Tile(16, 4 if outputs > 4096 else 8, 2)
+    if outputs > 8192:
+        return Tile(32, 2, 1)
+    return Tile(16, 4, 1) if outputs > 4096 else Tile(16, 8, 1) if columns > 8192 else Tile(16, 4, 2)
 
 
 def product(
@@ -133,8 +130,7 @@ def levels_by(x: Tensor) -> int:
 
 def padded(tokens: int, kind: int) -> int:
     """Rows of ``x`` for tensor cores: eight columns of sums at least, of which quantised weights take two a row."""
-    least = 8 if kind == DENSE else 4
-    return max(least, int(triton.next_power_of_2(tokens)))
+    return max((8, 4, 2)[kind], int(triton.next_power_of_2(tokens)))
 
 
 def by_dots(x_MK: Tensor) -> bool:
@@ -148,115 +144,41 @@ def by_dots(x_MK: Tensor) -> bool:
 
 
 def overlap(stored: Stored) -> dict[str, bool]:
-    """How a product is launched: its weights may be fetched before its input is there."""
-    early = overlaps(stored.weight) and stored.weight.data_ptr() % 16 == 0
+    """How a product is launched: its first weights may be read before its input is there."""
+    early = overlaps(stored.weight)
     return {"OVERLAP": early, "launch_pdl": early}
-
-
-def epilogue_arguments(after: Epilogue, absent: Tensor, out_MN: Tensor) -> tuple[object, ...]:
-    """An epilogue's tensors, strides and sizes in a kernel's order."""
-    bias, left, right, residual = (
-        absent if part is None else part for part in (after.bias_N, after.left_MR, after.right_NR, after.residual_MN)
-    )
-    rank = 0 if after.left_MR is None else after.left_MR.shape[1]
-    strides = left.stride(0), right.stride(0), residual.stride(0), out_MN.stride(0)
-    return bias, left, right, residual, out_MN, *strides, rank, after.scale
-
-
-def epilogue_constants(after: Epilogue) -> dict[str, int | bool]:
-    """An epilogue's compile-time constants."""
-    return {
-        "BIAS": after.bias_N is not None,
-        "RANK": 0 if after.left_MR is None else min(64, max(16, triton.next_power_of_2(after.left_MR.shape[1]))),
-        "ACTIVATION": -1 if after.activation is None else after.activation,
-        "RESIDUAL": after.residual_MN is not None,
-    }
-
-
-@triton.jit
-def adapter(
-    left_ptr, right_ptr, left_stride, right_stride, token, tokens, found, start, rank, RANK: tl.constexpr
-):  # fmt: skip
-    """An adapter's values from rank ``start`` on: of W's rows (ROWS, RANK), and of ``x`` (RANK, M)."""
-    index = start + tl.arange(0, RANK)
-    right = tl.load(
-        right_ptr + found.to(tl.int64)[:, None] * right_stride + index[None], (index < rank)[None], other=0.0
-    )
-    left = tl.load(
-        left_ptr + token[None] * left_stride + index[:, None], (token < tokens)[None] & (index < rank)[:, None],
-        other=0.0,
-    )  # fmt: skip
-    return right, left
-
-
-@triton.jit
-def share(
-    right, left, left_ptr, right_ptr, left_stride, right_stride, token, tokens, found, rank, RANK: tl.constexpr,
-    M: tl.constexpr,
-):  # fmt: skip
-    """An adapter's share (ROWS, M), of the ranks that were read and of those behind them."""
-    y = thin(right, left, M)
-    for start in tl.range(RANK, rank, RANK, num_stages=1):
-        right, left = adapter(left_ptr, right_ptr, left_stride, right_stride, token, tokens, found, start, rank, RANK)
-        y += thin(right, left, M)
-    return y
-
-
-@triton.jit
-def thin(right, left, M: tl.constexpr):
-    """The product (ROWS, M) of what `adapter` has read."""
-    if left.shape[1] >= 8:
-        y = tl.dot(right, left, input_precision="ieee")
-        y = tl.sum(tl.reshape(y, (y.shape[0], left.shape[1] // M, M)), 1)  # Columns beyond M are zeros.
-    else:
-        y = tl.sum(right.to(tl.float32)[:, :, None] * left.to(tl.float32)[None], 1)
-    return y
-
-
-@triton.jit
-def activated(y, scale, dtype, M: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr):
-    """``act(gate) * up * scale`` (ROWS / 2, M), of gate above up (ROWS, M)."""
-    gate, up = tl.split(tl.permute(tl.reshape(y, (2, ROWS // 2, M)), (1, 2, 0)))
-    # Each rounded where a plain layer rounds: the products, then the activation.
-    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
-    if ACTIVATION == 0:
-        act = gate / (1.0 + tl.exp(-gate))
-    elif ACTIVATION == 1:
-        act = gate / (1.0 + tl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
-    else:
-        act = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-    return act.to(dtype).to(tl.float32) * scale * up
 
 
 @triton.jit(do_not_specialize=["tokens", "rank"])
 def _product(
     x_ptr, weight_ptr, scales_ptr, levels_ptr, bias_ptr, left_ptr, right_ptr, residual_ptr, out_ptr,
     left_stride, right_stride, residual_stride, out_stride, rank, scale, x_stride, tokens, outputs,
-    COLUMNS: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
-    RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, OVERLAP: tl.constexpr, LAST_FIRST: tl.constexpr,
-    ORDER: tl.constexpr, DOTS: tl.constexpr, LAID: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
-    WARPS: tl.constexpr, UNITS: tl.constexpr,
+    COLUMNS: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr,
+    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, OVERLAP: tl.constexpr,
+    LAST_FIRST: tl.constexpr, ORDER: tl.constexpr, DOTS: tl.constexpr, LAID: tl.constexpr, M: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    EACH: tl.constexpr = (COLUMNS + 128 * WARPS * UNITS - 1) // (128 * WARPS * UNITS) * UNITS
-    EVEN: tl.constexpr = COLUMNS % (128 * WARPS * UNITS) == 0
     WIDTH: tl.constexpr = ROWS // 2 if ACTIVATION >= 0 else ROWS
-    TWICE: tl.constexpr = DOTS and KIND > 0 and M == 4
     PAIRS: tl.constexpr = DOTS and KIND > 0
-    N: tl.constexpr = 8 if TWICE else M
+    N: tl.constexpr = 8 if PAIRS and M <= 4 else M
+    SLICES: tl.constexpr = N // (2 * M) if N > M else 1
+    AT_ONCE: tl.constexpr = 128 * SLICES * WARPS * UNITS
+    EACH: tl.constexpr = (COLUMNS + AT_ONCE - 1) // AT_ONCE * UNITS
+    EVEN: tl.constexpr = COLUMNS % AT_ONCE == 0
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     row = tl.program_id(0)
     if OVERLAP:
         let_next_begin()
-        fetch_rows(weight_ptr, row, outputs, COLUMNS, KIND, ROWS, 2 if ACTIVATION >= 0 else 1)
-    quarter, eight, eighth = along(4, 0, LAST_FIRST), along(8, 1, LAST_FIRST), along(ROWS // 8, 4, LAST_FIRST)
+    quarter, eight, eighth = along(4, 0, LAST_FIRST), along(8, 1, LAST_FIRST), along(ROWS * SLICES // 8, 4, LAST_FIRST)
     four, value = along(4, 5, LAST_FIRST), along(8, 6, LAST_FIRST)
-    w_row = row_of(row, eighth * 8 + eight, outputs, ROWS, ACTIVATION).to(tl.int64)
+    w_row = row_of(row, (eighth * 8 + eight) // SLICES, outputs, ROWS, ACTIVATION).to(tl.int64)
     unit = along(WARPS, 2, LAST_FIRST) * EACH + along(UNITS, 3, LAST_FIRST)
-    x_row, x_there, block = rows_and_blocks(unit, quarter, eight, tokens, DOTS, TWICE, N, LAST_FIRST)
+    x_row, x_there, x_unit, block = places(unit, quarter, eight, tokens, DOTS, M, N, SLICES, LAST_FIRST)
+    w_unit = unit * SLICES + eight % SLICES
     if KIND == 2:
         # Words and their scales are read a turn ahead, and those of the first turn before the input is there. Of larger
         # values that takes four times the registers.
-        weight = weight_at(weight_ptr, w_row, unit, quarter, four, value, True, COLUMNS, KIND, EVEN)
+        weight = weight_at(weight_ptr, w_row, w_unit, quarter, four, value, True, COLUMNS, KIND, EVEN)
         scales = scale_at(scales_ptr, w_row, block, True, outputs, COLUMNS, EVEN)
         held = levels_held(levels_ptr, dtype, WARPS, LEVELS)
     token = tl.program_id(1) + tl.arange(0, M)
@@ -268,23 +190,26 @@ def _product(
         await_inputs()
     # What comes after the product is read first, or it would be waited for.
     if RANK > 0:  # For at least eight rows of x, which tensor cores want.
-        tall = tl.program_id(1) + tl.arange(0, 8 if M == 4 else M)
-        right, left = adapter(left_ptr, right_ptr, left_stride, right_stride, tall, tokens, found, 0, rank, RANK)
+        tall = tl.program_id(1) + tl.arange(0, 8 if N > M else M)
+        right, left = adapter(left_ptr, right_ptr, left_stride, right_stride, tall, tokens, found, 0, rank, RANK, WHOLE)
     if RESIDUAL:
         residual = tl.load(residual_ptr + token[None] * residual_stride + column[:, None], inside, other=0.0)
 
-    total = tl.zeros((WARPS, ROWS, N), tl.float32) if DOTS else tl.zeros((4, 8, WARPS, ROWS // 8), tl.float32)
+    total = tl.zeros((WARPS, ROWS * SLICES, N), tl.float32) if DOTS else tl.zeros((4, 8, WARPS, ROWS // 8), tl.float32)
     for start in tl.range(0, EACH, UNITS, num_stages=1):
-        x = x_at(x_ptr, x_row, x_stride, unit + start, quarter, four, x_there, COLUMNS, PAIRS, LAID, LAST_FIRST, EVEN)
+        x = x_at(
+            x_ptr, x_row, x_stride, x_unit + start * SLICES, quarter, four, x_there, COLUMNS, PAIRS, LAID, LAST_FIRST,
+            EVEN,
+        )  # fmt: skip
         if KIND == 2:
-            more, ahead = start + UNITS < EACH, start + UNITS
+            more, ahead = start + UNITS < EACH, (start + UNITS) * SLICES
             loads_before_this(LEVELS == 2)
-            next_weight = weight_at(weight_ptr, w_row, unit + ahead, quarter, four, value, more, COLUMNS, KIND, EVEN)
+            next_weight = weight_at(weight_ptr, w_row, w_unit + ahead, quarter, four, value, more, COLUMNS, KIND, EVEN)
             next_scales = scale_at(scales_ptr, w_row, block + 2 * ahead, more, outputs, COLUMNS, EVEN)
             loads_before_this(LEVELS == 2)
             weight = levels_of(weight, levels_ptr, held, dtype, LEVELS)
         else:
-            weight = weight_at(weight_ptr, w_row, unit + start, quarter, four, value, True, COLUMNS, KIND, EVEN)
+            weight = weight_at(weight_ptr, w_row, w_unit + start, quarter, four, value, True, COLUMNS, KIND, EVEN)
             if KIND == 1:
                 scales = scale_at(scales_ptr, w_row, block + 2 * start, True, outputs, COLUMNS, EVEN)
         total += sums_of(
@@ -294,11 +219,14 @@ def _product(
         if KIND == 2:
             weight, scales = next_weight, next_scales
 
-    y = rows_of(total, DOTS, M)
+    y = rows_of(total, DOTS, M, SLICES)
     if BIAS:
         y += tl.load(bias_ptr + found).to(tl.float32)[:, None]
     if RANK > 0:
-        y += share(right, left, left_ptr, right_ptr, left_stride, right_stride, tall, tokens, found, rank, RANK, M)
+        y += share(
+            right, left, left_ptr, right_ptr, left_stride, right_stride, tall, tokens, found, rank, RANK, WHOLE, M,
+            LEVELS > 0,
+        )  # fmt: skip
     if ACTIVATION >= 0:
         y = activated(y, scale, dtype, M, ROWS, ACTIVATION)
     if RESIDUAL:
