@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from jebi import is_bfloat16_supported
-from jebi.models.device import default_device, default_dtype, device_of, free_bytes
+from jebi.models.device import default_device, default_dtype, device_of, free_bytes, reserve_in_pages
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,18 @@ def test_a_card_without_bfloat16_computes_in_float16(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert default_dtype(torch.device("cuda")) == expected
     assert is_bfloat16_supported() == (expected == torch.bfloat16)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_memory_is_reserved_in_pages_unless_the_caller_has_said_how(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", said.append)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    if own:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    reserve_in_pages(torch.device("cpu"))
+    assert not said
+    reserve_in_pages(torch.device("cuda"))
+    assert said == ([] if own else ["expandable_segments:True"])

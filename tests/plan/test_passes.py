@@ -259,3 +259,13 @@ def test_a_pass_takes_its_time_whatever_the_model() -> None:
     half = dataclasses.replace(LLAMA_8B, layers=LLAMA_8B.layers[:16])
     whole, light = (choose(shape, 2, Room(100 * GB), 512, "recompute", 8192) for shape in (LLAMA_8B, half))
     assert whole.cost - 40 / 8192 == pytest.approx(2 * (light.cost - 40 / 8192))
+
+
+def test_a_head_that_crosses_the_bus_costs_a_pass_the_same_whatever_its_size() -> None:
+    """400 tokens' time for Llama 8B's, so that of rows alike as many fill a pass as may."""
+    values = LLAMA_8B.vocabulary * LLAMA_8B.layer.width
+    for tokens in (1024, 4096):
+        bare, crossing = (
+            choose(LLAMA_8B, 2, Room(100 * GB, crossing=crossing), 512, "none", tokens).cost for crossing in (0, values)
+        )
+        assert crossing - bare == pytest.approx(400 / tokens, rel=1e-3)

@@ -50,3 +50,15 @@ def free_bytes(device: torch.device) -> int:
         allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
         return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
     return int(psutil.virtual_memory().available) // launched.here()
+
+
+def reserve_in_pages(device: torch.device) -> None:
+    """From here on torch's allocator on a card reserves memory in pages of 2 MiB, which serve requests of any size.
+
+    By default what requests of one size leave does not serve another: 0.2 to 3.2 GiB of up to 20 lay idle in trainings
+    on an H200, and nobody could predict how much. It concerns the whole process, and an allocator that the caller has
+    set up stays as it is. (torch's CUDA semantics, "expandable_segments".)
+    """
+    own = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    if device.type == "cuda" and not own and torch.cuda.get_allocator_backend() == "native":
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")

@@ -22,7 +22,7 @@ from jebi.config import EmbeddingPlace, HeadPlace, Places, Storage, launched
 from jebi.config.limits import WHOLE_LAYERS
 from jebi.errors import OutOfMemoryError, WeightsError
 from jebi.kernels.dequantize import PackedWeight
-from jebi.models.device import free_bytes
+from jebi.models.device import free_bytes, reserve_in_pages
 from jebi.models.families import read_config
 from jebi.models.files import Folder, ModelFiles, StoredTensor
 from jebi.models.hf import JebiForCausalLM
@@ -92,6 +92,7 @@ def load_model(
         WeightsError: a tensor is missing, is one too many, has another shape, or its file is broken.
         OutOfMemoryError: memory ran out on the way.
     """
+    reserve_in_pages(device)
     shape = read_config(config)
     scheme = read_scheme(config)
     vars(config).pop("quantization_config", None)

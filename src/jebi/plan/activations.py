@@ -61,7 +61,7 @@ class PassBytes:
         return self.host_inputs + self.host_wide
 
 
-def pass_bytes(shape: DecoderShape, element: int, made: Pass, on_card: bool) -> PassBytes:
+def pass_bytes(shape: DecoderShape, element: int, made: Pass, on_card: bool, ranks: int = 0) -> PassBytes:
     """What a pass takes.
 
     Args:
@@ -69,6 +69,7 @@ def pass_bytes(shape: DecoderShape, element: int, made: Pass, on_card: bool) -> 
         element: bytes of one activation.
         made: the pass.
         on_card: whether a card computes; elsewhere host memory is the device's, and what would be sent there stays.
+        ranks: of all adapters of all layers; of each a layer that keeps all keeps its ``x A^T``.
     """
     layers, tokens, mode = len(shape.layers), made.tokens, made.checkpointing
     if mode == "offload" and not on_card:
@@ -76,7 +77,7 @@ def pass_bytes(shape: DecoderShape, element: int, made: Pass, on_card: bool) -> 
     whole = layers if mode == "none" else made.kept_layers
     others = layers - whole
     kept = kept_bytes_per_token(shape, element, "none") * whole + kept_bytes_per_token(shape, element, mode) * others
-    kept //= layers
+    kept = (kept + ranks * element * whole) // layers
     if not on_card and element < 4:
         # There attention is computed in float32, of which a layer that keeps all keeps copies.
         layer = shape.layer

@@ -91,6 +91,14 @@ class Held:
         return WHOLE_LAYERS * self.divided // len(self.shape.layers)
 
     @cached_property
+    def ranks(self) -> dict[str, int]:
+        """The rank of every adapted projection, by its path."""
+        if self.lora is None or self.storage == "masters":
+            return {}
+        config, chosen = resolve_paths(dict(self.maps()), self.lora, len(self.shape.layers))
+        return {path: config.rank_of(path) for path in chosen}
+
+    @cached_property
     def matrices(self) -> list[int]:
         """Values of every trained matrix, in the adapter or, where all is trained, in the model."""
         if self.storage == "masters":
@@ -100,13 +108,11 @@ class Held:
             return [one.outputs * one.inputs for _, one in self.maps()] + norms + tables
         if self.lora is None:
             return []
-        maps = dict(self.maps())
-        config, chosen = resolve_paths(maps, self.lora, len(self.shape.layers))
-        sizes = []
-        for path in chosen:
-            rank, one = config.rank_of(path), maps[path]
-            sizes += [rank * one.inputs, one.outputs * rank, *([one.outputs] if config.use_dora else [])]
-        saved = {"embed_tokens", "lm_head"}.intersection(config.modules_to_save or ())
+        maps, sizes = dict(self.maps()), []
+        for path, rank in self.ranks.items():
+            one = maps[path]
+            sizes += [rank * one.inputs, one.outputs * rank, *([one.outputs] if self.lora.use_dora else [])]
+        saved = {"embed_tokens", "lm_head"}.intersection(self.lora.modules_to_save or ())
         return sizes + [self.shape.vocabulary * self.shape.layer.width] * len(saved)
 
 

@@ -18,7 +18,7 @@ CPU_PASS_TOKENS = 2048
 GPU_PASS_TOKENS = 8192
 """On a card passes beyond this gain nothing either (Llama 8B, H100: 4,096 and 8,192 tokens run at the same rate), and
 their buffers only grow."""
-_SHARE, _SHARE_SHARED = 0.92, 0.8
+_SHARE, _SHARE_SHARED = 0.95, 0.8
 """Of the room that is used: on a card for what a prediction may be off; of a host's memory, which others use too."""
 
 _RECOMPUTING = 0.34
@@ -90,6 +90,10 @@ class Room:
     """Whether the device is a card."""
     carried: int = 0
     """Bytes of a token that the bus takes to host memory while the token's forward lasts (`time.carried_bytes`)."""
+    ranks: int = 0
+    """Of all adapters of all layers."""
+    crossing: int = 0
+    """Values of a head that comes out of host memory for each pass."""
 
     @property
     def usable(self) -> int:
@@ -112,9 +116,12 @@ def room_beside(held: Held, free: int, host: int = 0, carried: int = 0) -> Room:
         carried: `time.carried_bytes`.
     """
     free -= total(fixed_items(held))
+    ranks = sum(held.ranks.values())
     if not held.on_card:
-        return Room(free, scratch=scratch_bytes(held), on_card=False)
-    return Room(free, kept_weight_bytes(held), scratch_bytes(held), host, carried=carried)
+        return Room(free, scratch=scratch_bytes(held), on_card=False, ranks=ranks)
+    crossing = held.shape.vocabulary * held.shape.layer.width if held.places.head == "host" else 0
+    kept, scratch = kept_weight_bytes(held), scratch_bytes(held)
+    return Room(free, kept, scratch, host, carried=carried, ranks=ranks, crossing=crossing)
 
 
 def choose(
@@ -137,7 +144,7 @@ def choose(
         limit: most tokens worth having in a pass.
         alike: whether all rows are as long as the longest.
     """
-    size = _Size(shape, element, longest_row, limit, room.on_card, room.carried, alike)
+    size = _Size(shape, element, longest_row, limit, room, alike)
     budget = room.usable
     modes: list[Checkpointing] = ["none", "keep_attention", "recompute"]
     on_host = host_bytes_per_token(shape, element)
@@ -168,8 +175,7 @@ class _Size:
     element: int
     longest_row: int
     limit: int
-    on_card: bool = True
-    carried: int = 0
+    room: Room
     alike: bool = False
 
     @property
@@ -203,7 +209,7 @@ class _Size:
 
     def _sent(self, kept: int) -> int:
         """Layers whose gate and up the bus takes along unnoticed, evenly spread; none of rows in several chunks."""
-        left = self.carried - self.on_host(kept, 0)
+        left = self.room.carried - self.on_host(kept, 0)
         if left <= 0 or self.longest_row > _CHUNKS[0]:
             return 0
         # One after the other would be two at a time.
@@ -232,7 +238,7 @@ class _Size:
         return low
 
     def _bytes(self, made: Pass) -> PassBytes:
-        return pass_bytes(self.shape, self.element, made, self.on_card)
+        return pass_bytes(self.shape, self.element, made, self.room.on_card, self.room.ranks)
 
     @property
     def _share(self) -> float:
@@ -245,10 +251,10 @@ class _Size:
         return whole if self.alike and whole else tokens
 
     def _cost(self, mode: Checkpointing, tokens: int, chunk: int, kept: int, dense: bool, sent: int = 0) -> float:
-        if not self.on_card:
-            return _PASS_ON_CPU / tokens + self._beyond(mode, tokens, chunk, kept, dense, sent)
-        tokens = self._filled(tokens)
-        return _PASS / tokens + self._share * self._beyond(mode, tokens, chunk, kept, dense, sent)
+        share, of_a_pass = (self._share, _PASS) if self.room.on_card else (1.0, _PASS_ON_CPU)
+        of_head = _HEAD_ON_HOST * self.room.crossing / _MEASURED_HEAD
+        tokens = self._filled(tokens) if self.room.on_card else tokens
+        return (of_a_pass + of_head) / tokens + share * self._beyond(mode, tokens, chunk, kept, dense, sent)
 
     def _beyond(self, mode: Checkpointing, tokens: int, chunk: int, kept: int, dense: bool, sent: int) -> float:
         """What a token takes beyond its share of a pass and what it must, relative to the latter."""
@@ -268,13 +274,8 @@ def longest_row(shape: DecoderShape, element: int, room: Room, asked: Checkpoint
     modes: list[Checkpointing] = ["none", "keep_attention", "recompute", "offload"] if asked is None else [asked]
     found = []
     for mode in modes:
-        most = _Size(shape, element, 1, _LONGEST, room.on_card).most(mode, budget, _CHUNKS[-1], 0)
+        most = _Size(shape, element, 1, _LONGEST, room).most(mode, budget, _CHUNKS[-1], 0)
         if mode == "offload" and room.on_card:
             most = min(most, room.usable_host // host_bytes_per_token(shape, element))
         found.append(most)
     return max(found)
-
-
-def head_cost(values: int, tokens: int) -> float:
-    """What a head of so many values in host memory adds to a plan's cost, for passes of so many tokens."""
-    return _HEAD_ON_HOST * values / _MEASURED_HEAD / tokens

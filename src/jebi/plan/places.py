@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from jebi.config import Places
 from jebi.config.limits import SLICE_BYTES
 from jebi.models.families import DecoderShape
-from jebi.plan.passes import PassPlan, Room, head_cost
+from jebi.plan.passes import PassPlan, Room
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Relief:
     frees: int
     """Bytes on the card that are free beside those of the first relief."""
     crossing: int = 0
-    """Values of the head, where it was moved and crosses the bus for each pass."""
+    """Values of the head, where it crosses the bus for each pass."""
 
 
 def reliefs(shape: DecoderShape, element: int, movable: Places) -> list[Relief]:
@@ -37,7 +37,8 @@ def reliefs(shape: DecoderShape, element: int, movable: Places) -> list[Relief]:
     table = values * element
     # Two slices of it are on the card in its stead.
     head = table - 2 * SLICE_BYTES
-    found = [Relief(movable, 0)]
+    crossing = values if movable.head == "host" else 0
+    found = [Relief(movable, 0, crossing)]
     if shape.tied:
         if movable == Places() and head > 0:
             found.append(Relief(Places("host", "host"), head, values))
@@ -45,7 +46,7 @@ def reliefs(shape: DecoderShape, element: int, movable: Places) -> list[Relief]:
     embedding, freed = movable.embedding, 0
     if embedding == "auto":
         embedding, freed = "host", table
-        found.append(Relief(Places(embedding, movable.head), freed))
+        found.append(Relief(Places(embedding, movable.head), freed, crossing))
     if movable.head == "auto" and head > 0:
         found.append(Relief(Places(embedding, "host"), freed + head, values))
     return found
@@ -62,7 +63,7 @@ def best(options: list[Relief], now: int, room: Room, plan_of: Callable[[Room], 
     """
     found = []
     for option in options:
-        plan = plan_of(replace(room, card=room.card + option.frees - now))
-        found.append((plan.cost + head_cost(option.crossing, plan.tokens), option, plan))
-    _, option, plan = min(found, key=lambda each: each[0])
-    return (option, plan) if plan.fits else found[-1][1:]
+        plan = plan_of(replace(room, card=room.card + option.frees - now, crossing=option.crossing))
+        found.append((option, plan))
+    option, plan = min(found, key=lambda each: each[1].cost)
+    return (option, plan) if plan.fits else found[-1]
