@@ -158,7 +158,7 @@ def _product(
     LAST_FIRST: tl.constexpr, ORDER: tl.constexpr, DOTS: tl.constexpr, LAID: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, WARPS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = ROWS // 2 if ACTIVATION >= 0 else ROWS
+    MAPS: tl.constexpr = 2 if ACTIVATION >= 0 else 1
     PAIRS: tl.constexpr = DOTS and KIND > 0
     N: tl.constexpr = 8 if PAIRS and M <= 4 else M
     SLICES: tl.constexpr = N // (2 * M) if N > M else 1
@@ -181,15 +181,13 @@ def _product(
         weight = weight_at(weight_ptr, w_row, w_unit, quarter, four, value, True, COLUMNS, KIND, EVEN)
         scales = scale_at(scales_ptr, w_row, block, True, outputs, COLUMNS, EVEN)
         held = levels_held(levels_ptr, dtype, WARPS, LEVELS)
-    token = tl.program_id(1) + tl.arange(0, M)
-    found = row_of(row, tl.arange(0, ROWS), outputs, ROWS, ACTIVATION)
-    column = row * WIDTH + tl.arange(0, WIDTH)
-    width = outputs // 2 if ACTIVATION >= 0 else outputs
-    inside = (column < width)[:, None] & (token < tokens)[None]
+    token, found = tl.program_id(1) + tl.arange(0, M), row_of(row, tl.arange(0, ROWS), outputs, ROWS, ACTIVATION)
+    column = row * (ROWS // MAPS) + tl.arange(0, ROWS // MAPS)
+    inside = (column < outputs // MAPS)[:, None] & (token < tokens)[None]
     if OVERLAP:
         await_inputs()
-    # What comes after the product is read first, or it would be waited for.
-    if RANK > 0:  # For at least eight rows of x, which tensor cores want.
+    # What comes after the product is read first; an adapter's for the eight rows of x that tensor cores want.
+    if RANK > 0:
         tall = tl.program_id(1) + tl.arange(0, 8 if N > M else M)
         right, left = adapter(left_ptr, right_ptr, left_stride, right_stride, tall, tokens, found, 0, rank, RANK, WHOLE)
     if RESIDUAL:
