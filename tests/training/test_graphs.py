@@ -150,3 +150,23 @@ def test_a_larger_pass_pins_host_memory_before_it_is_captured(
     for rows in (2, 2, 1, 1, 3, 3, 2, 1):
         runs(rows)
     assert captured == [(80, 0), (40, 0), (120, 1), (80, 1), (40, 1)]
+
+
+def test_adapters_are_cast_before_any_pass_lies_about_them(
+    model: Callable[[], JebiForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    ours = model()
+    passes = PassGraphs(
+        ours, lambda loss: loss.backward(), {}, FlatGradients([p for p in ours.parameters() if p.requires_grad])
+    )
+    groups = [group for layer in ours.model.decoder_layers() if layer.stacked for group in layer.stacked.stacked()]
+    casts = [group.casts() for group in groups]
+    assert casts
+    for group, cast in zip(groups, casts):
+        assert cast is not None
+        adapters = [linear.adapter for linear in group.maps if linear.adapter is not None]
+        assert torch.equal(cast[0], torch.cat([lora.A_rK for lora in adapters]).to(cast[0].dtype))
+    passes.run(padded(*cut([collate([row(0, 40, [])])], 4096)), 1)
+    assert [group.casts() for group in groups] == casts, "where they were"

@@ -80,6 +80,9 @@ class PassGraphs:
         self._pinned = 0
         """Tokens of the largest pass that host memory is pinned for."""
         self._version = -1
+        # Now, and not by the first pass, among whose activations they would lie for good.
+        model.model.cast_adapters(again=False)
+        model.model.cast_adapters(again=True)
 
     @staticmethod
     def hindrance(model: JebiForCausalLM) -> str | None:
