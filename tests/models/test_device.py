@@ -49,16 +49,26 @@ def test_a_card_without_bfloat16_computes_in_float16(
     assert is_bfloat16_supported() == (expected == torch.bfloat16)
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_memory_is_reserved_in_pages_unless_the_caller_has_said_how(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("backend", "own", "expected"),
+    [
+        ("native", None, ["expandable_segments:True"]),
+        ("native", "PYTORCH_ALLOC_CONF", []),
+        ("native", "PYTORCH_CUDA_ALLOC_CONF", []),
+        ("cudaMallocAsync", None, []),
+    ],
+)
+def test_memory_is_reserved_in_pages_unless_the_caller_has_said_how(
+    backend: str, own: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", said.append)
-    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    if own:
-        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if own is not None:
+        monkeypatch.setenv(own, "max_split_size_mb:512")
     reserve_in_pages(torch.device("cpu"))
     assert not said
     reserve_in_pages(torch.device("cuda"))
-    assert said == ([] if own else ["expandable_segments:True"])
+    assert said == expected

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from jebi.errors import OutOfMemoryError
+from jebi.models import loading
 from jebi.models.families import read_config
 from jebi.quant.nf4 import NF4Weight
 
@@ -241,3 +242,12 @@ def test_memory_that_runs_out_on_the_way_is_no_fault_of_the_file(
     monkeypatch.setattr(NF4Weight, "quantize", no_room)
     with pytest.raises(OutOfMemoryError, match=r"memory ran out while 'model\..*' was loaded: set load_in_4bit"):
         load(tiny_llama("tied"), load_in_4bit=True)
+
+
+def test_memory_is_reserved_in_pages_before_anything_is_loaded(
+    tiny_llama, load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(loading, "reserve_in_pages", asked.append)
+    load(tiny_llama("tied"), torch.float32)
+    assert asked == [torch.device("cpu")]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from jebi.adapters.lora import attach
-from jebi.config import Checkpointing, LoraConfig
+from jebi.config import Checkpointing, LoraConfig, Places
+from jebi.config.limits import CHUNK_TOKENS
 from jebi.models.families import DecoderShape
 from jebi.models.hf import JebiForCausalLM
 from jebi.nn.layer import DecoderLayer
@@ -20,18 +21,17 @@ from jebi.nn.layer_node import Keep, run_layer
 from jebi.nn.rows import rows_from_lengths
 from jebi.nn.shape import AttentionForm, LayerShape
 from jebi.plan.activations import (
+    Pass,
     host_bytes_per_token,
     kept_bytes_per_token,
     loss_bytes,
+    pass_bytes,
     sent_bytes_per_token,
     work_bytes,
 )
-from jebi.plan.passes import (
-    CPU_PASS_TOKENS,
-    PassPlan,
-    Room,
-    choose,
-)
+from jebi.plan.held import Held
+from jebi.plan.inventory import SLACK_BYTES, pass_items, total
+from jebi.plan.passes import CPU_PASS_TOKENS, PassPlan, Room, choose, room_beside
 
 LLAMA_8B = DecoderShape((LayerShape(4096, 32, 8, 128, 14336, 1e-5, AttentionForm(128**-0.5)),) * 32, 128256, tied=False)
 MODES: tuple[Checkpointing, ...] = ("none", "keep_attention", "recompute", "offload")
@@ -214,9 +214,34 @@ def predicted(model: JebiForCausalLM, mode: Checkpointing) -> int:
 
 
 def test_a_layer_that_keeps_everything_keeps_what_is_counted(layer: Callable[[torch.dtype], JebiForCausalLM]) -> None:
-    """But for the adapters' ``x A^T``, a value of each of seven maps here."""
+    """The adapters' ``x A^T`` among it, of seven maps."""
     model = layer(torch.float32)
-    assert 0 <= counted(model, [96], "all") - 96 * predicted(model, "none") <= 96 * 7 * 4
+    one = dataclasses.replace(model.model.shape, layers=model.model.shape.layers[:1])
+    assert counted(model, [96], "all") == pass_bytes(one, 4, Pass(96, "none", CHUNK_TOKENS), False, ranks=7).kept
+
+
+def test_layers_that_keep_everything_keep_what_adapters_make_of_a_token() -> None:
+    """Ranks of 64 instead of 8 are a hundredth of the activations of Llama 8B, and cost that of the tokens."""
+    held = [Held(LLAMA_8B, "dense", 2, lora=LoraConfig(r=r)) for r in (8, 64)]
+    rooms = [room_beside(one, 40 * GB) for one in held]
+    ranks = [32 * 7 * r for r in (8, 64)]
+    assert [room.ranks for room in rooms] == ranks
+    for mode, layers in (("none", 32), ("recompute", 4), ("recompute", 0)):
+        made = Pass(1000, mode, CHUNK_TOKENS, kept_layers=0 if mode == "none" else layers)
+        few, many = (total(pass_items(one, made), part="activations") for one in held)
+        assert many - few == 1000 * 2 * (ranks[1] - ranks[0]) * layers // 32
+    few, many = (choose(LLAMA_8B, 2, room, 512, "none", 10**6).tokens for room in rooms)
+    assert 0.985 < many / few < 0.995
+
+
+def test_a_room_knows_of_the_allocator_and_of_a_head_that_crosses() -> None:
+    held = Held(LLAMA_8B, "dense", 2, lora=LoraConfig())
+    away = dataclasses.replace(held, places=Places("host", "host"))
+    room, other = room_beside(held, 40 * GB), room_beside(away, 40 * GB)
+    assert room.card == 40 * GB - SLACK_BYTES
+    assert room.crossing == 0
+    assert other.crossing == LLAMA_8B.vocabulary * LLAMA_8B.layer.width
+    assert room_beside(dataclasses.replace(held, on_card=False), 40 * GB).card == 40 * GB
 
 
 def test_on_a_cpu_16_bit_attention_keeps_float32_copies_which_are_not_counted(

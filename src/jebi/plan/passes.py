@@ -11,7 +11,7 @@ from jebi.config.limits import CHUNK_TOKENS
 from jebi.models.families import DecoderShape
 from jebi.plan.activations import Pass, PassBytes, host_bytes_per_token, pass_bytes, sent_bytes_per_token
 from jebi.plan.held import Held
-from jebi.plan.inventory import fixed_items, kept_weight_bytes, scratch_bytes, total
+from jebi.plan.inventory import SLACK_BYTES, fixed_items, kept_weight_bytes, scratch_bytes, total
 
 CPU_PASS_TOKENS = 2048
 """On a CPU longer passes gain nothing: a pass of this many tokens already runs its products at full rate."""
@@ -111,7 +111,7 @@ def room_beside(held: Held, free: int, host: int = 0, carried: int = 0) -> Room:
 
     Args:
         held: the model and its adapter.
-        free: bytes on the device beside these, the optimizer and what the allocator keeps.
+        free: bytes on the device beside these and the optimizer.
         host: free bytes of host memory.
         carried: `time.carried_bytes`.
     """
@@ -121,7 +121,7 @@ def room_beside(held: Held, free: int, host: int = 0, carried: int = 0) -> Room:
         return Room(free, scratch=scratch_bytes(held), on_card=False, ranks=ranks)
     crossing = held.shape.vocabulary * held.shape.layer.width if held.places.head == "host" else 0
     kept, scratch = kept_weight_bytes(held), scratch_bytes(held)
-    return Room(free, kept, scratch, host, carried=carried, ranks=ranks, crossing=crossing)
+    return Room(free - SLACK_BYTES, kept, scratch, host, carried=carried, ranks=ranks, crossing=crossing)
 
 
 def choose(

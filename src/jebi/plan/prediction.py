@@ -15,7 +15,6 @@ from jebi.plan.inventory import (
     CONTEXT_BYTES,
     OPTIMIZERS_8BIT,
     PROCESS_BYTES,
-    SLACK_BYTES,
     Item,
     adapter_items,
     everything,
@@ -113,7 +112,7 @@ def predict(job: Job, card: Card, budget: int, host: int = 0) -> Prediction:
     options = reliefs(held.shape, held.element, places) if on_card else []
     held = replace(held, places=_placed(held, places, on_card))
     free = budget - total(model_items(held)) - total(adapter_items(held))
-    free -= CONTEXT_BYTES + SLACK_BYTES if on_card else PROCESS_BYTES
+    free -= CONTEXT_BYTES if on_card else PROCESS_BYTES
     room = room_beside(held, free, host, carried_bytes(held, card) if on_card else 0)
     limit = job.pass_limit(GPU_PASS_TOKENS if on_card else CPU_PASS_TOKENS)
 

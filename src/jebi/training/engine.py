@@ -20,7 +20,7 @@ from jebi.models.compute import require_card, require_layers
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import movable, place, placed, resolve
 from jebi.plan.held import Held
-from jebi.plan.inventory import SLACK_BYTES, trained
+from jebi.plan.inventory import trained
 from jebi.plan.passes import CPU_PASS_TOKENS, GPU_PASS_TOKENS, PassPlan, Room, choose, room_beside
 from jebi.plan.places import Relief, best, reliefs
 from jebi.plan.present import card_of, host_bytes
@@ -98,8 +98,6 @@ def _room(model: JebiForCausalLM, settings: Settings, held: Held) -> Room:
     cast = model.dtype.itemsize if device.type == "cuda" and model.adapter is not None else 0
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     free = allowed_bytes(device, settings.budget)
-    if device.type == "cuda":
-        free -= SLACK_BYTES
     free -= trained(sizes, settings.optimizer, cast).bytes
     if device.type == "cpu":
         return room_beside(held, free)
