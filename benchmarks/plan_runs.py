@@ -265,7 +265,7 @@ def table(results: list[dict[str, Any]]) -> str:
     for result in results:
         if "peak_gb" not in result:
             reason = result.get("refused") or result["failed"].strip().splitlines()[-1]
-            lines.append(f"| {result['run']} | {reason[:100]} |" + " |" * 6)
+            lines.append(f"| {result['run']} | {reason[:100].rpartition(' ')[0]} ... |" + " |" * 6)
             continue
         memory = f"{result['planned_gb']:.2f} | {result['peak_gb']:.2f} | {100 * memory_error(result):+.1f} %"
         times = f"{result['planned_step_s']:.3f} | {result['step_s']:.3f} | {100 * time_error(result):+.0f} %"

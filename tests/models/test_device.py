@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from jebi import is_bfloat16_supported
+from jebi.models import device
 from jebi.models.device import default_device, default_dtype, device_of, free_bytes, reserve_in_pages
 
 
@@ -50,25 +51,42 @@ def test_a_card_without_bfloat16_computes_in_float16(
 
 
 @pytest.mark.parametrize(
-    ("backend", "own", "expected"),
+    ("backend", "own", "system", "expected"),
     [
-        ("native", None, ["expandable_segments:True"]),
-        ("native", "PYTORCH_ALLOC_CONF", []),
-        ("native", "PYTORCH_CUDA_ALLOC_CONF", []),
-        ("cudaMallocAsync", None, []),
+        ("native", "", "6.8.0-generic", ["expandable_segments:True"]),
+        ("native", "max_split_size_mb:512", "6.8.0-generic", []),
+        ("cudaMallocAsync", "", "6.8.0-generic", []),
+        ("native", "", "5.15.167.4-microsoft-standard-WSL2", []),
     ],
 )
 def test_memory_is_reserved_in_pages_unless_the_caller_has_said_how(
-    backend: str, own: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+    backend: str, own: str, system: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whether in the environment or by torch's own calls; and not where a driver fails at it."""
     said: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: said[-1] if said else own)
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", said.append)
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
-    if own is not None:
-        monkeypatch.setenv(own, "max_split_size_mb:512")
+    monkeypatch.setattr(device, "release", lambda: system)
     reserve_in_pages(torch.device("cpu"))
     assert not said
-    reserve_in_pages(torch.device("cuda"))
+    for _ in range(2):
+        reserve_in_pages(torch.device("cuda"))
     assert said == expected
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_where_torch_does_not_tell_its_settings_the_environment_does(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.delattr(torch._C, "_accelerator_getAllocatorSettings", raising=False)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", said.append)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(device, "release", lambda: "6.8.0-generic")
+    monkeypatch.setenv(name, "max_split_size_mb:512")
+    reserve_in_pages(torch.device("cuda"))
+    assert not said
+    monkeypatch.delenv(name)
+    reserve_in_pages(torch.device("cuda"))
+    assert said == ["expandable_segments:True"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jebi.adapters.lora import attach
-from jebi.config import Checkpointing, LoraConfig, Places
+from jebi.config import Checkpointing, LoraConfig
 from jebi.config.limits import CHUNK_TOKENS
 from jebi.models.families import DecoderShape
 from jebi.models.hf import JebiForCausalLM
@@ -234,13 +234,9 @@ def test_layers_that_keep_everything_keep_what_adapters_make_of_a_token() -> Non
     assert 0.985 < many / few < 0.995
 
 
-def test_a_room_knows_of_the_allocator_and_of_a_head_that_crosses() -> None:
+def test_a_room_on_a_card_is_less_what_the_allocator_keeps() -> None:
     held = Held(LLAMA_8B, "dense", 2, lora=LoraConfig())
-    away = dataclasses.replace(held, places=Places("host", "host"))
-    room, other = room_beside(held, 40 * GB), room_beside(away, 40 * GB)
-    assert room.card == 40 * GB - SLACK_BYTES
-    assert room.crossing == 0
-    assert other.crossing == LLAMA_8B.vocabulary * LLAMA_8B.layer.width
+    assert room_beside(held, 40 * GB).card == 40 * GB - SLACK_BYTES
     assert room_beside(dataclasses.replace(held, on_card=False), 40 * GB).card == 40 * GB
 
 

@@ -1,6 +1,7 @@
 """Where a model goes and what it computes in, when the user leaves it open, and the memory there."""
 
 import os
+from platform import release
 
 import psutil
 import torch
@@ -52,13 +53,21 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // launched.here()
 
 
+_PAGES = "expandable_segments:True"
+"""As torch's allocator is told."""
+
+
 def reserve_in_pages(device: torch.device) -> None:
-    """From here on torch's allocator on a card reserves memory in pages of 2 MiB, which serve requests of any size.
+    """From here on torch's allocator on a card maps memory in pages, which can be joined, parted and given back.
 
     By default what requests of one size leave does not serve another: 0.2 to 3.2 GiB of up to 20 lay idle in trainings
-    on an H200, and nobody could predict how much. It concerns the whole process, and an allocator that the caller has
-    set up stays as it is. (torch's CUDA semantics, "expandable_segments".)
+    on an H200, and nobody could predict how much. It concerns the whole process. Settings that the caller has made stay
+    as they are, and WSL, whose driver fails at it, keeps the default. (torch's CUDA semantics, "expandable_segments".)
     """
-    own = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
-    if device.type == "cuda" and not own and torch.cuda.get_allocator_backend() == "native":
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    if device.type != "cuda" or torch.cuda.get_allocator_backend() != "native" or "microsoft" in release().lower():
+        return
+    # Older versions of torch tell nobody what their calls have set.
+    told = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if not (told() if told is not None else any(os.environ.get(name) for name in names)):
+        torch._C._accelerator_setAllocatorSettings(_PAGES)

@@ -93,7 +93,7 @@ class Room:
     ranks: int = 0
     """Of all adapters of all layers."""
     crossing: int = 0
-    """Values of a head that comes out of host memory for each pass."""
+    """Values of a head that comes out of host memory for each pass (`places.best`)."""
 
     @property
     def usable(self) -> int:
@@ -119,9 +119,8 @@ def room_beside(held: Held, free: int, host: int = 0, carried: int = 0) -> Room:
     ranks = sum(held.ranks.values())
     if not held.on_card:
         return Room(free, scratch=scratch_bytes(held), on_card=False, ranks=ranks)
-    crossing = held.shape.vocabulary * held.shape.layer.width if held.places.head == "host" else 0
     kept, scratch = kept_weight_bytes(held), scratch_bytes(held)
-    return Room(free - SLACK_BYTES, kept, scratch, host, carried=carried, ranks=ranks, crossing=crossing)
+    return Room(free - SLACK_BYTES, kept, scratch, host, carried=carried, ranks=ranks)
 
 
 def choose(

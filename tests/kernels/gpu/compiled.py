@@ -132,7 +132,7 @@ def few_rows_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str
         # Each way in which `tile_of` cuts, beside a table on one card, without on another.
         every = kind == few_rows.NF4 and capability in (86, 90)
         shapes = [(28672, 14336)] + ([(4096, 14336), (4096, 4096)] if every else [])
-        for shape, rows in product(shapes, (1, 8, few_rows.MOST)):
+        for shape, rows in product(shapes, (1, 4, 8, few_rows.MOST) if kind == few_rows.NF4 else (1, 8, few_rows.MOST)):
             tile = few_rows.tile_of(few_rows.Stored(kind, *[torch.empty(0)] * 2, None, shape), rows)
             sizes = {"M": few_rows.padded(rows, kind) if dots else 1, "COLUMNS": shape[1]}
             sizes |= {"ROWS": tile.rows, "WARPS": tile.warps, "UNITS": tile.units}

@@ -46,7 +46,7 @@ def check_few_rows(dtype: torch.dtype) -> Iterator[Check]:
     if truncates(dtype):
         return
     cases = ((20, 64, 1, 11, AFTER), (38, 192, 2, 70, AFTER[1:3]), (20, 1152, 6, 11, AFTER[2:3]))
-    # The last two fill their tiles, with whole ranks; the second has two slices a row, and two turns.
+    # The last two have whole ranks, the second two slices a row and two turns.
     cases += ((40, 320, 13, 11, AFTER[1:3]), (32, 1024, 3, 16, AFTER[2:3]), (32, 4096, 2, 32, AFTER[2:3]))
     for rows, columns, tokens, ranks, afters in cases:
         x = drawn(tokens, columns + 8, dtype=dtype)[:, :columns]
@@ -73,6 +73,21 @@ def check_few_rows(dtype: torch.dtype) -> Iterator[Check]:
                     gpu_few_rows.product(given, stored, epilogue, out, dots=dots)
                     said = f"{rows}x{columns} {tokens} {activation}{' and all' * full}{' by dots' * dots}"
                     yield f"few rows {name} {said} {type(given).__name__}", out, plain, exact
+
+
+def check_few_rows_tiles(dtype: torch.dtype) -> Iterator[Check]:
+    """Every way in which `tile_of` cuts 4 bits of few rows on tensor cores, over several turns, even and uneven."""
+    if dtype != torch.float16:
+        return
+    cuts = ((16, 4, 1), (16, 8, 1), (32, 4, 1), (16, 4, 2), (16, 8, 2), (32, 2, 1))
+    for cut, (columns, tokens) in product(cuts, ((4096, 2), (4160, 3))):
+        x = drawn(tokens, columns, dtype=dtype)
+        weight = few_rows.stacked([nf4.NF4Weight.quantize(drawn(40, columns, seed=3, dtype=dtype) / columns**0.5)])
+        assert weight is not None
+        out = wide(tokens, 40, dtype)
+        gpu_few_rows.product(as_laid(x), few_rows.as_stored(weight), Epilogue(), out, gpu_few_rows.Tile(*cut))
+        plain, exact = few_rows.product_reference(x, weight), exact_product(x, weight, None, None, None, 1.0, None)
+        yield f"few rows by {cut} {columns} {tokens}", out, plain, exact
 
 
 def exact_product(
@@ -175,4 +190,4 @@ def check_turned_and_stored(dtype: torch.dtype) -> Iterator[Check]:
 
 
 if __name__ == "__main__":
-    main([check_few_rows, check_few_rows_before, check_cached_attention, check_turned_and_stored])
+    main([check_few_rows, check_few_rows_tiles, check_few_rows_before, check_cached_attention, check_turned_and_stored])

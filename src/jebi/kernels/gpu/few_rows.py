@@ -71,7 +71,7 @@ class Tile:
     warps: int
     """Each has its share of the columns."""
     units: int
-    """Of 128 columns, that a warp reads at once."""
+    """Of 128 columns, or of two slices of 128, that a warp reads at once."""
 
 
 def tile_of(stored: Stored, tokens: int) -> Tile:
