@@ -53,10 +53,6 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // launched.here()
 
 
-_PAGES = "expandable_segments:True"
-"""As torch's allocator is told."""
-
-
 def reserve_in_pages(device: torch.device) -> None:
     """From here on torch's allocator on a card maps memory in pages, which can be joined, parted and given back.
 
@@ -70,4 +66,4 @@ def reserve_in_pages(device: torch.device) -> None:
     told = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     if not (told() if told is not None else any(os.environ.get(name) for name in names)):
-        torch._C._accelerator_setAllocatorSettings(_PAGES)
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")

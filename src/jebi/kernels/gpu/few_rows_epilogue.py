@@ -23,25 +23,28 @@ class Epilogue:
     scale: float = 1.0
     residual_MN: Tensor | None = None
 
+    @property
+    def rank(self) -> int:
+        """Of the adapter; 0 where there is none."""
+        return 0 if self.left_MR is None else self.left_MR.shape[1]
+
 
 def epilogue_arguments(after: Epilogue, absent: Tensor, out_MN: Tensor) -> tuple[object, ...]:
     """An epilogue's tensors, strides and sizes in a kernel's order."""
     bias, left, right, residual = (
         absent if part is None else part for part in (after.bias_N, after.left_MR, after.right_NR, after.residual_MN)
     )
-    rank = 0 if after.left_MR is None else after.left_MR.shape[1]
     strides = left.stride(0), right.stride(0), residual.stride(0), out_MN.stride(0)
-    return bias, left, right, residual, out_MN, *strides, rank, after.scale
+    return bias, left, right, residual, out_MN, *strides, after.rank, after.scale
 
 
 def epilogue_constants(after: Epilogue) -> dict[str, int | bool]:
     """An epilogue's compile-time constants."""
-    rank = 0 if after.left_MR is None else after.left_MR.shape[1]
-    at_once = min(64, max(16, triton.next_power_of_2(rank))) if rank else 0
+    at_once = min(64, max(16, triton.next_power_of_2(after.rank))) if after.rank else 0
     return {
         "BIAS": after.bias_N is not None,
         "RANK": at_once,
-        "WHOLE": rank > 0 and rank % at_once == 0,
+        "WHOLE": after.rank > 0 and after.rank % at_once == 0,
         "ACTIVATION": -1 if after.activation is None else after.activation,
         "RESIDUAL": after.residual_MN is not None,
     }
