@@ -1,5 +1,8 @@
 """``kernels.linear_cross_entropy``: the reference against float64, chunked loss and gradient against its autograd."""
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,6 +45,22 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor, form: LossForm) -> Ten
         logits = form.softcap * torch.tanh(logits / form.softcap)
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
     return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=form.label_smoothing)
+
+
+def test_a_chunks_logits_are_gone_before_the_next_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_chunks(monkeypatch)
+    chunk_, seen = module._chunk_, []
+
+    def watched(logits: Tensor, *others: Any) -> Any:
+        assert not any(made() is not None for made in seen)
+        loss, slopes = chunk_(logits, *others)
+        seen.extend(map(weakref.ref, (logits, slopes)))
+        return loss, slopes
+
+    monkeypatch.setattr(module, "_chunk_", watched)
+    hidden, weight, labels = inputs(0, torch.float32)
+    linear_cross_entropy(hidden.requires_grad_(), weight, labels)
+    assert len(seen) == 2 * 3
 
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from jebi.nn.rows import rows_from_lengths
 from jebi.nn.shape import AttentionForm, LayerShape
 from jebi.plan.activations import (
     Pass,
+    Ranks,
     host_bytes_per_token,
     kept_bytes_per_token,
     loss_bytes,
@@ -105,11 +106,11 @@ def test_host_memory_is_used_where_it_pays_and_only_as_much_as_there_is() -> Non
     long = 131072
     assert plan(18.0, longest=long, host=100.0).checkpointing == "offload"
     assert plan(60.0, longest=long, host=100.0).checkpointing == "offload", "attention is not recomputed"
-    assert plan(6.0, longest=2048, limit=8192, host=100.0).checkpointing == "recompute", "of short rows it is little"
+    assert plan(4.5, longest=2048, limit=8192, host=100.0).checkpointing == "recompute", "of short rows it is little"
     assert plan(18.0, longest=long).checkpointing == "recompute", "no room on the host"
     assert plan(18.0, longest=long, host=70.0).checkpointing == "recompute", "not enough room on the host"
     needed = 4096 * host_bytes_per_token(LLAMA_8B, 2) / 0.8 / GB
-    scarce = plan(0.9, host=1.01 * needed)
+    scarce = plan(0.8, host=1.01 * needed)
     assert scarce.checkpointing == "offload"
     assert scarce.tokens <= 1.01 * 4096
 
@@ -217,19 +218,26 @@ def test_a_layer_that_keeps_everything_keeps_what_is_counted(layer: Callable[[to
     """The adapters' ``x A^T`` among it, of seven maps."""
     model = layer(torch.float32)
     one = dataclasses.replace(model.model.shape, layers=model.model.shape.layers[:1])
-    assert counted(model, [96], "all") == pass_bytes(one, 4, Pass(96, "none", CHUNK_TOKENS), False, ranks=7).kept
+    assert counted(model, [96], "all") == pass_bytes(one, 4, Pass(96, "none", CHUNK_TOKENS), False, Ranks(7, 2)).kept
+
+
+def test_layers_that_send_gate_and_up_keep_what_adapters_made_for_them() -> None:
+    """Of 3 layers in 2 bytes: ranks of 16 of gate and of up in 32 layers."""
+    made = Pass(512, "offload", CHUNK_TOKENS, shipped_layers=3)
+    with_adapters, without = (pass_bytes(LLAMA_8B, 2, made, True, ranks) for ranks in (Ranks(7 * 512, 1024), Ranks()))
+    assert with_adapters.kept - without.kept == 512 * 3 * 32 * 2
 
 
 def test_layers_that_keep_everything_keep_what_adapters_make_of_a_token() -> None:
     """Ranks of 64 instead of 8 are a hundredth of the activations of Llama 8B, and cost that of the tokens."""
     held = [Held(LLAMA_8B, "dense", 2, lora=LoraConfig(r=r)) for r in (8, 64)]
     rooms = [room_beside(one, 40 * GB) for one in held]
-    ranks = [32 * 7 * r for r in (8, 64)]
+    ranks = [Ranks(32 * 7 * r, 32 * 2 * r) for r in (8, 64)]
     assert [room.ranks for room in rooms] == ranks
     for mode, layers in (("none", 32), ("recompute", 4), ("recompute", 0)):
         made = Pass(1000, mode, CHUNK_TOKENS, kept_layers=0 if mode == "none" else layers)
         few, many = (total(pass_items(one, made), part="activations") for one in held)
-        assert many - few == 1000 * 2 * (ranks[1] - ranks[0]) * layers // 32
+        assert many - few == 1000 * 2 * (ranks[1].every - ranks[0].every) * layers // 32
     few, many = (choose(LLAMA_8B, 2, room, 512, "none", 10**6).tokens for room in rooms)
     assert 0.985 < many / few < 0.995
 

@@ -45,7 +45,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., JebiForCa
         activations += max(work, loss_bytes(shape, 4, least, on_card=False))
         sizes = [p.numel() for p in found.parameters() if p.requires_grad]
         used = Room(2**30, on_card=False).usable / 2**30
-        needed = activations / used + trained(sizes, SETTINGS.optimizer, 0).bytes
+        needed = activations / used + trained(sizes, SETTINGS.optimizer).bytes
         # What was moved already is free already.
         # And slices are in a table's stead, beside what moving it frees.
         moved = TABLE + 2 * SLICE_BYTES if placed(found) == Places("host", "host") else 0

@@ -113,6 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_TD.index_add_(0, index_N[part], dlogits_CV @ w_VD)
             if grad_VD is not None:
                 grad_VD += product32(dlogits_CV.t(), hidden_CD)
+            del logits_CV, dlogits_CV  # before the next chunk's are made
         ctx.weight_dtype = weight_VD.dtype
         ctx.save_for_backward(grad_TD, grad_VD, lift)
         return total if lift is None else total / lift

@@ -14,6 +14,16 @@ _INPUTS = 36
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """Of the adapters of all layers: numbers that a token has of ``x A^T``."""
+
+    every: int = 0
+    """Of all maps."""
+    wide: int = 0
+    """Of gate and up."""
+
+
+@dataclass(frozen=True)
 class Pass:
     """What a training pass is, for the count of its memory."""
 
@@ -61,7 +71,7 @@ class PassBytes:
         return self.host_inputs + self.host_wide
 
 
-def pass_bytes(shape: DecoderShape, element: int, made: Pass, on_card: bool, ranks: int = 0) -> PassBytes:
+def pass_bytes(shape: DecoderShape, element: int, made: Pass, on_card: bool, ranks: Ranks = Ranks()) -> PassBytes:
     """What a pass takes.
 
     Args:
@@ -69,7 +79,7 @@ def pass_bytes(shape: DecoderShape, element: int, made: Pass, on_card: bool, ran
         element: bytes of one activation.
         made: the pass.
         on_card: whether a card computes; elsewhere host memory is the device's, and what would be sent there stays.
-        ranks: of all adapters of all layers; of each a layer that keeps all keeps its ``x A^T``.
+        ranks: of the adapters; a layer that keeps all keeps every ``x A^T``, one that sends gate and up theirs.
     """
     layers, tokens, mode = len(shape.layers), made.tokens, made.checkpointing
     if mode == "offload" and not on_card:
@@ -77,7 +87,7 @@ def pass_bytes(shape: DecoderShape, element: int, made: Pass, on_card: bool, ran
     whole = layers if mode == "none" else made.kept_layers
     others = layers - whole
     kept = kept_bytes_per_token(shape, element, "none") * whole + kept_bytes_per_token(shape, element, mode) * others
-    kept = (kept + ranks * element * whole) // layers
+    kept = (kept + (ranks.every * whole + ranks.wide * made.shipped_layers) * element) // layers
     if not on_card and element < 4:
         # There attention is computed in float32, of which a layer that keeps all keeps copies.
         layer = shape.layer
@@ -174,5 +184,7 @@ def work_bytes(
 
 def loss_bytes(shape: DecoderShape, element: int, tokens: int, on_card: bool) -> int:
     """Bytes while the loss is made: a chunk's logits and their slopes, the last hidden states and their gradient."""
-    logits = min(tokens, chunk_tokens(shape.vocabulary, on_card)) * shape.vocabulary * (element if on_card else 4)
-    return 2 * logits + 3 * tokens * shape.layer.width * element
+    logits = min(tokens, chunk_tokens(shape.vocabulary, on_card)) * shape.vocabulary
+    # Slopes take the logits' place; on a CPU those of 16 bits are written beside float32.
+    each = element if on_card or element == 4 else 8
+    return logits * each + 3 * tokens * shape.layer.width * element

@@ -3,6 +3,7 @@
 Everything about a run that does not follow from the rows. What it all takes is `plan.inventory`'s. No torch here.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,11 @@ from jebi.config.launched import ALONE, World
 from jebi.config.limits import WHOLE_LAYERS
 from jebi.models.families import DecoderShape
 from jebi.nn.shape import LayerShape, MapShape
+from jebi.plan.activations import Ranks
 from jebi.quant.footprint import divided_bytes, weight_bytes
+
+_WIDE = ("gate_proj", "up_proj", "gate_up_proj")
+"""The maps whose outputs may be sent to host memory."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,34 @@ class Held:
             return {}
         config, chosen = resolve_paths(dict(self.maps()), self.lora, len(self.shape.layers))
         return {path: config.rank_of(path) for path in chosen}
+
+    @property
+    def halves(self) -> int:
+        """Adapters that every adapted projection is multiplied by: PiSSA's has a frozen one beside that trained."""
+        return 2 if self.lora is not None and str(self.lora.init_lora_weights).startswith("pissa") else 1
+
+    @cached_property
+    def at_work(self) -> Ranks:
+        """Of all adapters of all layers, frozen halves included."""
+        wide = sum(rank for path, rank in self.ranks.items() if path.endswith(_WIDE))
+        return Ranks(self.halves * sum(self.ranks.values()), self.halves * wide)
+
+    @cached_property
+    def cast_bytes(self) -> int:
+        """The adapters as a card multiplies by them: of the maps of one input below each other (`nn.group`).
+
+        B has the columns of all of them, zeros where they are another map's.
+        """
+        if not self.on_card or self.storage == "masters":
+            return 0
+        inputs, outputs, ranks = Counter[str](), Counter[str](), Counter[str]()
+        for path, one in self.maps():
+            block, _, name = path.rpartition(".")
+            group = path if name in ("o_proj", "down_proj") else block
+            inputs[group] = one.inputs
+            outputs[group] += one.outputs
+            ranks[group] += self.halves * self.ranks.get(path, 0)
+        return self.element * sum(ranks[group] * (inputs[group] + outputs[group]) for group in ranks)
 
     @cached_property
     def matrices(self) -> list[int]:

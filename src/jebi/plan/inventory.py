@@ -93,22 +93,19 @@ class Trained:
     """In one flat buffer, float32."""
     moments: int
     """The optimizer's."""
-    casts: int
-    """The adapter as a card multiplies by it."""
 
     @property
     def bytes(self) -> int:
         """All of it."""
-        return self.gradients + self.moments + self.casts
+        return self.gradients + self.moments
 
 
-def trained(sizes: list[int], optimizer: str, cast: int) -> Trained:
+def trained(sizes: list[int], optimizer: str) -> Trained:
     """What training adds to matrices of so many values, which `training.flat` lays out in blocks.
 
     Args:
         sizes: values of each.
         optimizer: `TrainingArguments.optim`.
-        cast: bytes of a number that is cast once a step; 0 where none is.
     """
     padded = [-(-values // DYNAMIC_BLOCK) * DYNAMIC_BLOCK for values in sizes]
     moments = 0
@@ -116,22 +113,23 @@ def trained(sizes: list[int], optimizer: str, cast: int) -> Trained:
         # Two codes, and two float32 scales a block; small matrices have float32 moments (`training.optimizer`).
         eight = optimizer in OPTIMIZERS_8BIT and values >= _LEAST_8BIT
         moments += 2 * size + 2 * 4 * size // DYNAMIC_BLOCK if eight else 8 * size
-    return Trained(4 * sum(padded), moments, cast * sum(sizes))
+    return Trained(4 * sum(padded), moments)
 
 
 def adapter_items(held: Held) -> list[Item]:
     """What is trained, by every process alike: float32 masters, gradients, moments and, on a card, casts."""
     sizes = held.matrices
-    masters = held.storage == "masters"
-    more = trained(sizes, held.optimizer, held.element if held.on_card and not masters else 0)
+    more = trained(sizes, held.optimizer)
     spare = 4 * TRAVELLING if held.world.ranks > 1 else 0
     items = [
         Item("gradients (float32)", "adapter", more.gradients + spare),
         Item("optimizer's moments", "adapter", more.moments),
     ]
-    if more.casts:
-        items.append(Item("casts of the adapter", "adapter", more.casts))
-    return items if masters else [Item("adapter (float32)", "adapter", 4 * sum(sizes)), *items]
+    if held.cast_bytes:
+        items.append(Item("casts of the adapter", "adapter", held.cast_bytes))
+    if held.storage == "masters":
+        return items
+    return [Item("adapter (float32)", "adapter", 4 * held.halves * sum(sizes)), *items]
 
 
 def kept_weight_bytes(held: Held) -> int:
@@ -184,7 +182,7 @@ def fixed_items(held: Held) -> list[Item]:
 
 def pass_items(held: Held, made: Pass) -> list[Item]:
     """What a pass takes at its peak: the last layer's backward, or the loss before it, while all layers keep theirs."""
-    size = pass_bytes(held.shape, held.element, made, held.on_card, sum(held.ranks.values()))
+    size = pass_bytes(held.shape, held.element, made, held.on_card, held.at_work)
     items = [Item("kept activations", "activations", size.kept)]
     if size.work >= size.loss:
         items.append(Item("a layer's backward", "workspace", size.work))
@@ -221,7 +219,7 @@ def host_slack_items(held: Held, made: Pass, passing: int) -> list[Item]:
 def checkpoint_items(held: Held, checkpoints: int) -> list[Item]:
     """Files of a run: adapter and optimizer of each checkpoint, and the adapter at its end."""
     sizes = held.matrices
-    masters, moments = 4 * sum(sizes), trained(sizes, held.optimizer, 0).moments
+    masters, moments = 4 * sum(sizes), trained(sizes, held.optimizer).moments
     return [Item("adapter and checkpoints", "checkpoint", masters + checkpoints * (masters + moments), "disk")]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from jebi.config import Checkpointing
 from jebi.config.limits import CHUNK_TOKENS
 from jebi.models.families import DecoderShape
-from jebi.plan.activations import Pass, PassBytes, host_bytes_per_token, pass_bytes, sent_bytes_per_token
+from jebi.plan.activations import Pass, PassBytes, Ranks, host_bytes_per_token, pass_bytes, sent_bytes_per_token
 from jebi.plan.held import Held
 from jebi.plan.inventory import SLACK_BYTES, fixed_items, kept_weight_bytes, scratch_bytes, total
 
@@ -90,8 +90,8 @@ class Room:
     """Whether the device is a card."""
     carried: int = 0
     """Bytes of a token that the bus takes to host memory while the token's forward lasts (`time.carried_bytes`)."""
-    ranks: int = 0
-    """Of all adapters of all layers."""
+    ranks: Ranks = Ranks()  # noqa: RUF009  (frozen)
+    """Of the adapters."""
     crossing: int = 0
     """Values of a head that comes out of host memory for each pass (`places.best`)."""
 
@@ -116,11 +116,10 @@ def room_beside(held: Held, free: int, host: int = 0, carried: int = 0) -> Room:
         carried: `time.carried_bytes`.
     """
     free -= total(fixed_items(held))
-    ranks = sum(held.ranks.values())
     if not held.on_card:
-        return Room(free, scratch=scratch_bytes(held), on_card=False, ranks=ranks)
+        return Room(free, scratch=scratch_bytes(held), on_card=False, ranks=held.at_work)
     kept, scratch = kept_weight_bytes(held), scratch_bytes(held)
-    return Room(free - SLACK_BYTES, kept, scratch, host, carried=carried, ranks=ranks)
+    return Room(free - SLACK_BYTES, kept, scratch, host, carried=carried, ranks=held.at_work)
 
 
 def choose(

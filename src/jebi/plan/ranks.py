@@ -60,7 +60,7 @@ def step_bytes(held: Held, passes: float) -> StepBytes:
     all-reduce algorithms"), a gather of what is divided once; a layer is gathered for its forward and its backward.
     """
     ranks, shares = held.world.ranks, held.world.shares
-    buffer = trained(held.matrices, held.optimizer, cast=0).gradients + 4 * TRAVELLING
+    buffer = trained(held.matrices, held.optimizer).gradients + 4 * TRAVELLING
     gathered = 2 * math.ceil(passes) * (shares - 1) * held.divided // shares
     return StepBytes(2 * (ranks - 1) * buffer // ranks, gathered)
 

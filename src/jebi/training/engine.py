@@ -95,10 +95,9 @@ def chosen(model: JebiForCausalLM, plan: PassPlan) -> dict[str, Any]:
 def _room(model: JebiForCausalLM, settings: Settings, held: Held) -> Room:
     """Memory for training beside what is there, and what weights would take of it."""
     device = model.device
-    cast = model.dtype.itemsize if device.type == "cuda" and model.adapter is not None else 0
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     free = allowed_bytes(device, settings.budget)
-    free -= trained(sizes, settings.optimizer, cast).bytes
+    free -= trained(sizes, settings.optimizer).bytes + held.cast_bytes
     if device.type == "cpu":
         return room_beside(held, free)
     return room_beside(held, free, host_bytes(device), carried_bytes(held, card_of(device)))

@@ -75,19 +75,30 @@ def check_few_rows(dtype: torch.dtype) -> Iterator[Check]:
                     yield f"few rows {name} {said} {type(given).__name__}", out, plain, exact
 
 
+_CUTS = {
+    "nf4": ((16, 4, 1), (16, 8, 1), (32, 4, 1), (16, 4, 2), (16, 8, 2), (32, 2, 1)),
+    "int8": ((32, 2, 2), (16, 8, 2), (32, 4, 1), (16, 4, 2)),
+    "dense": ((16, 4, 1), (16, 8, 1), (16, 4, 2), (32, 4, 1), (16, 8, 2)),
+}
+"""Rows, warps and units by the weight's form."""
+
+
 def check_few_rows_tiles(dtype: torch.dtype) -> Iterator[Check]:
-    """Every way in which `tile_of` cuts 4 bits of few rows on tensor cores, over several turns, even and uneven."""
+    """Every way in which `tile_of` cuts weights of few rows on tensor cores, over several turns, even and uneven."""
     if dtype != torch.float16:
         return
-    cuts = ((16, 4, 1), (16, 8, 1), (32, 4, 1), (16, 4, 2), (16, 8, 2), (32, 2, 1))
-    for cut, (columns, tokens) in product(cuts, ((4096, 2), (4160, 3))):
+    cuts = [(kind, cut, (4160, 3)) for kind, some in _CUTS.items() for cut in some]
+    cuts += [("nf4", cut, (4096, 2)) for cut in _CUTS["nf4"]]
+    for kind, cut, (columns, tokens) in cuts:
         x = drawn(tokens, columns, dtype=dtype)
-        weight = few_rows.stacked([nf4.NF4Weight.quantize(drawn(40, columns, seed=3, dtype=dtype) / columns**0.5)])
+        drawn_NK = drawn(40, columns, seed=3, dtype=dtype) / columns**0.5
+        packed = {"nf4": nf4.NF4Weight, "int8": int8.Int8Weight}
+        weight = few_rows.stacked([packed[kind].quantize(drawn_NK) if kind in packed else drawn_NK])
         assert weight is not None
         out = wide(tokens, 40, dtype)
         gpu_few_rows.product(as_laid(x), few_rows.as_stored(weight), Epilogue(), out, gpu_few_rows.Tile(*cut))
         plain, exact = few_rows.product_reference(x, weight), exact_product(x, weight, None, None, None, 1.0, None)
-        yield f"few rows by {cut} {columns} {tokens}", out, plain, exact
+        yield f"few rows {kind} by {cut} {columns} {tokens}", out, plain, exact
 
 
 def exact_product(

@@ -75,14 +75,25 @@ class Tile:
 
 
 def tile_of(stored: Stored, tokens: int) -> Tile:
-    """How a product is cut, by its shape: an H200's best for 4 bits of some tens (`benchmarks/few_rows.py`)."""
+    """How a product is cut, by its form and shape: an H200's best of some tens (`benchmarks/few_rows.py`)."""
     outputs, columns = stored.shape
+    if stored.kind != NF4:
+        return _tile_of_bytes(stored.kind, outputs, columns, tokens)
     if tokens <= 2:
         return Tile(16, 4 if outputs > 4096 else 8, 1)
     if tokens <= 4:
         return Tile(32, 4, 1) if outputs > 8192 else Tile(16, 4 if outputs > 4096 else 8, 2)
     if outputs > 8192:
         return Tile(32, 2, 1)
+    return Tile(16, 4, 1) if outputs > 4096 else Tile(16, 8, 1) if columns > 8192 else Tile(16, 4, 2)
+
+
+def _tile_of_bytes(kind: int, outputs: int, columns: int, tokens: int) -> Tile:
+    """Of weights of 8 and 16 bits, which are bound by memory: more in flight, in more warps."""
+    if tokens > 4:
+        return Tile(32, 4, 1) if outputs > 8192 else Tile(16, 4 if outputs > 4096 else 8, 2)
+    if kind == INT8:
+        return Tile(32, 2, 2) if outputs > 8192 else Tile(16, 8, 2)
     return Tile(16, 4, 1) if outputs > 4096 else Tile(16, 8, 1) if columns > 8192 else Tile(16, 4, 2)
 
 
