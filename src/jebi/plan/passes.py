@@ -208,7 +208,8 @@ class _Size:
     def _sent(self, kept: int) -> int:
         """Layers whose gate and up the bus takes along unnoticed, evenly spread; none of rows in several chunks."""
         left = self.room.carried - self.on_host(kept, 0)
-        if left <= 0 or self.longest_row > _CHUNKS[0]:
+        # A head that crosses too leaves the bus no time: Llama 8B's shape in 6 GB is 9 % faster without.
+        if left <= 0 or self.room.crossing or self.longest_row > _CHUNKS[0]:
             return 0
         # One after the other would be two at a time.
         return min(left // sent_bytes_per_token(self.shape, self.element), (len(self.shape.layers) - kept) // 2)

@@ -128,7 +128,7 @@ def few_rows_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str
     }
     dots, levels = capability >= 80, 2 if divmod(capability, 10) in few_rows._ROOMY else 1
     for kind, own in stored.items():
-        form = {"KIND": kind, "LEVELS": levels, "OVERLAP": capability >= 90}
+        form = {"KIND": kind, "LEVELS": levels, "OVERLAP": kind == few_rows.NF4 and capability >= 90}
         # Each way in which `tile_of` cuts, beside a table on one card, without on another.
         every = kind == few_rows.NF4 and capability in (86, 90)
         shapes = [(28672, 14336)] + ([(4096, 14336), (4096, 4096)] if every else [])
