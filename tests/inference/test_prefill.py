@@ -1,5 +1,6 @@
 """Padded prompts are flat ones: the same logits, the same cache, and the same steps behind them."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,28 @@ def test_nothing_is_captured_behind_the_warm_up(adapted: JebiForCausalLM, as_on_
             assert [key for key in as_on_card[count:] if key[0] == "prompts"] == []
         for each in (engine, reference):
             each.release(adapted)
+
+
+@torch.no_grad()
+def test_steps_are_compiled_beside_prompts_and_before_anything_is_captured(
+    adapted: JebiForCausalLM, as_on_card: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aside, done = engine_module._step_aside, []
+
+    def watched(forward: Callable[..., Tensor], model: JebiForCausalLM, rows: int) -> None:
+        aside(forward, model, rows)
+        done.append((rows, threading.current_thread() is threading.main_thread(), len(as_on_card)))
+
+    monkeypatch.setattr(engine_module, "_step_aside", watched)
+    Engine().warm_up(adapted, 100, (1, 4))
+    assert sorted(done) == [(1, False, 0), (4, False, 0)]
+
+    def failing(forward: Callable[..., Tensor], model: JebiForCausalLM, rows: int) -> None:
+        raise RuntimeError("does not compile")
+
+    monkeypatch.setattr(engine_module, "_step_aside", failing)
+    with pytest.raises(RuntimeError, match="does not compile"):
+        Engine().warm_up(adapted, 100)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ Shapes: B rows, S tokens of a left-padded row, T tokens of all rows, V vocabular
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -136,18 +137,20 @@ class Engine:
         began = time.perf_counter()
         tokens = max(2, min(tokens, WARM_TOKENS))
         self._rows.update(rows)
+        _refresh(model)
+        # Most of a compilation waits for other programs: what steps need is compiled beside what prompts need.
+        with ThreadPoolExecutor(max(1, len(rows))) as threads:
+            aside = [threads.submit(_step_aside, self._forward, model, count) for count in rows if captures(model)]
+            for count in rows:
+                self._warm_prompts(model, tokens, count)
+                self.release(model)
+            for step in aside:
+                step.result()
         for count in rows:
-            ids_BS = torch.zeros(count, tokens, dtype=torch.long, device=model.device)
-            batch = self._begin(model, [2] * count, tokens)
-            flat_prompts(model, batch.cache, ids_BS, batch.lengths)
-            for size in sizes(count):
-                longest = min(size, tokens - 1)
-                if self._size(model, batch, longest) == size:
-                    for _ in range(2):  # uncaptured at first
-                        self.prefill(model, ids_BS, [longest] * count, tokens)
+            batch = self._warm_prompts(model, tokens, count)
             reach = STEP
             while captures(model) and reach <= batch.cache.slots:
-                for _ in range(2):
+                for _ in range(2):  # uncaptured at first
                     batch.lengths_B.fill_(2)
                     self._stepped(model, batch, reach)
                 reach *= 2
@@ -156,12 +159,21 @@ class Engine:
             torch.cuda.synchronize(model.device)
         self.warm_up_seconds += time.perf_counter() - began
 
+    def _warm_prompts(self, model: JebiForCausalLM, tokens: int, rows: int) -> _Batch:
+        """Prompts of every size, of so many rows; those that are captured are so when they come for the second time."""
+        ids_BS = torch.zeros(rows, tokens, dtype=torch.long, device=model.device)
+        batch = self._begin(model, [2] * rows, tokens)
+        flat_prompts(model, batch.cache, ids_BS, batch.lengths)
+        for size in sizes(rows):
+            longest = min(size, tokens - 1)
+            if self._size(model, batch, longest) == size:
+                self.prefill(model, ids_BS, [longest] * rows, tokens)
+        return batch
+
     def _begin(self, model: JebiForCausalLM, lengths: list[int], most: int) -> _Batch:
         """The buffers of an answer to prompts of so many tokens, and the adapters as they are now."""
         batch = self._batch = self._batch_of(model, len(lengths), max(lengths), most)
-        with torch.inference_mode(False):
-            for group in model.model.answering_groups():
-                group.refresh()
+        _refresh(model)
         self._over = _addresses(model) if captures(model) else ()
         batch.lengths_B.copy_(torch.tensor(lengths))
         batch.lengths = [*lengths]
@@ -179,11 +191,7 @@ class Engine:
         # Buffers outlive the call, which may be under inference_mode: such tensors could not be written to later.
         with torch.inference_mode(False):
             batch = self._batches.pop(rows, None)
-            if batch is None:
-                cache = StaticCache(model.model.shape, rows, model.dtype, model.device)
-                ids_B, lengths_B = torch.zeros(2, rows, dtype=torch.long, device=model.device)
-                batch = _Batch(cache, ids_B, lengths_B)
-            self._batches[rows] = batch
+            self._batches[rows] = batch = batch or _empty(model, rows)
             while len(self._batches) > _KEPT:
                 del self._batches[next(iter(self._batches))]
             batch.lasts = captures(model) and batch.cache.bytes_for(slots_for(most)) <= _share_of(model.device)
@@ -227,6 +235,29 @@ class Engine:
         with torch.cuda.graph(graph, pool=batch.pool, capture_error_mode="thread_local"):
             logits_BV = run()
         batch.graphs[key] = graph, logits_BV
+
+
+def _empty(model: JebiForCausalLM, rows: int) -> _Batch:
+    """Buffers without room for any token."""
+    cache = StaticCache(model.model.shape, rows, model.dtype, model.device)
+    ids_B, lengths_B = torch.zeros(2, rows, dtype=torch.long, device=model.device)
+    return _Batch(cache, ids_B, lengths_B)
+
+
+def _refresh(model: JebiForCausalLM) -> None:
+    """Cast the adapters as they are now."""
+    with torch.inference_mode(False):
+        for group in model.model.answering_groups():
+            group.refresh()
+
+
+@torch.no_grad()
+def _step_aside(forward: Callable[[JebiForCausalLM, _Batch, int], Tensor], model: JebiForCausalLM, rows: int) -> None:
+    """A step over buffers of its own, in a thread of its own."""
+    batch = _empty(model, rows)
+    batch.reserve(STEP)
+    with torch.cuda.device_of(batch.ids_B):  # threads begin with the first card
+        forward(model, batch, STEP)
 
 
 def captures(model: JebiForCausalLM) -> bool:
