@@ -173,9 +173,9 @@ def weight_at(
     else:
         place += four * 8
         pointer = weight_ptr + w_row * COLUMNS + (place + value)
-    # Nothing reads them again, which is worth 2 % of 4 bits at 16 rows and a tenth of 8 bits. A lane's 64 bytes of values
-    # of 16 bits are two sectors in four pieces, and what goes first is gone before its other half is read: 235 MB were
-    # read as 408, in 108 us instead of 62.
+    # Nothing reads them again, which is worth 2 % of 4 bits at 16 rows and a tenth of 8 bits. Of 16 bits a lane's 64
+    # bytes are two sectors in four pieces, and what goes first is gone before its other half is read: 235 MB were read
+    # as 408, in 108 us instead of 62.
     POLICY: tl.constexpr = "evict_first" if KIND > 0 else ""
     if EVEN:
         weight = tl.load(pointer, there, eviction_policy=POLICY)
