@@ -1,6 +1,7 @@
 """``training.rates`` and ``jebi bench device``: measured on this processor, told, and kept where plans look."""
 
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -25,14 +26,16 @@ def test_a_processor_has_products_attention_and_memory() -> None:
 
 
 def test_a_calls_time_is_the_mean_of_enough_calls() -> None:
-    calls = []
+    took = []
 
     def run() -> None:
-        calls.append(1)
+        began = time.perf_counter()
         time.sleep(0.002)
+        took.append(time.perf_counter() - began)
 
-    assert seconds(run, CPU, least=0.05) == pytest.approx(0.002, rel=0.5)
-    assert len(calls) > 20
+    # As long as a call took by its own clock; on a busy machine that is more than it slept.
+    assert seconds(run, CPU, least=0.05) == pytest.approx(statistics.mean(took), rel=0.25)
+    assert sum(took) > 0.05
 
 
 def test_the_command_tells_and_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def few_rows_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str
     types |= {"levels_ptr": FLOAT}
     types |= dict.fromkeys(("left_stride", "right_stride", "residual_stride", "out_stride", "x_stride"), "i32")
     types |= dict.fromkeys(("rank", "tokens", "outputs"), "i32")
-    after = {"BIAS": True, "RANK": 64, "EIGHTS": True, "ACTIVATION": 0, "RESIDUAL": True}
+    after = {"BIAS": True, "RANK": 64, "EIGHT": True, "ACTIVATION": 0, "RESIDUAL": True}
     found: list[tuple[Any, dict[str, str], dict[str, Any], int]] = []
     stored = {
         few_rows.DENSE: {"weight_ptr": value},

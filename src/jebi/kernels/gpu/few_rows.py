@@ -170,7 +170,7 @@ def overlap(stored: Stored) -> dict[str, bool]:
 def _product(
     x_ptr, weight_ptr, scales_ptr, levels_ptr, bias_ptr, left_ptr, right_ptr, residual_ptr, out_ptr,
     left_stride, right_stride, residual_stride, out_stride, rank, scale, x_stride, tokens, outputs,
-    COLUMNS: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, EIGHTS: tl.constexpr,
+    COLUMNS: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, EIGHT: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, OVERLAP: tl.constexpr,
     LAST_FIRST: tl.constexpr, ORDER: tl.constexpr, DOTS: tl.constexpr, LAID: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, WARPS: tl.constexpr, UNITS: tl.constexpr,
@@ -206,9 +206,7 @@ def _product(
     # What comes after the product is read first; an adapter's for the eight rows of x that tensor cores want.
     if RANK > 0:
         tall = tl.program_id(1) + tl.arange(0, 8 if N > M else M)
-        right, left = adapter(
-            left_ptr, right_ptr, left_stride, right_stride, tall, tokens, found, 0, rank, RANK, EIGHTS
-        )
+        right, left = adapter(left_ptr, right_ptr, left_stride, right_stride, tall, tokens, found, 0, rank, RANK, EIGHT)
     if RESIDUAL:
         residual = tl.load(residual_ptr + token[None] * residual_stride + column[:, None], inside, other=0.0)
 
@@ -241,7 +239,7 @@ def _product(
         y += tl.load(bias_ptr + found).to(tl.float32)[:, None]
     if RANK > 0:
         y += share(
-            right, left, left_ptr, right_ptr, left_stride, right_stride, tall, tokens, found, rank, RANK, EIGHTS, M,
+            right, left, left_ptr, right_ptr, left_stride, right_stride, tall, tokens, found, rank, RANK, EIGHT, M,
             LEVELS > 0,
         )  # fmt: skip
     if ACTIVATION >= 0:

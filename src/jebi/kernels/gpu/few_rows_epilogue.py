@@ -44,7 +44,7 @@ def epilogue_constants(after: Epilogue) -> dict[str, int | bool]:
     return {
         "BIAS": after.bias_N is not None,
         "RANK": at_once,
-        "EIGHTS": after.rank % 8 == 0,
+        "EIGHT": after.rank % 8 == 0,
         "ACTIVATION": -1 if after.activation is None else after.activation,
         "RESIDUAL": after.residual_MN is not None,
     }
@@ -53,16 +53,16 @@ def epilogue_constants(after: Epilogue) -> dict[str, int | bool]:
 @triton.jit
 def adapter(
     left_ptr, right_ptr, left_stride, right_stride, token, tokens, found, start, rank, RANK: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    EIGHT: tl.constexpr,
 ):  # fmt: skip
     """An adapter's values from rank ``start`` on: of W's rows (ROWS, RANK), and of ``x`` (RANK, M).
 
-    EIGHTS says that ranks are a multiple of eight: 16 bytes are then read at a time.
+    EIGHT says that ranks are a multiple of eight: 16 bytes are then read at a time.
     """
     index = start + tl.arange(0, RANK)
     right_at = right_ptr + found.to(tl.int64)[:, None] * right_stride + index[None]
     left_at, there = left_ptr + token[None] * left_stride + index[:, None], (token < tokens)[None]
-    inside = tl.max_constancy(index < rank, 8) if EIGHTS else index < rank
+    inside = tl.max_constancy(index < rank, 8) if EIGHT else index < rank
     right = tl.load(right_at, inside[None], other=0.0)
     left = tl.load(left_at, there & inside[:, None], other=0.0)
     return right, left
@@ -71,7 +71,7 @@ def adapter(
 @triton.jit
 def share(
     right, left, left_ptr, right_ptr, left_stride, right_stride, token, tokens, found, rank, RANK: tl.constexpr,
-    EIGHTS: tl.constexpr, M: tl.constexpr, ASSEMBLY: tl.constexpr,
+    EIGHT: tl.constexpr, M: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """An adapter's share (ROWS, M), of the ranks that were read and of those behind them."""
     if ASSEMBLY:
@@ -79,7 +79,7 @@ def share(
     y = thin(right, left, M)
     for start in tl.range(RANK, rank, RANK, num_stages=1):
         right, left = adapter(
-            left_ptr, right_ptr, left_stride, right_stride, token, tokens, found, start, rank, RANK, EIGHTS
+            left_ptr, right_ptr, left_stride, right_stride, token, tokens, found, start, rank, RANK, EIGHT
         )
         y += thin(right, left, M)
     return y
