@@ -169,20 +169,21 @@ def test_nothing_is_captured_behind_the_warm_up(adapted: JebiForCausalLM, as_on_
 def test_steps_are_compiled_beside_prompts_and_before_anything_is_captured(
     adapted: JebiForCausalLM, as_on_card: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    aside, done = engine_module._step_aside, []
+    aside, done = engine_module._aside, []
 
-    def watched(forward: Callable[..., Tensor], model: JebiForCausalLM, rows: int) -> None:
-        aside(forward, model, rows)
-        done.append((rows, threading.current_thread() is threading.main_thread(), len(as_on_card)))
+    def watched(device: torch.device, run: Callable[[], object]) -> None:
+        aside(device, run)
+        done.append((threading.current_thread() is threading.main_thread(), len(as_on_card)))
 
-    monkeypatch.setattr(engine_module, "_step_aside", watched)
+    monkeypatch.setattr(engine_module, "_aside", watched)
+    adapted.model.lay_for_few_rows()
     Engine().warm_up(adapted, 100, (1, 4))
-    assert sorted(done) == [(1, False, 0), (4, False, 0)]
+    assert done == [(False, 0)] * 2 * (1 + 3), "a step and three products for each number of rows"
 
-    def failing(forward: Callable[..., Tensor], model: JebiForCausalLM, rows: int) -> None:
+    def failing(device: torch.device, run: Callable[[], object]) -> None:
         raise RuntimeError("does not compile")
 
-    monkeypatch.setattr(engine_module, "_step_aside", failing)
+    monkeypatch.setattr(engine_module, "_aside", failing)
     with pytest.raises(RuntimeError, match="does not compile"):
         Engine().warm_up(adapted, 100)
 

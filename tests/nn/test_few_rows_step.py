@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from jebi.adapters.lora import attach
 from jebi.adapters.peft_files import adapter_tensors
 from jebi.config import LoraConfig
-from jebi.kernels import nf4_on_cpu
+from jebi.kernels import few_rows, nf4_on_cpu
 from jebi.models.hf import JebiForCausalLM
 from jebi.nn import few_rows_step
 from jebi.nn.layer_step import Now, plain_step
@@ -84,6 +85,29 @@ def test_a_step_is_the_plain_step(made: Made, variant: str, rank: int, rows: int
 def test_more_rows_than_few_take_the_plain_step(made: Made) -> None:
     for ours, plain in zip(*both(made("tied", 0), 17), strict=True):
         assert torch.equal(ours, plain)
+
+
+@torch.no_grad()
+def test_products_by_themselves_are_those_of_a_step(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is compiled for what shapes and presence of arguments say."""
+    model, seen, product = made("biased", 4), [], few_rows.product
+
+    def watched(x: Any, weight: Any, bias: Any, thin: Any, *others: Any) -> torch.Tensor:
+        arguments = x, weight, bias, *(thin.left_TR, thin.right_RF), *others
+        seen.append([(one.shape, one.dtype) if torch.is_tensor(one) else one for one in arguments])
+        return product(x, weight, bias, thin, *others)
+
+    monkeypatch.setattr(few_rows, "product", watched)
+    both(model, 3)
+    of_step = seen[1:]
+    seen.clear()
+    layer = next(model.model.decoder_layers())
+    for run in few_rows_step.products(layer, 3):
+        run()
+    assert seen == of_step[::-1]
+    assert few_rows_step.products(layer, 17) == []
+    model.model.unstack()
+    assert few_rows_step.products(layer, 3) == []
 
 
 @torch.no_grad()

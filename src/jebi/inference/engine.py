@@ -21,7 +21,7 @@ from torch import Tensor
 from jebi.inference.kv_cache import STEP, StaticCache, slots_for
 from jebi.inference.prefill import PaddedPrompts, flat_prompts, pads, sizes
 from jebi.models.hf import JebiForCausalLM
-from jebi.nn.few_rows_step import few_rows_step
+from jebi.nn.few_rows_step import few_rows_step, products
 from jebi.nn.host_weight import HostWeight
 from jebi.nn.layer_step import LayerStep, Now
 
@@ -138,14 +138,14 @@ class Engine:
         tokens = max(2, min(tokens, WARM_TOKENS))
         self._rows.update(rows)
         _refresh(model)
-        # Most of a compilation waits for other programs: what steps need is compiled beside what prompts need.
-        with ThreadPoolExecutor(max(1, len(rows))) as threads:
-            aside = [threads.submit(_step_aside, self._forward, model, count) for count in rows if captures(model)]
+        # Much of a compilation is not Python's: what steps need is compiled beside what prompts need.
+        with ThreadPoolExecutor() as threads:
+            aside = [threads.submit(_aside, model.device, run) for run in self._parts_of_steps(model, rows)]
             for count in rows:
                 self._warm_prompts(model, tokens, count)
                 self.release(model)
-            for step in aside:
-                step.result()
+            for part in aside:
+                part.result()
         for count in rows:
             batch = self._warm_prompts(model, tokens, count)
             reach = STEP
@@ -158,6 +158,18 @@ class Engine:
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         self.warm_up_seconds += time.perf_counter() - began
+
+    def _parts_of_steps(self, model: JebiForCausalLM, rows: Sequence[int]) -> list[Callable[[], object]]:
+        """Steps of these numbers of rows, uncaptured and over buffers of their own, and products of theirs."""
+        if not captures(model):
+            return []
+        layer, parts = next(model.model.decoder_layers()), list[Callable[[], object]]()
+        with torch.inference_mode(False):  # as in `_batch_of`
+            for count in rows:
+                batch = _empty(model, count)
+                batch.reserve(STEP)
+                parts += partial(self._forward, model, batch, STEP), *products(layer, count)
+        return parts
 
     def _warm_prompts(self, model: JebiForCausalLM, tokens: int, rows: int) -> _Batch:
         """Prompts of every size, of so many rows; those that are captured are so when they come for the second time."""
@@ -252,12 +264,10 @@ def _refresh(model: JebiForCausalLM) -> None:
 
 
 @torch.no_grad()
-def _step_aside(forward: Callable[[JebiForCausalLM, _Batch, int], Tensor], model: JebiForCausalLM, rows: int) -> None:
-    """A step over buffers of its own, in a thread of its own."""
-    batch = _empty(model, rows)
-    batch.reserve(STEP)
-    with torch.cuda.device_of(batch.ids_B):  # threads begin with the first card
-        forward(model, batch, STEP)
+def _aside(device: torch.device, run: Callable[[], object]) -> None:
+    """Run something in a thread of its own, which knows of no settings of other threads."""
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        run()
 
 
 def captures(model: JebiForCausalLM) -> bool:

@@ -7,11 +7,15 @@ without adapters two of these fall away.
 Shapes: as in `layer_step`; N outputs of q, k and v.
 """
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 from torch import Tensor
 
 from jebi.kernels import few_rows
 from jebi.kernels.cached_attention import HeadNorms, cached_attention, turned_and_stored
-from jebi.nn.few_rows_group import laid
+from jebi.nn.few_rows_group import FewRowsGroup, laid
 from jebi.nn.layer import DecoderLayer, Norm
 from jebi.nn.layer_step import Now, plain_step
 from jebi.nn.rotary import Tables
@@ -43,14 +47,38 @@ def few_rows_step(
     form = shape.attention.scale, shape.attention.window, shape.attention.softcap
     held = keys_BGLd[:, :, : now.reach], values_BGLd[:, :, : now.reach]
     mixed_BN = cached_attention(q_B1Hd, *held, now.extent, form).flatten(1)
-    if layer.attention_out_norm is None:
-        middle_BD = o.forward(mixed_BN, residual=hidden_BD)
-    else:
-        middle_BD = _added(layer, layer.attention_out_norm, o.forward(mixed_BN), hidden_BD)
-    act_BF = gate_up.forward(middle_BD, _form(layer.middle_norm), shape.activation, layer.scale)
-    if layer.out_norm is None:
-        return down.forward(act_BF, residual=middle_BD)
-    return _added(layer, layer.out_norm, down.forward(act_BF), middle_BD)
+    middle_BD = _out(layer, o, layer.attention_out_norm, mixed_BN, hidden_BD)
+    return _out(layer, down, layer.out_norm, _gated(layer, gate_up, middle_BD), middle_BD)
+
+
+def products(layer: DecoderLayer, rows: int) -> list[Callable[[], Tensor]]:
+    """The products of a step of so many rows that come behind its attention, each by itself, of zeros.
+
+    So they can be compiled beside each other. None where the layer's steps are others, or not of so many rows.
+    """
+    if layer.few_rows is None or rows > few_rows.MOST:
+        return []
+    _, o, gate_up, down = layer.few_rows
+    stream_BD, mixed_BN, act_BF = (
+        torch.zeros(rows, group.columns, dtype=group.dtype, device=group.maps[0].device())
+        for group in (gate_up.group, o.group, down.group)
+    )
+    return [
+        partial(_out, layer, down, layer.out_norm, act_BF, stream_BD),
+        partial(_gated, layer, gate_up, stream_BD),
+        partial(_out, layer, o, layer.attention_out_norm, mixed_BN, stream_BD),
+    ]
+
+
+def _gated(layer: DecoderLayer, gate_up: FewRowsGroup, middle_BD: Tensor) -> Tensor:
+    return gate_up.forward(middle_BD, _form(layer.middle_norm), layer.shape.activation, layer.scale)
+
+
+def _out(layer: DecoderLayer, maps: FewRowsGroup, norm: Norm | None, x_BN: Tensor, stream_BD: Tensor) -> Tensor:
+    """A block's last map, on the stream: through its norm, where it has one, at the stream's scale."""
+    if norm is None:
+        return maps.forward(x_BN, residual=stream_BD)
+    return layer.scale_(norm.lean(maps.forward(x_BN))).add_(stream_BD)
 
 
 def _form(norm: Norm) -> few_rows.NormForm:
@@ -60,8 +88,3 @@ def _form(norm: Norm) -> few_rows.NormForm:
 def _head_norms(layer: DecoderLayer) -> HeadNorms | None:
     q_norm, k_norm = layer.self_attn.q_norm, layer.self_attn.k_norm
     return None if q_norm is None or k_norm is None else (q_norm.weight, k_norm.weight, q_norm.eps, q_norm.unit_offset)
-
-
-def _added(layer: DecoderLayer, norm: Norm, block_BD: Tensor, stream_BD: Tensor) -> Tensor:
-    """A block's output through its norm, at the stream's scale, on the stream."""
-    return layer.scale_(norm.lean(block_BD)).add_(stream_BD)
