@@ -31,13 +31,15 @@ HEAD = TABLE - 2 * SLICE_BYTES
         (TIED, Places("card"), []),
         (TIED, Places("auto", "card"), []),
         (TIED, Places("auto", "host"), []),
+        (TIED, Places("host"), []),
     ],
 )
 def test_what_is_left_open_is_moved_the_embedding_first(
     shape: DecoderShape, movable: Places, further: list[tuple[Places, int]]
 ) -> None:
     expected = [
-        Relief(places, frees, VALUES if places.head == "host" else 0) for places, frees in [(movable, 0), *further]
+        Relief(places, frees, VALUES if "host" in (places.head, shape.tied and places.embedding) else 0)
+        for places, frees in [(movable, 0), *further]
     ]
     assert reliefs(shape, 2, movable) == expected
 

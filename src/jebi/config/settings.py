@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jebi.config.checking import check_fields, reject_unknown
-from jebi.errors import ConfigError
+from jebi.errors import ConfigError, ModelError
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The seven projections of a layer, all adapted by default."""
@@ -41,6 +41,29 @@ class Places:
     """The embedding's."""
     head: HeadPlace = "auto"
     """The head's."""
+
+    def settled(self, tied: bool, on_card: bool) -> "Places":
+        """With nothing left open: one table for both is where either is asked for; without a card there is one place.
+
+        Args:
+            tied: whether embedding and head are one table, unless the head is quantised.
+            on_card: whether there is a card.
+
+        Raises:
+            ModelError: one table is asked for in two places.
+        """
+        embedding, head = self.embedding, self.head
+        quantised = head in ("int8", "nf4")
+        if tied and not quantised and "host" in (embedding, head):
+            if "card" in (embedding, head):
+                raise ModelError(
+                    f"this model's head is its embedding, one table, which embedding='{embedding}' and head='{head}' "
+                    "put in two places: set one of them to 'auto'."
+                )
+            embedding = head = "host"
+        if not on_card:
+            return Places("card", head if quantised else "card")
+        return Places("host" if embedding == "host" else "card", "card" if head == "auto" else head)
 
 
 @dataclass

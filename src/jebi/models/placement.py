@@ -25,24 +25,8 @@ _QUANTISED = {"int8": Int8Weight, "nf4": NF4Weight}
 
 
 def resolve(places: Places, tied: bool, device: torch.device) -> Places:
-    """The places with nothing left open: on a CPU, host memory is where everything is.
-
-    Raises:
-        ModelError: embedding and head are one table, and it cannot be in two places.
-    """
-    embedding, head = places.embedding, places.head
-    if tied and head not in _QUANTISED and (embedding == "host") != (head == "host"):
-        if embedding == "card" or head != "host":
-            raise ModelError(
-                f"this model's head is its embedding, one table, which embedding='{embedding}' and head='{head}' put "
-                "in two places: set both to 'host', or the embedding to 'auto'."
-            )
-        embedding = "host"
-    if embedding == "auto" or device.type == "cpu":
-        embedding = "card"
-    if head == "auto" or (head == "host" and device.type == "cpu"):
-        head = "card"
-    return Places(embedding, head)
+    """`Places.settled` for a device."""
+    return places.settled(tied, device.type != "cpu")
 
 
 def fitting(places: Places, tied: bool, table: int, needed: int, free: int) -> Places:

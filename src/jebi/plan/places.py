@@ -37,7 +37,7 @@ def reliefs(shape: DecoderShape, element: int, movable: Places) -> list[Relief]:
     table = values * element
     # Two slices of it are on the card in its stead.
     head = table - 2 * SLICE_BYTES
-    crossing = values if movable.head == "host" else 0
+    crossing = values if movable.settled(shape.tied, on_card=True).head == "host" else 0
     found = [Relief(movable, 0, crossing)]
     if shape.tied:
         if movable == Places() and head > 0:

@@ -110,7 +110,7 @@ def predict(job: Job, card: Card, budget: int, host: int = 0) -> Prediction:
     held = replace(job.held, on_card=on_card, fp8=job.held.fp8 and card.fp8 is not None)
     places = _movable(held, job.places)
     options = reliefs(held.shape, held.element, places) if on_card else []
-    held = replace(held, places=_placed(held, places, on_card))
+    held = replace(held, places=places.settled(held.shape.tied, on_card))
     free = budget - total(model_items(held)) - total(adapter_items(held))
     free -= CONTEXT_BYTES if on_card else PROCESS_BYTES
     room = room_beside(held, free, host, carried_bytes(held, card) if on_card else 0)
@@ -122,7 +122,7 @@ def predict(job: Job, card: Card, budget: int, host: int = 0) -> Prediction:
     if options:
         relief, plan = best(options, 0, room, plan_of)
         room = replace(room, card=room.card + options[-1].frees)
-        held = replace(held, places=_placed(held, relief.places, on_card))
+        held = replace(held, places=relief.places.settled(held.shape.tied, on_card))
     else:
         plan = plan_of(room)
     if job.pass_tokens is not None:
@@ -259,13 +259,3 @@ def _movable(held: Held, places: Places) -> Places:
     embedding: EmbeddingPlace = "card" if "embed_tokens" in trained and places.embedding == "auto" else places.embedding
     head: HeadPlace = "card" if "lm_head" in trained and places.head == "auto" else places.head
     return Places(embedding, head)
-
-
-def _placed(held: Held, places: Places, on_card: bool) -> Places:
-    """The places with nothing left open, as `models.placement.resolve` does it."""
-    embedding, head = places.embedding, places.head
-    if not on_card:
-        return Places("card", head if head in ("nf4", "int8") else "card")
-    if held.shape.tied and head not in ("nf4", "int8") and "host" in (embedding, head):
-        return Places("host", "host")
-    return Places("host" if embedding == "host" else "card", "card" if head == "auto" else head)
