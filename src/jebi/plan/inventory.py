@@ -200,8 +200,8 @@ def pass_items(held: Held, made: Pass) -> list[Item]:
 
 SLACK_BYTES = GIB // 5
 """What torch's allocator reserves in pages (`models.device`) beyond what is counted here, cuBLAS's tenth of a GiB among
-it. Of 24 trainings on an H200 it kept 0.03 to 0.17 GiB that nothing used, 0.24 to 0.38 at rank 64 from 3B on, where what is
-counted is that much too high. Without pages it would be more, by how much is not to be predicted."""
+it. In 24 trainings on an H200 0.03 to 0.17 GiB lay idle, from 3B on at rank 64 0.24 to 0.38, where as much too much is
+counted. Without pages it is more, and nobody can predict how much."""
 
 
 def host_slack_items(held: Held, made: Pass, passing: int) -> list[Item]:
