@@ -129,13 +129,14 @@ def few_rows_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str
     dots, levels = capability >= 80, 2 if divmod(capability, 10) in few_rows._ROOMY else 1
     for kind, own in stored.items():
         form = {"KIND": kind, "LEVELS": levels, "OVERLAP": kind == few_rows.NF4 and capability >= 90}
-        # Each way in which `tile_of` cuts, beside a table on one card, without on another.
-        every = kind == few_rows.NF4 and capability in (86, 90)
-        shapes = [(28672, 14336)] + ([(4096, 14336), (4096, 4096)] if every else [])
+        # Each way in which `tile_of` cuts, 4 bits beside a table on one card, without on another; and fewer ranks.
+        every = capability in (86, 90) if kind == few_rows.NF4 else capability == 90
+        shapes = [(28672, 14336)] + ([(6144, 4096), (4096, 14336), (4096, 4096)] if every else [])
         for shape, rows in product(shapes, (1, 4, 8, few_rows.MOST) if kind == few_rows.NF4 else (1, 8, few_rows.MOST)):
             tile = few_rows.tile_of(few_rows.Stored(kind, *[torch.empty(0)] * 2, None, shape), rows)
             sizes = {"M": few_rows.padded(rows, kind) if dots else 1, "COLUMNS": shape[1]}
             sizes |= {"ROWS": tile.rows, "WARPS": tile.warps, "UNITS": tile.units}
+            sizes |= {"RANK": 16 if shape[0] == 4096 else 64}
             sizes |= {"DOTS": dots, "LAID": max(4, rows)} | few_rows_operands.order(kind)
             found.append((few_rows._product, types | own, after | form | sizes, tile.warps))
     before = dict.fromkeys(("x_ptr", "weight_ptr", "down_ptr", "y_ptr", "xa_ptr"), value) | {"eps": SCALAR}
