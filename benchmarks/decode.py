@@ -56,7 +56,7 @@ def jebi(arguments: argparse.Namespace) -> Contender:
     began = time.time()
     from jebi import FastLanguageModel  # first: what it imports then loads while the garbage collector rests
 
-    four = arguments.quant == "4bit"
+    four, eight = (arguments.quant == bits for bits in ("4bit", "8bit"))
     import torch
 
     from jebi.adapters.peft_files import adapter_tensors
@@ -66,7 +66,7 @@ def jebi(arguments: argparse.Namespace) -> Contender:
 
         dependent.ENABLED = False
     model, _ = FastLanguageModel.from_pretrained(
-        arguments.path, max_seq_length=8192, load_in_4bit=four, device=arguments.device
+        arguments.path, max_seq_length=8192, load_in_4bit=four, load_in_8bit=eight, device=arguments.device
     )
     FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16)
     drawn = torch.Generator().manual_seed(0)
@@ -87,9 +87,9 @@ def unsloth(arguments: argparse.Namespace) -> Contender:
     began = time.time()
     from unsloth import FastLanguageModel
 
-    four = arguments.quant == "4bit"
+    four, eight = (arguments.quant == bits for bits in ("4bit", "8bit"))
     model, _ = FastLanguageModel.from_pretrained(
-        model_name=arguments.path, max_seq_length=8192, dtype=None, load_in_4bit=four
+        model_name=arguments.path, max_seq_length=8192, dtype=None, load_in_4bit=four, load_in_8bit=eight
     )
     model = FastLanguageModel.get_peft_model(
         model, r=16, target_modules=TARGETS, lora_alpha=16, lora_dropout=0, bias="none", random_state=3407
@@ -115,6 +115,8 @@ def hf(arguments: argparse.Namespace) -> Contender:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
+    if arguments.quant == "8bit":
+        settings["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     model = AutoModelForCausalLM.from_pretrained(arguments.path, **settings)
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"))
     _put_adapter(model, arguments)
@@ -276,7 +278,7 @@ def main() -> None:
     parser.add_argument("--path", default="/tmp/m8b", help="the checkpoint, which is made where there is none")
     parser.add_argument("--peers", default=".peers")
     parser.add_argument("--against", default="unsloth,hf")
-    parser.add_argument("--quant", default="4bit", help="4bit or 16bit")
+    parser.add_argument("--quant", default="4bit", choices=("4bit", "8bit", "16bit"))
     parser.add_argument("--rows", default="1,4,16")
     parser.add_argument("--prompts", default="128,4096")
     parser.add_argument("--new", type=int, default=128)

@@ -21,8 +21,8 @@ from jebi.nn.layer_node import Keep, run_layer
 from jebi.nn.rows import rows_from_lengths
 from jebi.nn.shape import AttentionForm, LayerShape
 from jebi.plan.activations import (
+    AdapterRanks,
     Pass,
-    Ranks,
     host_bytes_per_token,
     kept_bytes_per_token,
     loss_bytes,
@@ -218,21 +218,23 @@ def test_a_layer_that_keeps_everything_keeps_what_is_counted(layer: Callable[[to
     """The adapters' ``x A^T`` among it, of seven maps."""
     model = layer(torch.float32)
     one = dataclasses.replace(model.model.shape, layers=model.model.shape.layers[:1])
-    assert counted(model, [96], "all") == pass_bytes(one, 4, Pass(96, "none", CHUNK_TOKENS), False, Ranks(7, 2)).kept
+    made = Pass(96, "none", CHUNK_TOKENS)
+    assert counted(model, [96], "all") == pass_bytes(one, 4, made, False, AdapterRanks(7, 2)).kept
 
 
 def test_layers_that_send_gate_and_up_keep_what_adapters_made_for_them() -> None:
     """Of 3 layers in 2 bytes: ranks of 16 of gate and of up in 32 layers."""
     made = Pass(512, "offload", CHUNK_TOKENS, shipped_layers=3)
-    with_adapters, without = (pass_bytes(LLAMA_8B, 2, made, True, ranks) for ranks in (Ranks(7 * 512, 1024), Ranks()))
+    ranks = AdapterRanks(7 * 512, 1024), AdapterRanks()
+    with_adapters, without = (pass_bytes(LLAMA_8B, 2, made, True, each) for each in ranks)
     assert with_adapters.kept - without.kept == 512 * 3 * 32 * 2
 
 
 def test_layers_that_keep_everything_keep_what_adapters_make_of_a_token() -> None:
-    """Ranks of 64 instead of 8 are a hundredth of the activations of Llama 8B, and cost that of the tokens."""
+    """AdapterRanks of 64 instead of 8 are a hundredth of the activations of Llama 8B, and cost that of the tokens."""
     held = [Held(LLAMA_8B, "dense", 2, lora=LoraConfig(r=r)) for r in (8, 64)]
     rooms = [room_beside(one, 40 * GB) for one in held]
-    ranks = [Ranks(32 * 7 * r, 32 * 2 * r) for r in (8, 64)]
+    ranks = [AdapterRanks(32 * 7 * r, 32 * 2 * r) for r in (8, 64)]
     assert [room.ranks for room in rooms] == ranks
     for mode, layers in (("none", 32), ("recompute", 4), ("recompute", 0)):
         made = Pass(1000, mode, CHUNK_TOKENS, kept_layers=0 if mode == "none" else layers)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jebi.config import Places
-from jebi.config.limits import CHUNK_TOKENS, SLICE_BYTES
+from jebi.config.limits import CHUNK_BYTES, CHUNK_TOKENS, SLICE_BYTES
 from jebi.models import placement
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import place, placed, resolve
@@ -48,7 +48,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., JebiForCa
         needed = activations / used + trained(sizes, SETTINGS.optimizer).bytes
         # What was moved already is free already.
         # And slices are in a table's stead, beside what moving it frees.
-        moved = TABLE + 2 * SLICE_BYTES if placed(found) == Places("host", "host") else 0
+        moved = TABLE + 2 * (SLICE_BYTES + CHUNK_BYTES) if placed(found) == Places("host", "host") else 0
         monkeypatch.setattr(engine, "allowed_bytes", lambda device, budget: int(needed) + 8 - lacking + moved)
         return make_plan(found, SETTINGS), found
 

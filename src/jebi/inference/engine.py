@@ -11,6 +11,7 @@ Shapes: B rows, S tokens of a left-padded row, T tokens of all rows, V vocabular
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -135,17 +136,9 @@ class Engine:
         Steps are captured up to so many tokens a row, and short prompts that leave room for an answer in these.
         """
         began = time.perf_counter()
-        tokens = max(2, min(tokens, WARM_TOKENS))
+        tokens, rows = max(2, min(tokens, WARM_TOKENS)), tuple(dict.fromkeys(rows))
         self._rows.update(rows)
-        _refresh(model)
-        # Much of a compilation is not Python's: what steps need is compiled beside what prompts need.
-        with ThreadPoolExecutor() as threads:
-            aside = [threads.submit(_aside, model.device, run) for run in self._parts_of_steps(model, rows)]
-            for count in rows:
-                self._warm_prompts(model, tokens, count)
-                self.release(model)
-            for part in aside:
-                part.result()
+        self._compile(model, tokens, rows)
         for count in rows:
             batch = self._warm_prompts(model, tokens, count)
             reach = STEP
@@ -159,16 +152,36 @@ class Engine:
             torch.cuda.synchronize(model.device)
         self.warm_up_seconds += time.perf_counter() - began
 
+    def _compile(self, model: JebiForCausalLM, tokens: int, rows: Sequence[int]) -> None:
+        """Run everything once, uncaptured: much of a compilation is not Python's, so steps beside prompts."""
+        _refresh(model)
+        self._warm.clear()  # or what comes again would be captured while other threads compile
+        stream = torch.cuda.current_stream(model.device) if model.device.type == "cuda" else None
+        threads = ThreadPoolExecutor()
+        try:
+            aside = [threads.submit(_aside, stream, run) for run in self._parts_of_steps(model, rows)]
+            for count in rows:
+                self._warm_prompts(model, tokens, count)
+                self.release(model)
+            for part in aside:
+                part.result()
+        finally:
+            threads.shutdown(cancel_futures=True)
+
     def _parts_of_steps(self, model: JebiForCausalLM, rows: Sequence[int]) -> list[Callable[[], object]]:
-        """Steps of these numbers of rows, uncaptured and over buffers of their own, and products of theirs."""
-        if not captures(model):
-            return []
-        layer, parts = next(model.model.decoder_layers()), list[Callable[[], object]]()
+        """Steps of these numbers of rows, over buffers of their own, and products of theirs.
+
+        Where all that a step writes is its own: other steps dequantise into one buffer, as prompts do.
+        """
+        layers, parts = list(model.model.decoder_layers()), list[Callable[[], object]]()
+        if not captures(model) or any(layer.few_rows is None for layer in layers):
+            return parts
         with torch.inference_mode(False):  # as in `_batch_of`
             for count in rows:
-                batch = _empty(model, count)
-                batch.reserve(STEP)
-                parts += partial(self._forward, model, batch, STEP), *products(layer, count)
+                if few := products(layers[0], count):
+                    batch = _empty(model, count)
+                    batch.reserve(STEP)
+                    parts += partial(self._forward, model, batch, STEP), *few
         return parts
 
     def _warm_prompts(self, model: JebiForCausalLM, tokens: int, rows: int) -> _Batch:
@@ -264,9 +277,9 @@ def _refresh(model: JebiForCausalLM) -> None:
 
 
 @torch.no_grad()
-def _aside(device: torch.device, run: Callable[[], object]) -> None:
-    """Run something in a thread of its own, which knows of no settings of other threads."""
-    with torch.cuda.device(device if device.type == "cuda" else -1):
+def _aside(stream: torch.cuda.Stream | None, run: Callable[[], object]) -> None:
+    """Run something in a thread of its own, which knows nothing of other threads' card, stream and modes."""
+    with nullcontext() if stream is None else torch.cuda.stream(stream):
         run()
 
 

@@ -137,6 +137,7 @@ def _chunk(
             here_C = (labels_C - first).clamp(0, slice_SD.shape[0] - 1)
             found_C1 = (labels_C - first == here_C)[:, None]
             hit_CD = torch.where(found_C1, slice_SD.index_select(0, here_C), hit_CD)
+        del shares_CS  # before the next slice's are made
         if sums_CD is not None and form.label_smoothing:
             every_D = slice_SD.sum(0, dtype=torch.float32) if slope_CS is None else slope_CS @ slice_SD
             even_CD = even_CD + every_D

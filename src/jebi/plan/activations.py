@@ -14,7 +14,7 @@ _INPUTS = 36
 
 
 @dataclass(frozen=True)
-class Ranks:
+class AdapterRanks:
     """Of the adapters of all layers: numbers that a token has of ``x A^T``."""
 
     every: int = 0
@@ -71,7 +71,9 @@ class PassBytes:
         return self.host_inputs + self.host_wide
 
 
-def pass_bytes(shape: DecoderShape, element: int, made: Pass, on_card: bool, ranks: Ranks = Ranks()) -> PassBytes:
+def pass_bytes(
+    shape: DecoderShape, element: int, made: Pass, on_card: bool, ranks: AdapterRanks = AdapterRanks()
+) -> PassBytes:
     """What a pass takes.
 
     Args:
@@ -185,6 +187,6 @@ def work_bytes(
 def loss_bytes(shape: DecoderShape, element: int, tokens: int, on_card: bool) -> int:
     """Bytes while the loss is made: a chunk's logits and their slopes, the last hidden states and their gradient."""
     logits = min(tokens, chunk_tokens(shape.vocabulary, on_card)) * shape.vocabulary
-    # Slopes take the logits' place; on a CPU those of 16 bits are written beside float32.
-    each = element if on_card or element == 4 else 8
+    # Slopes take the logits' place; on a CPU those of 16 bits are written beside float32, and so is a cap's slope.
+    each = element if on_card else (4 if element == 4 else 8) + (0 if shape.logit_softcap is None else 4)
     return logits * each + 3 * tokens * shape.layer.width * element

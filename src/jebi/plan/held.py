@@ -14,7 +14,7 @@ from jebi.config.launched import ALONE, World
 from jebi.config.limits import WHOLE_LAYERS
 from jebi.models.families import DecoderShape
 from jebi.nn.shape import LayerShape, MapShape
-from jebi.plan.activations import Ranks
+from jebi.plan.activations import AdapterRanks
 from jebi.quant.footprint import divided_bytes, weight_bytes
 
 _WIDE = ("gate_proj", "up_proj", "gate_up_proj")
@@ -109,10 +109,22 @@ class Held:
         return 2 if self.lora is not None and str(self.lora.init_lora_weights).startswith("pissa") else 1
 
     @cached_property
-    def at_work(self) -> Ranks:
+    def frozen_values(self) -> int:
+        """Of the adapters' frozen halves."""
+        maps = dict(self.maps())
+        return (self.halves - 1) * sum(r * (maps[path].inputs + maps[path].outputs) for path, r in self.ranks.items())
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the head is trained, itself or as the embedding that it is."""
+        saved = set((self.lora and self.lora.modules_to_save) or ())
+        return self.storage == "masters" or "lm_head" in saved or (self.shape.tied and "embed_tokens" in saved)
+
+    @cached_property
+    def at_work(self) -> AdapterRanks:
         """Of all adapters of all layers, frozen halves included."""
         wide = sum(rank for path, rank in self.ranks.items() if path.endswith(_WIDE))
-        return Ranks(self.halves * sum(self.ranks.values()), self.halves * wide)
+        return AdapterRanks(self.halves * sum(self.ranks.values()), self.halves * wide)
 
     @cached_property
     def cast_bytes(self) -> int:
@@ -120,7 +132,9 @@ class Held:
 
         B has the columns of all of them, zeros where they are another map's.
         """
-        if not self.on_card or self.storage == "masters":
+        lora = self.lora or LoraConfig()
+        # What is dropped out, and DoRA, run map by map (`group.stacks`).
+        if not self.on_card or not self.ranks or lora.use_dora or lora.lora_dropout > 0:
             return 0
         inputs, outputs, ranks = Counter[str](), Counter[str](), Counter[str]()
         for path, one in self.maps():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jebi.config import Storage
-from jebi.config.limits import DYNAMIC_BLOCK, SLICE_BYTES, TRAVELLING
+from jebi.config.limits import CHUNK_BYTES, DYNAMIC_BLOCK, SLICE_BYTES, TRAVELLING
 from jebi.plan.activations import Pass, pass_bytes
 from jebi.plan.held import Held, norms_of
 from jebi.quant.footprint import weight_bytes
@@ -129,7 +129,7 @@ def adapter_items(held: Held) -> list[Item]:
         items.append(Item("casts of the adapter", "adapter", held.cast_bytes))
     if held.storage == "masters":
         return items
-    return [Item("adapter (float32)", "adapter", 4 * held.halves * sum(sizes)), *items]
+    return [Item("adapter (float32)", "adapter", 4 * (sum(sizes) + held.frozen_values)), *items]
 
 
 def kept_weight_bytes(held: Held) -> int:
@@ -176,7 +176,13 @@ def fixed_items(held: Held) -> list[Item]:
     if held.gathered:
         items.append(Item("layers gathered from all processes", "workspace", held.gathered))
     if held.places.head in ("host", "nf4", "int8"):
-        items.append(Item("slices of the head", "workspace", 2 * SLICE_BYTES))
+        # Their logits are more than those of a dense head where a processor computes.
+        logits = 0 if held.on_card else 2 * CHUNK_BYTES
+        items.append(Item("slices of the head", "workspace", 2 * SLICE_BYTES + logits))
+    if held.trains_head:
+        # Cast, its gradient, and what a chunk adds to that, while all layers keep theirs.
+        each = (held.element if held.element < 4 else 0) + 4 + 4
+        items.append(Item("the head's gradient", "workspace", each * held.shape.vocabulary * held.shape.layer.width))
     return items
 
 

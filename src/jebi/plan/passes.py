@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from jebi.config import Checkpointing
 from jebi.config.limits import CHUNK_TOKENS
 from jebi.models.families import DecoderShape
-from jebi.plan.activations import Pass, PassBytes, Ranks, host_bytes_per_token, pass_bytes, sent_bytes_per_token
+from jebi.plan.activations import AdapterRanks, Pass, PassBytes, host_bytes_per_token, pass_bytes, sent_bytes_per_token
 from jebi.plan.held import Held
 from jebi.plan.inventory import SLACK_BYTES, fixed_items, kept_weight_bytes, scratch_bytes, total
 
@@ -90,7 +90,7 @@ class Room:
     """Whether the device is a card."""
     carried: int = 0
     """Bytes of a token that the bus takes to host memory while the token's forward lasts (`time.carried_bytes`)."""
-    ranks: Ranks = Ranks()  # noqa: RUF009  (frozen)
+    ranks: AdapterRanks = AdapterRanks()  # noqa: RUF009  (frozen)
     """Of the adapters."""
     crossing: int = 0
     """Values of a head that comes out of host memory for each pass (`places.best`)."""

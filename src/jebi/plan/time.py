@@ -15,7 +15,7 @@ from jebi.plan.ranks import links_of, step_bytes, waiting
 from jebi.quant.footprint import weight_bytes
 
 _HOST_SECONDS, _MATRIX_SECONDS = 0.008, 16e-6
-"""Of a step, and of each trained matrix in it: optimizer, logging, launches. Fitted to 24 trainings on an H200, whose
+"""Of a step, and of each trained matrix in it: optimizer, logging, launches. Fitted to 23 trainings on an H200, whose
 steps took 19 ms to 1.3 s."""
 _READ_FORWARD, _READ_BACKWARD = (9, 18), (18, 35)
 """Numbers that a token reads and writes in a layer beside its products: multiples of F and of D, fitted (105 ms)."""

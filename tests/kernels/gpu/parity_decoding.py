@@ -45,9 +45,9 @@ def check_few_rows(dtype: torch.dtype) -> Iterator[Check]:
     """Every form and number of rows, with everything that may come after the product and with nothing."""
     if truncates(dtype):
         return
-    cases = ((20, 64, 1, 11, AFTER), (38, 192, 2, 70, AFTER[1:3]), (20, 1152, 6, 11, AFTER[2:3]))
-    # The last two have ranks by eights, the second two slices a row and two turns.
-    cases += ((40, 320, 13, 11, AFTER[1:3]), (32, 1024, 3, 24, AFTER[2:3]), (32, 4096, 2, 72, AFTER[2:3]))
+    cases = ((20, 64, 1, 11, AFTER), (38, 192, 2, 70, AFTER[1:3]), (20, 1152, 6, 12, AFTER[2:3]))
+    # The last three have ranks by eights, the second two slices a row and two turns.
+    cases += ((40, 320, 13, 8, AFTER[1:3]), (32, 1024, 3, 48, AFTER[2:3]), (32, 4096, 2, 72, AFTER[2:3]))
     for rows, columns, tokens, ranks, afters in cases:
         x = drawn(tokens, columns + 8, dtype=dtype)[:, :columns]
         for name, weight in stored_weights(rows, columns, dtype).items():

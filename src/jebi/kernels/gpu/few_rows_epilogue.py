@@ -44,10 +44,15 @@ def epilogue_constants(after: Epilogue) -> dict[str, int | bool]:
     return {
         "BIAS": after.bias_N is not None,
         "RANK": at_once,
-        "EIGHT": after.rank % 8 == 0,
+        "EIGHT": after.rank > 0 and all(size % 8 == 0 for size in (after.rank, *_strides(after))),
         "ACTIVATION": -1 if after.activation is None else after.activation,
         "RESIDUAL": after.residual_MN is not None,
     }
+
+
+def _strides(after: Epilogue) -> tuple[int, ...]:
+    """Of the adapter's matrices."""
+    return tuple(part.stride(0) for part in (after.left_MR, after.right_NR) if part is not None)
 
 
 @triton.jit
@@ -57,8 +62,11 @@ def adapter(
 ):  # fmt: skip
     """An adapter's values from rank ``start`` on: of W's rows (ROWS, RANK), and of ``x`` (RANK, M).
 
-    EIGHT says that ranks are a multiple of eight: 16 bytes are then read at a time.
+    EIGHT says that ranks and strides are multiples of eight: 16 bytes are then read at a time.
     """
+    if EIGHT:
+        # Which Triton sees so; what it is told of a number that is no constant is that it divides by 16, or nothing.
+        left_stride, right_stride = left_stride // 8 * 8, right_stride // 8 * 8
     index = start + tl.arange(0, RANK)
     right_at = right_ptr + found.to(tl.int64)[:, None] * right_stride + index[None]
     left_at, there = left_ptr + token[None] * left_stride + index[:, None], (token < tokens)[None]
