@@ -211,7 +211,7 @@ counted. Without pages it is more, and nobody can predict how much."""
 
 
 def host_slack_items(held: Held, made: Pass, passing: int) -> list[Item]:
-    """What stays resident on a host beyond what is in use, of so many bytes of a pass.
+    """What stays resident on a host beyond what is in use, of so many bytes of a pass that come and go.
 
     The C library gives back what it can; and in 16 bits oneDNN keeps every product's kernels for every size of a pass,
     up to 1,024 of them. SmolLM2's demo, a peak of 1.68 GB in float32 (1.55 without this); in bfloat16 1.57, 1.54, 1.79
@@ -234,7 +234,7 @@ def everything(held: Held, made: Pass, checkpoints: int = 0) -> list[Item]:
     """All that a run holds while it trains."""
     items = [*model_items(held), *adapter_items(held), *pass_items(held, made), *checkpoint_items(held, checkpoints)]
     if not held.on_card:
-        items += host_slack_items(held, made, total(pass_items(held, made)))
+        items += host_slack_items(held, made, total(pass_items(held, made)) - total(fixed_items(held)))
         return [*items, Item("Python and its libraries", "libraries", PROCESS_BYTES)]
     items.append(Item("what the allocator keeps", "allocator", SLACK_BYTES))
     host = Item("Python and its libraries", "libraries", 2 * PROCESS_BYTES, "host")
