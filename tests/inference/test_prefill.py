@@ -1,6 +1,7 @@
 """Padded prompts are flat ones: the same logits, the same cache, and the same steps behind them."""
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,23 +170,57 @@ def test_nothing_is_captured_behind_the_warm_up(adapted: JebiForCausalLM, as_on_
 def test_steps_are_compiled_beside_prompts_and_before_anything_is_captured(
     adapted: JebiForCausalLM, as_on_card: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    aside, done = engine_module._aside, []
+    aside, forward, done, steps = engine_module._aside, Engine._forward, [], []
 
-    def watched(device: torch.device, run: Callable[[], object]) -> None:
-        aside(device, run)
+    def watched(stream: None, run: Callable[[], object]) -> None:
+        aside(stream, run)
         done.append((threading.current_thread() is threading.main_thread(), len(as_on_card)))
 
-    monkeypatch.setattr(engine_module, "_aside", watched)
-    adapted.model.lay_for_few_rows()
-    Engine().warm_up(adapted, 100, (1, 4))
-    assert done == [(False, 0)] * 2 * (1 + 3), "a step and three products for each number of rows"
+    def step(engine: Engine, model: JebiForCausalLM, batch: Any, *others: Any, **named: Any) -> Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            own = all(batch is not kept for kept in engine._batches.values())
+            steps.append((len(batch.lengths_B), own, torch.is_grad_enabled()))
+        return forward(engine, model, batch, *others, **named)
 
-    def failing(device: torch.device, run: Callable[[], object]) -> None:
+    monkeypatch.setattr(engine_module, "_aside", watched)
+    monkeypatch.setattr(Engine, "_forward", step)
+    adapted.model.lay_for_few_rows()
+    engine = Engine()
+    for _ in range(2):  # for the second time over caches that have gone
+        engine.warm_up(adapted, 100, (1, 4, 1, 17))
+        engine._batches.clear()
+    once = [(False, 0)] * 2 * (1 + 3)
+    assert done[: len(once)] == once, "a step and three products for 1 and for 4 rows"
+    assert len(done) == 2 * len(once)
+    assert {captured for _, captured in done[len(once) :]} == {done[-1][1]}
+    assert sorted(steps) == [(1, True, False)] * 2 + [(4, True, False)] * 2
+    for layer in adapted.model.decoder_layers():
+        layer.few_rows = None
+    engine.warm_up(adapted, 100)
+    assert len(done) == 2 * len(once), "other steps write where prompts do"
+
+
+@torch.no_grad()
+def test_what_does_not_compile_aside_is_told_and_nothing_more_begins(
+    adapted: JebiForCausalLM, as_on_card: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    def failing(stream: None, run: Callable[[], object]) -> None:
+        begun.append(run)
+        time.sleep(0.1)
         raise RuntimeError("does not compile")
 
     monkeypatch.setattr(engine_module, "_aside", failing)
+    adapted.model.lay_for_few_rows()
     with pytest.raises(RuntimeError, match="does not compile"):
         Engine().warm_up(adapted, 100)
+    assert begun
+    begun.clear()
+    monkeypatch.setattr(Engine, "_warm_prompts", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        Engine().warm_up(adapted, 100, range(1, 17))
+    assert len(begun) < 64, "of 16 numbers of rows, four parts each"
 
 
 @torch.no_grad()

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import TINY
 from torch import nn
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from jebi.adapters.lora import attach
 from jebi.adapters.peft_files import adapter_tensors
@@ -79,6 +81,17 @@ def test_a_step_is_the_plain_step(made: Made, variant: str, rank: int, rows: int
     for scale in (1.0, 2.0**-5):
         for ours, plain in zip(*both(model, rows, scale), strict=True):
             assert (ours - plain).abs().max() <= BAR * plain.abs().max()
+
+
+@torch.no_grad()
+def test_norms_behind_the_blocks_come_at_the_streams_scale(tmp_path: Path, load) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(Gemma2Config(**TINY)).save_pretrained(tmp_path)
+    model = load(tmp_path).eval()
+    model.model.stack(keep=False, answering=True)
+    model.model.lay_for_few_rows()
+    for ours, plain in zip(*both(model, 2, 2.0**-5), strict=True):
+        assert (ours - plain).abs().max() <= BAR * plain.abs().max()
 
 
 @torch.no_grad()

@@ -1,13 +1,9 @@
 """``nn.layer_node``: how much is alive at a time, in tensors as large as a layer's input."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tests.alive import Peak
+from torch import nn
 
 from jebi.kernels.rope import rope_tables
 from jebi.nn import attention_pair
@@ -22,26 +18,6 @@ TOKENS, CHUNK, WIDTH = 1024, 16, 128
 # Heads as in Llama 3.1 8B, in which queries, keys and values are one and a half inputs.
 SHAPE = LayerShape(WIDTH, 32, 8, 4, 448, 1e-5, AttentionForm(0.5))
 CPU = torch.device("cpu")
-
-
-class Peak(TorchDispatchMode):
-    """Counts the bytes that operations have made and that are still referenced; ``most`` is their maximum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in known:
-                storage = x.untyped_storage()
-                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._alive = {key: value for key, value in self._alive.items() if not value[0].expired()}
-        self.most = max(self.most, sum(size for _, size in self._alive.values()))
-        return out
 
 
 def layer() -> DecoderLayer:

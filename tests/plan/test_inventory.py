@@ -15,7 +15,7 @@ from jebi.models.files import find
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.loading import load_model
 from jebi.nn.shape import AttentionForm, LayerShape
-from jebi.plan.activations import Pass
+from jebi.plan.activations import AdapterRanks, Pass
 from jebi.plan.held import Held
 from jebi.plan.inventory import (
     Item,
@@ -87,8 +87,11 @@ def test_the_adapter_and_its_moments_are_as_large_as_they_are_counted(
         LoraConfig(r=4, target_modules=["q_proj", "up_proj"], layers_to_transform=[1]),
         LoraConfig(r=4, target_modules="all-linear", rank_pattern={"o_proj": 8}),
         LoraConfig(r=4, init_lora_weights="pissa"),
+        LoraConfig(r=4, init_lora_weights="pissa_niter_2", modules_to_save=["embed_tokens"]),
+        LoraConfig(r=4, lora_dropout=0.1),
+        LoraConfig(r=4, init_lora_weights="pissa", use_dora=True),
     ],
-    ids=["all", "some", "pattern", "pissa"],
+    ids=["all", "some", "pattern", "pissa", "niter", "dropout", "dora"],
 )
 def test_casts_and_frozen_halves_are_as_large_as_they_are_counted(
     lora: LoraConfig, tiny_llama: Callable[[str], Path], load: Callable[..., Any]
@@ -100,12 +103,21 @@ def test_casts_and_frozen_halves_are_as_large_as_they_are_counted(
     groups = [group for layer in model.model.decoder_layers() if layer.stacked for group in layer.stacked.stacked()]
     casts = [cast for group in groups for cast in group.casts() or ()]
     held = Held(model.model.shape, "dense", 4, lora=lora)
-    assert casts
+    assert bool(casts) == bool(groups) == (not lora.use_dora and not lora.lora_dropout)
     assert held.cast_bytes == sum(cast.nbytes for cast in casts)
     matrices = [p for p in model.parameters() if p.requires_grad]
     matrices += [buffer for name, buffer in model.named_buffers() if "frozen" in name]
     of_adapter = next(item for item in adapter_items(held) if item.name == "adapter (float32)")
     assert of_adapter.bytes == sum(matrix.nbytes for matrix in matrices)
+
+
+def test_ranks_at_work_are_those_of_every_half_and_of_a_fused_pair_too() -> None:
+    fused = dataclasses.replace(HELD.shape, layers=tuple(dataclasses.replace(x, fused=True) for x in HELD.shape.layers))
+    plain = dataclasses.replace(HELD, lora=LoraConfig(r=8, target_modules="all-linear"))
+    assert plain.at_work == AdapterRanks(32 * 7 * 8, 32 * 2 * 8)
+    assert dataclasses.replace(plain, shape=fused).at_work == AdapterRanks(32 * 4 * 8, 32 * 8)
+    halves = LoraConfig(r=8, target_modules="all-linear", init_lora_weights="pissa_niter_4")
+    assert dataclasses.replace(plain, lora=halves).at_work == AdapterRanks(2 * 32 * 7 * 8, 2 * 32 * 2 * 8)
 
 
 def test_moments_by_the_optimizers_name() -> None:

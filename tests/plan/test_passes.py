@@ -118,8 +118,9 @@ def test_host_memory_is_used_where_it_pays_and_only_as_much_as_there_is() -> Non
 def test_gate_and_up_go_to_host_memory_where_the_bus_is_idle() -> None:
     inputs, each = host_bytes_per_token(LLAMA_8B, 2), sent_bytes_per_token(LLAMA_8B, 2)
 
-    def sent(layers: float, longest: int = 2048, host: float = 100.0) -> PassPlan:
-        room = Room(2 * GB, scratch=GB // 4, weights=13 * GB, host=int(host * GB), carried=int(inputs + layers * each))
+    def sent(layers: float, longest: int = 2048, host: float = 100.0, crossing: int = 0) -> PassPlan:
+        carried = int(inputs + layers * each)
+        room = Room(2 * GB, 13 * GB, GB // 4, int(host * GB), carried=carried, crossing=crossing)
         return choose(LLAMA_8B, 2, room, longest, None, 8192)
 
     plans = [sent(layers) for layers in (0, 0.9, 3.5, 9.5, 100)]
@@ -127,6 +128,7 @@ def test_gate_and_up_go_to_host_memory_where_the_bus_is_idle() -> None:
     assert [made.shipped_layers for made in plans] == [0, 0, 3, 9, 16], "never two layers one behind the other"
     assert [made.cost for made in plans] == sorted((made.cost for made in plans), reverse=True)
     assert sent(9.5, longest=16384).shipped_layers == 0
+    assert sent(9.5, crossing=128256 * 4096).shipped_layers == 0, "the head has the bus"
     scarce = sent(9.5, host=3.0)
     assert scarce.tokens * (inputs + scarce.shipped_layers * each) <= 0.8 * 3 * GB
 
@@ -231,7 +233,7 @@ def test_layers_that_send_gate_and_up_keep_what_adapters_made_for_them() -> None
 
 
 def test_layers_that_keep_everything_keep_what_adapters_make_of_a_token() -> None:
-    """AdapterRanks of 64 instead of 8 are a hundredth of the activations of Llama 8B, and cost that of the tokens."""
+    """Ranks of 64 instead of 8 are a hundredth of the activations of Llama 8B, and cost that of the tokens."""
     held = [Held(LLAMA_8B, "dense", 2, lora=LoraConfig(r=r)) for r in (8, 64)]
     rooms = [room_beside(one, 40 * GB) for one in held]
     ranks = [AdapterRanks(32 * 7 * r, 32 * 2 * r) for r in (8, 64)]

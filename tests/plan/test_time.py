@@ -51,6 +51,13 @@ def test_the_parts_of_a_profile() -> None:
     assert step.traffic / 2 == pytest.approx(0.105, rel=0.05)
 
 
+def test_the_host_has_more_to_do_for_more_matrices() -> None:
+    """Two matrices of each of 7 projections in 32 layers, or of one, at 16 us each (fitted)."""
+    few = dataclasses.replace(HELD, lora=LoraConfig(target_modules=["q_proj"]))
+    hosts = [step_time(held, KEPT, FULL, CARDS["h200"]).host for held in (HELD, few)]
+    assert hosts[0] - hosts[1] == pytest.approx(2 * 6 * 32 * 16e-6)
+
+
 def test_whatever_is_more_takes_longer() -> None:
     def seconds(held: Held = HELD, made: Pass = KEPT, load: Load = FULL) -> float:
         return step_time(held, made, load, CARDS["a100-80"]).seconds

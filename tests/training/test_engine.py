@@ -1,5 +1,6 @@
 """``training.engine``: the model is set up as the plan chooses; embedding and head leave the card last."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +14,13 @@ from jebi.models import placement
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import place, placed, resolve
 from jebi.plan.activations import kept_bytes_per_token, loss_bytes, work_bytes
-from jebi.plan.inventory import trained
+from jebi.plan.inventory import SLACK_BYTES, trained
 from jebi.plan.passes import Room
 from jebi.plan.places import Relief
 from jebi.training import engine
 from jebi.training.engine import make_plan
 from jebi.training.pass_settings import Settings
+from jebi.training.planning import job_of
 
 SETTINGS = Settings(128, None, False, False, 0.0, False)
 TABLE = 4 * 2**20
@@ -82,6 +84,18 @@ def test_where_even_that_does_not_fit_it_has_the_most_room(
     assert not plan.fits
     assert re.search(r"rows of 128 tokens may not fit: it takes .* GB too little\.", caplog.text)
     assert placed(model) == Places("host", "host")
+
+
+def test_the_room_is_what_is_left_of_all_that_adapters_take(
+    make_model: Callable[..., JebiForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    monkeypatch.setattr(engine, "allowed_bytes", lambda device, budget: 2**30)
+    held = dataclasses.replace(job_of(model, SETTINGS).held, on_card=True)
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    taken = trained(sizes, SETTINGS.optimizer).bytes + held.cast_bytes + SLACK_BYTES
+    assert held.cast_bytes > 0
+    assert engine._room(model, SETTINGS, held).card == 2**30 - taken
 
 
 def test_a_cpu_has_nothing_to_be_relieved_of(make_model: Callable[..., JebiForCausalLM]) -> None:
