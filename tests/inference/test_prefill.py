@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from jebi.inference import engine as engine_module
 from jebi.inference.engine import Engine
 from jebi.inference.kv_cache import STEP, StaticCache, slots_for
 from jebi.inference.prefill import FEWEST, MOST, PaddedPrompts, flat_prompts, pads, sizes
+from jebi.kernels.launch import launch
+from jebi.models.decoder import Decoder
 from jebi.models.hf import JebiForCausalLM
 
 BAR = 1e-5
@@ -166,24 +169,31 @@ def test_nothing_is_captured_behind_the_warm_up(adapted: JebiForCausalLM, as_on_
             each.release(adapted)
 
 
+def compiles_alone() -> bool:
+    """Whether kernels are only compiled here."""
+    kernel = MagicMock()
+    launch(kernel, (1,))
+    return bool(kernel.warmup.called)
+
+
 @torch.no_grad()
 def test_steps_are_compiled_beside_prompts_and_before_anything_is_captured(
     adapted: JebiForCausalLM, as_on_card: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    aside, forward, done, steps = engine_module._aside, Engine._forward, [], []
+    aside, forward_step, done, steps = engine_module._aside, Decoder.forward_step, [], []
 
-    def watched(stream: None, run: Callable[[], object]) -> None:
-        aside(stream, run)
+    def watched(device: torch.device, run: Callable[[], object]) -> None:
+        aside(device, run)
         done.append((threading.current_thread() is threading.main_thread(), len(as_on_card)))
 
-    def step(engine: Engine, model: JebiForCausalLM, batch: Any, *others: Any, **named: Any) -> Tensor:
+    def step(decoder: Decoder, hidden: Tensor, keys: Tensor, *others: Any) -> Tensor:
         if threading.current_thread() is not threading.main_thread():
-            own = all(batch is not kept for kept in engine._batches.values())
-            steps.append((len(batch.lengths_B), own, torch.is_grad_enabled()))
-        return forward(engine, model, batch, *others, **named)
+            own = all(keys is not kept.cache.keys_NBGLd for kept in engine._batches.values())
+            steps.append((len(hidden), own, torch.is_grad_enabled(), compiles_alone()))
+        return forward_step(decoder, hidden, keys, *others)
 
     monkeypatch.setattr(engine_module, "_aside", watched)
-    monkeypatch.setattr(Engine, "_forward", step)
+    monkeypatch.setattr(Decoder, "forward_step", step)
     adapted.model.lay_for_few_rows()
     engine = Engine()
     for _ in range(2):  # for the second time over caches that have gone
@@ -193,7 +203,8 @@ def test_steps_are_compiled_beside_prompts_and_before_anything_is_captured(
     assert done[: len(once)] == once, "a step and three products for 1 and for 4 rows"
     assert len(done) == 2 * len(once)
     assert {captured for _, captured in done[len(once) :]} == {done[-1][1]}
-    assert sorted(steps) == [(1, True, False)] * 2 + [(4, True, False)] * 2
+    assert sorted(steps) == [(1, True, False, True)] * 2 + [(4, True, False, True)] * 2
+    assert not compiles_alone()
     for layer in adapted.model.decoder_layers():
         layer.few_rows = None
     engine.warm_up(adapted, 100)
@@ -206,7 +217,7 @@ def test_what_does_not_compile_aside_is_told_and_nothing_more_begins(
 ) -> None:
     begun = []
 
-    def failing(stream: None, run: Callable[[], object]) -> None:
+    def failing(device: torch.device, run: Callable[[], object]) -> None:
         begun.append(run)
         time.sleep(0.1)
         raise RuntimeError("does not compile")

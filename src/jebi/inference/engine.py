@@ -11,7 +11,6 @@ Shapes: B rows, S tokens of a left-padded row, T tokens of all rows, V vocabular
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from jebi.inference.kv_cache import STEP, StaticCache, slots_for
 from jebi.inference.prefill import PaddedPrompts, flat_prompts, pads, sizes
+from jebi.kernels.launch import compiling
 from jebi.models.hf import JebiForCausalLM
 from jebi.nn.few_rows_step import few_rows_step, products
 from jebi.nn.host_weight import HostWeight
@@ -153,13 +153,12 @@ class Engine:
         self.warm_up_seconds += time.perf_counter() - began
 
     def _compile(self, model: JebiForCausalLM, tokens: int, rows: Sequence[int]) -> None:
-        """Run everything once, uncaptured: much of a compilation is not Python's, so steps beside prompts."""
+        """Run prompts once, uncaptured, and compile steps beside them: much of a compilation is not Python's."""
         _refresh(model)
         self._warm.clear()  # or what comes again would be captured while other threads compile
-        stream = torch.cuda.current_stream(model.device) if model.device.type == "cuda" else None
         threads = ThreadPoolExecutor()
         try:
-            aside = [threads.submit(_aside, stream, run) for run in self._parts_of_steps(model, rows)]
+            aside = [threads.submit(_aside, model.device, run) for run in self._parts_of_steps(model, rows)]
             for count in rows:
                 self._warm_prompts(model, tokens, count)
                 self.release(model)
@@ -169,7 +168,7 @@ class Engine:
             threads.shutdown(cancel_futures=True)
 
     def _parts_of_steps(self, model: JebiForCausalLM, rows: Sequence[int]) -> list[Callable[[], object]]:
-        """Steps of these numbers of rows, over buffers of their own, and products of theirs.
+        """Steps of these numbers of rows as far as the head, over buffers of their own, and products of theirs.
 
         Where all that a step writes is its own: other steps dequantise into one buffer, as prompts do.
         """
@@ -181,7 +180,10 @@ class Engine:
                 if few := products(layers[0], count):
                     batch = _empty(model, count)
                     batch.reserve(STEP)
-                    parts += partial(self._forward, model, batch, STEP), *few
+                    hidden_BD, cache = model.model.embed_tokens(batch.ids_B), batch.cache
+                    now = Now(batch.lengths_B, STEP)
+                    step = partial(model.model.forward_step, hidden_BD, cache.keys_NBGLd, cache.values_NBGLd, now)
+                    parts += partial(step, self._step), *few
         return parts
 
     def _warm_prompts(self, model: JebiForCausalLM, tokens: int, rows: int) -> _Batch:
@@ -277,9 +279,9 @@ def _refresh(model: JebiForCausalLM) -> None:
 
 
 @torch.no_grad()
-def _aside(stream: torch.cuda.Stream | None, run: Callable[[], object]) -> None:
-    """Run something in a thread of its own, which knows nothing of other threads' card, stream and modes."""
-    with nullcontext() if stream is None else torch.cuda.stream(stream):
+def _aside(device: torch.device, run: Callable[[], object]) -> None:
+    """Compile what ``run`` launches, in a thread of its own, which knows nothing of other threads' card and modes."""
+    with torch.cuda.device(device if device.type == "cuda" else -1), compiling():
         run()
 
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jebi.kernels.launch import launch
+
 _BLOCK = 256
 
 
@@ -29,7 +31,8 @@ def step_(
     correction1 = 1.0 - rates.beta1**rates.step
     correction2 = math.sqrt(1.0 - rates.beta2**rates.step)
     decay = 1.0 - rates.lr * rates.weight_decay if rates.weight_decay > 0 else 1.0
-    _step[(triton.cdiv(param_T.numel(), _BLOCK),)](
+    launch(
+        _step, (triton.cdiv(param_T.numel(), _BLOCK),),
         param_T, grad_T, *moments, codes1, nearest1, codes2, nearest2, param_T.numel(),
         rates.beta1, rates.beta2, rates.eps, decay, rates.lr / correction1, correction2,
         BLOCK=_BLOCK, num_warps=2,

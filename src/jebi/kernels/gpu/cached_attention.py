@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jebi.kernels.cached_attention import Extent, Form, HeadNorms
 from jebi.kernels.gpu.dependent import await_inputs, let_next_begin, overlaps
+from jebi.kernels.launch import launch
 
 MOST = 32
 """Queries of one key head; more would not fit a card's shared memory everywhere."""
@@ -48,7 +49,8 @@ def attend(q_BSHd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, extent: Extent, form:
     rows = batch * new * heads
     parts = torch.empty(rows, splits, size, dtype=torch.float32, device=device)
     tops, sums = torch.empty(2, rows, splits, dtype=torch.float32, device=device)
-    _attend[(batch * groups, splits)](
+    launch(
+        _attend, (batch * groups, splits),
         q_BSHd.contiguous(), k_BGLd, v_BGLd, *extent, parts, tops, sums, out_BSHd,
         *k_BGLd.stride()[:3], *v_BGLd.stride()[:3], length,
         scale, window or 0, softcap or 0.0, heads, groups, new, queries, size,
@@ -57,7 +59,8 @@ def attend(q_BSHd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, extent: Extent, form:
         OVERLAP=overlap, launch_pdl=overlap, num_warps=4, num_stages=stages_of(q_BSHd),
     )  # fmt: skip
     if splits > 1:
-        _combine[(rows,)](
+        launch(
+            _combine, (rows,),
             parts, tops, sums, out_BSHd, splits, size,
             SPLITS=_MOST_SPLITS, SIZE=triton.next_power_of_2(size),
             OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
@@ -78,7 +81,8 @@ def turn_and_store(
     cos_TR, sin_TR = (table.contiguous() for table in tables)
     (_, new, heads, size), groups, rotated = q_BSHd.shape, k_BGLd.shape[1], cos_TR.shape[1]
     q_norm, k_norm, eps, unit_offset = norms if norms is not None else (qkv_TN, qkv_TN, 0.0, False)
-    _turn_and_store[(qkv_TN.shape[0], heads + 2 * groups)](
+    launch(
+        _turn_and_store, (qkv_TN.shape[0], heads + 2 * groups),
         qkv_TN, cos_TR, sin_TR, q_norm, k_norm, q_BSHd, k_BGLd, v_BGLd, end_B,
         qkv_TN.stride(0), *k_BGLd.stride()[:3], *v_BGLd.stride()[:3],
         heads, groups, new, rotated // 2, size, eps, value_scale, NORM=norms is not None, UNIT_OFFSET=unit_offset,

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jebi.kernels.launch import launch
+
 _BLOCK = 4096
 
 
@@ -30,7 +32,8 @@ def loss_and_grad_(
     """
     smoothing, softcap, wants_grad = settings
     tokens, vocabulary = logits_CV.shape
-    _cross_entropy[(tokens,)](
+    launch(
+        _cross_entropy, (tokens,),
         logits_CV, labels_C, losses_C if counts_C is None else counts_C, losses_C,
         vocabulary, smoothing, softcap or 0.0,
         COUNTED=counts_C is not None, CAPPED=softcap is not None, SMOOTHED=smoothing > 0, GRAD=wants_grad,
@@ -57,7 +60,8 @@ def fold_(
         wants_grad: whether the shares are wanted.
     """
     tokens, rows = logits_CS.shape
-    _fold[(tokens,)](
+    launch(
+        _fold, (tokens,),
         logits_CS, labels_C, *seen, rescale_C, rows, softcap or 0.0,
         CAPPED=softcap is not None, GRAD=wants_grad,
         BLOCK=min(_BLOCK, triton.next_power_of_2(rows)), num_warps=8,

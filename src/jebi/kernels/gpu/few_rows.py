@@ -40,6 +40,7 @@ from jebi.kernels.gpu.few_rows_operands import (
     weight_at,
     x_at,
 )
+from jebi.kernels.launch import launch
 
 DENSE, INT8, NF4 = range(3)
 MOST = 16
@@ -121,7 +122,8 @@ def product(
     assert tokens <= MOST
     values, laid = (x, 0) if isinstance(x, Tensor) else (x.values, x.values.shape[1])
     tile, dots = tile or tile_of(stored, tokens), by_dots(values) if dots is None else dots
-    _product[(triton.cdiv(outputs, tile.rows), 1 if dots else tokens)](
+    launch(
+        _product, (triton.cdiv(outputs, tile.rows), 1 if dots else tokens),
         values, stored.weight, stored.scales_BN, values if stored.levels is None else stored.levels,
         *epilogue_arguments(after, values, out_MN), values.stride(0), tokens, outputs,
         COLUMNS=columns, KIND=stored.kind, **epilogue_constants(after), LEVELS=levels_by(values),

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jebi.kernels.gpu.dependent import await_inputs, let_next_begin, overlaps
+from jebi.kernels.launch import launch
 
 _RANKS = 1
 """Ranks of one program: as few as there are, since nothing here is bound by memory."""
@@ -42,7 +43,8 @@ def normed_and_compressed(
     y = torch.empty(triton.cdiv(width, 128) * 4, rows, 32, dtype=x_MK.dtype, device=x_MK.device)
     xa_MR = torch.empty(tokens, ranks, dtype=x_MK.dtype, device=x_MK.device)
     block = triton.next_power_of_2(width)
-    _before[(max(1, triton.cdiv(ranks, _RANKS)), tokens)](
+    launch(
+        _before, (max(1, triton.cdiv(ranks, _RANKS)), tokens),
         x_MK, weight, down_RK, y, xa_MR, x_MK.stride(0), down_RK.stride(0), width, ranks, eps,
         NORM=norm is not None, ADAPTED=ranks > 0, UNIT_OFFSET=unit_offset, RANKS=_RANKS, ROWS=rows, BLOCK=block,
         OVERLAP=overlaps(x_MK), launch_pdl=overlaps(x_MK), num_warps=min(16, max(1, block // 512)),

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jebi.kernels.launch import launch
 from jebi.quant.fp8 import LARGEST, SMALLEST
 
 _TILE = 128, 4
@@ -25,7 +26,8 @@ def quantize_rows(x_TK: Tensor, out_TK: Tensor) -> Tensor:
     rows, width = x_TK.shape
     scale_T1 = torch.empty(rows, 1, dtype=torch.float32, device=x_TK.device)
     block = triton.next_power_of_2(width)
-    _quantize_rows[(rows,)](
+    launch(
+        _quantize_rows, (rows,),
         x_TK, out_TK, scale_T1, x_TK.stride(0), width, LARGEST=LARGEST, SMALLEST=SMALLEST,
         BLOCK=block, num_warps=min(32, max(1, block // 1024)),
     )  # fmt: skip
@@ -43,7 +45,8 @@ def from_nf4(stored: tuple[Tensor, ...], shape: tuple[int, int], scale: Tensor, 
     """
     rows, columns = shape
     tile, warps = _TILE
-    _from_nf4[(columns // 64, triton.cdiv(rows, tile))](
+    launch(
+        _from_nf4, (columns // 64, triton.cdiv(rows, tile)),
         *stored, scale, out, rows, out.stride(0),
         COLUMNS=columns, TRANSPOSED=transposed, TILE=tile, num_warps=warps,
         enable_fp_fusion=False,  # a fused scale would differ from `quant.nf4`'s in its last bit

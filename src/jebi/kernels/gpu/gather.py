@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jebi.kernels.launch import launch
+
 _BLOCK = 1024
 
 
@@ -24,7 +26,7 @@ def gather(table_VD: Tensor, ids_T: Tensor, out_TD: Tensor) -> None:
     rows, width = table_VD.shape
     grid = (ids_T.shape[0], triton.cdiv(width, _BLOCK))
     if ids_T.shape[0]:
-        _gather[grid](table_VD, ids_T, out_TD, rows, width, table_VD.stride(0), BLOCK=_BLOCK, num_warps=4)
+        launch(_gather, grid, table_VD, ids_T, out_TD, rows, width, table_VD.stride(0), BLOCK=_BLOCK, num_warps=4)
 
 
 @triton.jit

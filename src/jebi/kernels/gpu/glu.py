@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jebi.kernels.glu import Thin
+from jebi.kernels.launch import launch
 from jebi.kernels.low_rank import LowRank, summed
 
 _COLUMNS, _WARPS = 128, 4
@@ -32,7 +33,8 @@ def forward(gate_TF: Tensor, up_TF: Tensor, activation: str, out_TF: Tensor, thi
     tokens, width = gate_TF.shape
     gate_thin, gate_rank = _thin(thin[0], gate_TF)
     up_thin, up_rank = _thin(thin[1], gate_TF)
-    _forward[_grid(tokens, width)](
+    launch(
+        _forward, _grid(tokens, width),
         gate_TF, up_TF, out_TF, gate_TF.stride(0), up_TF.stride(0), out_TF.stride(0), tokens, width, scale,
         *gate_thin, *up_thin,
         KIND=_KINDS[activation], GATE_RANK=gate_rank, UP_RANK=up_rank,
@@ -63,7 +65,8 @@ def backward_(
         stretches.append(torch.empty(shape, dtype=torch.float32, device=gate_TF.device))
         arguments += [*matrices, stretches[-1]]
         ranks.append(rank)
-    _backward[_grid(tokens, width)](
+    launch(
+        _backward, _grid(tokens, width),
         da_TF, gate_TF, up_TF, da_TF.stride(0), gate_TF.stride(0), up_TF.stride(0), tokens, width, scale, *arguments,
         KIND=_KINDS[activation], GATE_RANK=ranks[0], UP_RANK=ranks[1], DA_RANK=ranks[2],
         KEEP_ACT=wants_act or ranks[2] > most, SUMMED_RANK=most,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jebi.kernels.launch import launch
+
 _VALUES = 1024
 
 
@@ -25,7 +27,8 @@ def dequantize(
     """
     rows, columns = out_NK.shape
     values = rows * columns
-    _dequantize[(triton.cdiv(values, _VALUES),)](
+    launch(
+        _dequantize, (triton.cdiv(values, _VALUES),),
         packed, absmax, nested_absmax, offset, *tables, out_NK, values, out_NK.stride(0),
         COLUMNS=columns, VALUES=_VALUES, num_warps=4,
         enable_fp_fusion=False,  # a fused scale would differ from `quant.nf4`'s in its last bit

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jebi.kernels.launch import launch
+
 
 def forward(x_TD: Tensor, weight_D: Tensor, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
     """The normed tokens (T, D), contiguous, and ``1 / rms`` (T, 1) in float32."""
@@ -15,7 +17,8 @@ def forward(x_TD: Tensor, weight_D: Tensor, eps: float, unit_offset: bool) -> tu
     y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     rstd_T1 = torch.empty(rows, 1, dtype=torch.float32, device=x_TD.device)
     block, warps = _block(width)
-    _forward[(rows,)](
+    launch(
+        _forward, (rows,),
         x_TD, weight_D, y_TD, rstd_T1, x_TD.stride(0), width, eps,
         UNIT_OFFSET=unit_offset, BLOCK=block, num_warps=warps,
     )  # fmt: skip
@@ -40,7 +43,8 @@ def backward(
     dx_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device) if out_TD is None else out_TD
     added_TD = dx_TD if residual_TD is None else residual_TD
     block, warps = _block(width)
-    _backward[(rows,)](
+    launch(
+        _backward, (rows,),
         dy_TD, x_TD, rstd_T1, weight_D, added_TD, dx_TD,
         dy_TD.stride(0), x_TD.stride(0), added_TD.stride(0), width,
         UNIT_OFFSET=unit_offset, ADD=residual_TD is not None, BLOCK=block, num_warps=warps,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jebi.kernels.launch import launch
 from jebi.kernels.low_rank import LowRank
 
 _TOKENS, _HEADS, _WARPS = 16, 4, 2
@@ -57,7 +58,8 @@ def _launch(
         parts += [left_TR, right_RF, 0 if share is None else left_TR.shape[1]]
     rank = max(0 if share is None else share.left_TR.shape[1] for share in shares)
     copies = size > rotated and (some is not None or out_THd.data_ptr() != x_THd.data_ptr())
-    _rotate[(triton.cdiv(tokens, _TOKENS), triton.cdiv(heads, _HEADS))](
+    launch(
+        _rotate, (triton.cdiv(tokens, _TOKENS), triton.cdiv(heads, _HEADS)),
         x_THd, *tables, out_THd, *x_THd.stride()[:2], *out_THd.stride()[:2], tokens, heads,
         *counts, rotated // 2, size - rotated, size, -1.0 if backwards else 1.0, *parts, *strides,
         TOKENS=_TOKENS, HEADS=_HEADS, HALF=triton.next_power_of_2(rotated // 2),
