@@ -20,7 +20,7 @@ from jebi.inference import engine as engine_module
 from jebi.inference.engine import Engine
 from jebi.inference.kv_cache import STEP, StaticCache, slots_for
 from jebi.inference.prefill import FEWEST, MOST, PaddedPrompts, flat_prompts, pads, sizes
-from jebi.kernels.launch import launch
+from jebi.kernels.gpu.launch import launch
 from jebi.models.decoder import Decoder
 from jebi.models.hf import JebiForCausalLM
 

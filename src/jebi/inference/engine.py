@@ -20,7 +20,6 @@ from torch import Tensor
 
 from jebi.inference.kv_cache import STEP, StaticCache, slots_for
 from jebi.inference.prefill import PaddedPrompts, flat_prompts, pads, sizes
-from jebi.kernels.launch import compiling
 from jebi.models.hf import JebiForCausalLM
 from jebi.nn.few_rows_step import few_rows_step, products
 from jebi.nn.host_weight import HostWeight
@@ -281,6 +280,8 @@ def _refresh(model: JebiForCausalLM) -> None:
 @torch.no_grad()
 def _aside(device: torch.device, run: Callable[[], object]) -> None:
     """Compile what ``run`` launches, in a thread of its own, which knows nothing of other threads' card and modes."""
+    from jebi.kernels.gpu.launch import compiling
+
     with torch.cuda.device(device if device.type == "cuda" else -1), compiling():
         run()
 

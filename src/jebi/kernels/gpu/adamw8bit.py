@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jebi.kernels.launch import launch
+from jebi.kernels.gpu.launch import launch
 
 _BLOCK = 256
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jebi.kernels.cached_attention import Extent, Form, HeadNorms
 from jebi.kernels.gpu.dependent import await_inputs, let_next_begin, overlaps
-from jebi.kernels.launch import launch
+from jebi.kernels.gpu.launch import launch
 
 MOST = 32
 """Queries of one key head; more would not fit a card's shared memory everywhere."""

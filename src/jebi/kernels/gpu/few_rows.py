@@ -40,7 +40,7 @@ from jebi.kernels.gpu.few_rows_operands import (
     weight_at,
     x_at,
 )
-from jebi.kernels.launch import launch
+from jebi.kernels.gpu.launch import launch
 
 DENSE, INT8, NF4 = range(3)
 MOST = 16

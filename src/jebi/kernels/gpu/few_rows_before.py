@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jebi.kernels.gpu.dependent import await_inputs, let_next_begin, overlaps
-from jebi.kernels.launch import launch
+from jebi.kernels.gpu.launch import launch
 
 _RANKS = 1
 """Ranks of one program: as few as there are, since nothing here is bound by memory."""

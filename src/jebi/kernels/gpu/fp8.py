@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jebi.kernels.launch import launch
+from jebi.kernels.gpu.launch import launch
 from jebi.quant.fp8 import LARGEST, SMALLEST
 
 _TILE = 128, 4

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jebi.kernels.glu import Thin
-from jebi.kernels.launch import launch
+from jebi.kernels.gpu.launch import launch
 from jebi.kernels.low_rank import LowRank, summed
 
 _COLUMNS, _WARPS = 128, 4

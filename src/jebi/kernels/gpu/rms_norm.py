@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jebi.kernels.launch import launch
+from jebi.kernels.gpu.launch import launch
 
 
 def forward(x_TD: Tensor, weight_D: Tensor, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jebi.kernels.launch import launch
+from jebi.kernels.gpu.launch import launch
 from jebi.kernels.low_rank import LowRank
 
 _TOKENS, _HEADS, _WARPS = 16, 4, 2

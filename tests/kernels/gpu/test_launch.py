@@ -1,12 +1,12 @@
-"""``kernels.launch``: kernels are launched, or in a thread that compiles compiled alone; and none goes another way."""
+"""``kernels.gpu.launch``: a thread launches kernels, or compiles them alone; and none goes another way."""
 
 import re
 import threading
 from pathlib import Path
 from unittest.mock import MagicMock
 
-import jebi.kernels
-from jebi.kernels.launch import compiling, launch
+import jebi.kernels.gpu
+from jebi.kernels.gpu.launch import compiling, launch
 
 
 def test_a_kernel_is_launched_over_its_grid() -> None:
@@ -32,7 +32,7 @@ def test_within_compiling_it_is_compiled_by_this_thread_alone() -> None:
 
 
 def test_every_kernel_is_launched_so() -> None:
-    files = sorted((Path(jebi.kernels.__file__).parent / "gpu").glob("*.py"))
+    files = sorted((Path(jebi.kernels.gpu.__file__).parent).glob("*.py"))
     texts = {file.name: file.read_text(encoding="utf-8") for file in files}
     kernels = sum(len(re.findall(r"launch\(\s*_\w+,", text)) for text in texts.values())
     assert kernels > 15
