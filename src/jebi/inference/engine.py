@@ -159,7 +159,8 @@ class Engine:
         try:
             aside = [threads.submit(_aside, model.device, run) for run in self._parts_of_steps(model, rows)]
             for count in rows:
-                self._warm_prompts(model, tokens, count)
+                batch = self._warm_prompts(model, tokens, count)
+                flat_prompts(model, batch.cache, batch.ids_B.new_zeros(count, 2), [2] * count)
                 self.release(model)
             for part in aside:
                 part.result()
@@ -189,7 +190,6 @@ class Engine:
         """Prompts of every size, of so many rows; those that are captured are so when they come for the second time."""
         ids_BS = torch.zeros(rows, tokens, dtype=torch.long, device=model.device)
         batch = self._begin(model, [2] * rows, tokens)
-        flat_prompts(model, batch.cache, ids_BS, batch.lengths)
         for size in sizes(rows):
             longest = min(size, tokens - 1)
             if self._size(model, batch, longest) == size:
