@@ -94,8 +94,8 @@ def _start(model: JebiPreTrainedModel, targets: dict[str, Linear], config: LoraC
     generator = torch.Generator().manual_seed(config.random_state)
     for path, linear in targets.items():
         assert linear.lora is not None
-        if isinstance(method, str) and method.startswith("pissa"):
-            pissa.start(path, linear, method, config.random_state)
+        if config.pissa:
+            pissa.start(path, linear, str(method), config.random_state)
         elif method == "gaussian":
             linear.lora.reset_gaussian(generator)
         elif method is True:
@@ -114,7 +114,7 @@ def _make_room(targets: dict[str, Linear], config: LoraConfig) -> None:
     for linear in targets.values():
         lora = linear.lora
         assert lora is not None
-        if str(config.init_lora_weights).startswith("pissa"):
+        if config.pissa:
             lora.freeze_start(torch.zeros_like(lora.A_rK), torch.zeros_like(lora.B_Nr))
         if config.use_dora:
             lora.magnitude_N = nn.Parameter(torch.ones_like(lora.B_Nr[:, 0]))

@@ -65,7 +65,7 @@ _SAME = (
 def to_peft(config: LoraConfig, base: str | None) -> dict[str, Any]:
     """The settings as adapter_config.json holds them, ``base`` being the name of the base model."""
     document: dict[str, Any] = {name: getattr(config, name) for name in _SAME}
-    if _is_pissa(config):
+    if config.pissa:
         _double_ranks(document)
     document["lora_alpha"] = _whole(document["lora_alpha"])
     document["alpha_pattern"] = {name: _whole(alpha) for name, alpha in document["alpha_pattern"].items()}
@@ -88,7 +88,7 @@ def as_scorer(document: dict[str, Any]) -> dict[str, Any]:
 def header_note(config: LoraConfig, model_config: PretrainedConfig) -> dict[str, str]:
     """What the header of the weights file says beside PEFT's settings."""
     notes = {_ROPE_NOTE: json.dumps(model_config.rope_parameters, sort_keys=True)}
-    if not _is_pissa(config) and config.init_lora_weights != "loftq":
+    if not config.pissa and config.init_lora_weights != "loftq":
         return notes
     names = ("init_lora_weights", "loftq_config", "r", "lora_alpha", "rank_pattern", "alpha_pattern")
     return notes | {_NOTE: json.dumps({name: getattr(config, name) for name in names})}
@@ -193,10 +193,6 @@ def _header(folder: Path) -> dict[str, str]:
             return weights.metadata() or {}
     except (SafetensorError, OSError):
         return {}
-
-
-def _is_pissa(config: LoraConfig) -> bool:
-    return str(config.init_lora_weights).startswith("pissa")
 
 
 def _double_ranks(document: dict[str, Any]) -> None:

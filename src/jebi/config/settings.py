@@ -227,6 +227,11 @@ class LoraConfig:
             raise ConfigError(f"loftq_iter must be a whole number above 0, not {settings['loftq_iter']!r}.")
         self.loftq_config = settings
 
+    @property
+    def pissa(self) -> bool:
+        """Whether it starts with PiSSA, by whatever decomposition."""
+        return str(self.init_lora_weights).startswith("pissa")
+
     def rank_of(self, path: str) -> int:
         """The rank of the projection at ``path``, as PEFT finds it."""
         return next((rank for name, rank in self.rank_pattern.items() if _ends(name, path)), self.r)

@@ -97,5 +97,12 @@ class LayerShape:
 
     def maps(self) -> Iterator[tuple[str, MapShape]]:
         """Every map with its path in the layer."""
+        for group in self.groups():
+            yield from group
+
+    def groups(self) -> Iterator[list[tuple[str, MapShape]]]:
+        """The same, those of one input together."""
         for block, found in (("self_attn", self.attention_maps), ("mlp", self.feed_forward_maps)):
-            yield from ((f"{block}.{one.name}", one) for one in found)
+            named = [(f"{block}.{one.name}", one) for one in found]
+            yield named[:-1]
+            yield named[-1:]

@@ -3,7 +3,6 @@
 Everything about a run that does not follow from the rows. What it all takes is `plan.inventory`'s. No torch here.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,7 +105,7 @@ class Held:
     @property
     def halves(self) -> int:
         """Adapters that every adapted projection is multiplied by: PiSSA's has a frozen one beside that trained."""
-        return 2 if self.lora is not None and str(self.lora.init_lora_weights).startswith("pissa") else 1
+        return 2 if self.lora is not None and self.lora.pissa else 1
 
     @cached_property
     def frozen_values(self) -> int:
@@ -115,10 +114,11 @@ class Held:
         return (self.halves - 1) * sum(r * (maps[path].inputs + maps[path].outputs) for path, r in self.ranks.items())
 
     @property
-    def trains_head(self) -> bool:
-        """Whether the head is trained, itself or as the embedding that it is."""
-        saved = set((self.lora and self.lora.modules_to_save) or ())
-        return self.storage == "masters" or "lm_head" in saved or (self.shape.tied and "embed_tokens" in saved)
+    def trained_tables(self) -> set[str]:
+        """Which of embedding and head are trained; where they are one table, both or none."""
+        both = {"embed_tokens", "lm_head"}
+        saved = both.intersection((self.lora and self.lora.modules_to_save) or ())
+        return both if self.storage == "masters" or (self.shape.tied and saved) else saved
 
     @cached_property
     def at_work(self) -> AdapterRanks:
@@ -136,14 +136,12 @@ class Held:
         # What is dropped out, and DoRA, run map by map (`group.stacks`).
         if not self.on_card or not self.ranks or lora.use_dora or lora.lora_dropout > 0:
             return 0
-        inputs, outputs, ranks = Counter[str](), Counter[str](), Counter[str]()
-        for path, one in self.maps():
-            block, _, name = path.rpartition(".")
-            group = path if name in ("o_proj", "down_proj") else block
-            inputs[group] = one.inputs
-            outputs[group] += one.outputs
-            ranks[group] += self.halves * self.ranks.get(path, 0)
-        return self.element * sum(ranks[group] * (inputs[group] + outputs[group]) for group in ranks)
+        values = 0
+        for number, layer in enumerate(self.shape.layers):
+            for group in layer.groups():
+                rank = sum(self.ranks.get(f"model.layers.{number}.{path}", 0) for path, _ in group)
+                values += self.halves * rank * (group[0][1].inputs + sum(one.outputs for _, one in group))
+        return self.element * values
 
     @cached_property
     def matrices(self) -> list[int]:

@@ -179,7 +179,7 @@ def fixed_items(held: Held) -> list[Item]:
         # Their logits are more than those of a dense head where a processor computes.
         logits = 0 if held.on_card else 2 * CHUNK_BYTES
         items.append(Item("slices of the head", "workspace", 2 * SLICE_BYTES + logits))
-    if held.trains_head:
+    if "lm_head" in held.trained_tables:
         # Cast, its gradient, and what a chunk adds to that, while all layers keep theirs.
         each = (held.element if held.element < 4 else 0) + 4 + 4
         items.append(Item("the head's gradient", "workspace", each * held.shape.vocabulary * held.shape.layer.width))

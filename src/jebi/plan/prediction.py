@@ -251,11 +251,7 @@ def _shorter(found: Prediction) -> _Change:
 
 def _movable(held: Held, places: Places) -> Places:
     """As `models.placement.movable` has it: tables that are trained stay on the card."""
-    trained = {"embed_tokens", "lm_head"}
-    if held.storage != "masters":
-        trained.intersection_update((held.lora and held.lora.modules_to_save) or ())
-    if held.shape.tied and trained:
-        trained = {"embed_tokens", "lm_head"}
+    trained = held.trained_tables
     embedding: EmbeddingPlace = "card" if "embed_tokens" in trained and places.embedding == "auto" else places.embedding
     head: HeadPlace = "card" if "lm_head" in trained and places.head == "auto" else places.head
     return Places(embedding, head)
