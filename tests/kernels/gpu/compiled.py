@@ -181,13 +181,14 @@ def fp8_cases(value: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int
     return found
 
 
-def aligned(signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
+def aligned(signature: dict[str, str], strides: bool = True) -> dict[tuple[int], list[list[Any]]]:
     """What a launch tells the compiler of a large model: pointers and strides are multiples of 16.
 
-    Loads are wide then, and several are under way at once, for which shared memory is taken.
+    Loads are wide then, and several are under way at once, for which shared memory is taken. A launch for a part of
+    wider rows may say so of pointers alone.
     """
-    strides = ("stride", "_row", "_head", "_place", "_token")
-    found = [kind.startswith("*") or (kind == "i32" and name.endswith(strides)) for name, kind in signature.items()]
+    ends = ("stride", "_row", "_head", "_place", "_token") if strides else ()
+    found = [kind.startswith("*") or (kind == "i32" and name.endswith(ends)) for name, kind in signature.items()]
     return {(place,): [["tt.divisibility", 16]] for place, fits in enumerate(found) if fits}
 
 
@@ -206,24 +207,34 @@ def compile_for(capability: int) -> str:
     target, limit, worst = GPUTarget("cuda", capability, 32), SHARED_KIB[capability], 0
     for value in ("*fp16",) if capability < 80 else ("*fp16", "*bf16"):
         for kernel, types, constants, warps in cases(value, capability):
-            names = kernel.arg_names
-            missing = set(names) - set(types) - set(constants)
-            assert not missing, f"{kernel.__name__} takes {missing} too"
-            signature = {name: types.get(name, "constexpr") for name in names}
-            constants = {name: constant for name, constant in constants.items() if name in names}
-            source = ASTSource(kernel, signature, constants, aligned(signature))
-            compiled = triton.compile(source, target=target, options={"num_warps": warps})
+            compiled = compiled_of(kernel, types, constants, warps, target)
             worst = max(worst, compiled.metadata.shared)
             taken = f"{kernel.__name__} takes {compiled.metadata.shared} bytes of shared memory on {capability}"
             assert compiled.metadata.shared <= limit * 1024, taken
             if kernel is few_rows._product:
                 tables = 32768 if constants["KIND"] == few_rows.NF4 and constants["LEVELS"] == 2 else 0
+                if tables and constants["M"] == few_rows.MOST:
+                    # Rows that are parts of wider ones: through shared memory, if loads were not seen to be wide.
+                    apart = compiled_of(kernel, types, constants | {"LAID": 0}, warps, target, strides=False)
+                    assert apart.metadata.shared + tables <= STATIC, f"{constants}: rows as they come, {taken}"
                 assert compiled.metadata.shared + tables <= STATIC, f"{constants}: {taken} beside its table"
             if constants.get("DOTS"):
                 # Here one for each turn is what a product costs whose operands are exchanged between threads.
                 assert "bar.sync" not in first_loop(compiled.asm["ptx"]), f"{constants}: barriers in the loop"
     count = len(cases("*fp16", capability))
     return f"compute capability {capability / 10}: {count} kernels, at most {worst} bytes shared"
+
+
+def compiled_of(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, target: GPUTarget, strides: bool = True
+) -> Any:
+    """A kernel of `cases`, compiled; ``strides`` as in `aligned`."""
+    missing = set(kernel.arg_names) - set(types) - set(constants)
+    assert not missing, f"{kernel.__name__} takes {missing} too"
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    known = {name: constant for name, constant in constants.items() if name in signature}
+    source = ASTSource(kernel, signature, known, aligned(signature, strides))
+    return triton.compile(source, target=target, options={"num_warps": warps})
 
 
 def main() -> None:

@@ -111,7 +111,7 @@ def product(
     """Write the product into ``out_MN``, (M, N) or with an activation (M, N / 2).
 
     Args:
-        x: at most `MOST` rows, each contiguous and starting at a multiple of 16 bytes; or as they are laid.
+        x: at most `MOST` rows, each contiguous and starting at a multiple of eight numbers; or as they are laid.
         stored: K a multiple of 64 unless it is dense, of 8 then.
         after: residual of the output's shape; matrices contiguous within a row.
         out_MN: may be the residual itself; contiguous within a row.
@@ -120,6 +120,7 @@ def product(
     """
     tokens, (outputs, columns) = out_MN.shape[0], stored.shape
     assert tokens <= MOST
+    assert not isinstance(x, Tensor) or tokens == 1 or x.stride(0) % 8 == 0
     values, laid = (x, 0) if isinstance(x, Tensor) else (x.values, x.values.shape[1])
     tile, dots = tile or tile_of(stored, tokens), by_dots(values) if dots is None else dots
     launch(

@@ -134,7 +134,7 @@ def x_at(
     if LAID > 0:
         first = (unit * 4 + four) * (LAID * 32) + x_row * 32 + quarter * 8
     else:
-        first = x_row * x_stride + unit * 128 + quarter * 32 + four * 8
+        first = x_row * (x_stride // 8 * 8) + unit * 128 + quarter * 32 + four * 8  # Said as `adapter` says it.
     if PAIRS:
         pointer = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
         x = tl.load(pointer + (first // 2 + along(4, 6, LAST_FIRST)), inside, other=0)
