@@ -207,11 +207,11 @@ def prompt(model: Any, case: Case) -> Any:
 
 
 def answered(model: Any, ids: Any, new: int) -> Any:
-    """Prompts and answers of exactly so many tokens."""
+    """Prompts and answers of exactly so many tokens: what would end one is no row's to make."""
     import torch
 
     settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 2}
-    return model.generate(input_ids=ids, max_new_tokens=new, min_new_tokens=new, **settings)
+    return model.generate(input_ids=ids, max_new_tokens=new, eos_token_id=model.config.vocab_size, **settings)
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:

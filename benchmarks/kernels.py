@@ -259,13 +259,21 @@ def _nf4_on_cpu_case(shapes: Shapes, drawn: Callable[..., Tensor]) -> Case:
 
 def _cached_attention_case(shapes: Shapes, drawn: Callable[..., Tensor]) -> Case:
     """Of 16 rows, the cache full."""
-    q = drawn(16, 1, 4 * shapes.groups, shapes.head)
+    qkv = drawn(16, 6 * shapes.groups * shapes.head)
     k, v = (drawn(16, shapes.groups, shapes.tokens, shapes.head) for _ in range(2))
-    ends = (torch.full((16,), place, dtype=torch.int32, device=q.device) for place in (0, shapes.tokens))
-    settings = (q, k, v, (next(ends), next(ends)), (shapes.head**-0.5, None, None))
+    end = torch.full((16,), shapes.tokens, dtype=torch.int32, device=qkv.device)
+    counts = torch.zeros(16 * shapes.groups, dtype=torch.int32, device=qkv.device)
+    settings = (
+        qkv,
+        (drawn(16, shapes.head), drawn(16, shapes.head)),
+        (k, v),
+        end,
+        cached_attention.Form(shapes.head**-0.5),
+    )
     reference = partial(cached_attention.cached_attention_reference, *settings)
     moved = k.nbytes + v.nbytes
-    return Case("cached attention, 16 rows", moved, partial(cached_attention.cached_attention, *settings), reference)
+    attention = partial(cached_attention.cached_attention, *settings, counts)
+    return Case("cached attention, 16 rows", moved, attention, reference)
 
 
 def _loss_cases(shapes: Shapes, drawn: Callable[..., Tensor], generator: torch.Generator) -> Iterator[Case]:

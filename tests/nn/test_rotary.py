@@ -30,6 +30,24 @@ def test_one_set_of_frequencies_holds_for_any_length() -> None:
     assert torch.equal(torch.stack(rotary.of_positions(positions, torch.float32)), expected(positions, INV_FREQ))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_steps_tables_are_looked_up(dtype: torch.dtype) -> None:
+    rotary = Rotary(INV_FREQ, 1.5)
+    for positions, reach in (([0, 255], 200), ([255, 256, 3], 257), ([511], 512), ([7], 1), ([300], 400)):
+        positions_B = torch.tensor(positions)
+        cos_BR, sin_BR = rotary.of_step(positions_B, reach, dtype)
+        for got, whole in zip((cos_BR, sin_BR), rotary.of_positions(positions_B, dtype), strict=True):
+            assert torch.equal(got, whole)
+    assert [key[0] for key in rotary._known] == [256, 512], "those that graphs read are kept, and used again"
+
+
+def test_a_steps_tables_of_each_row_go_by_its_own_length() -> None:
+    positions_B = torch.tensor([3, 4, 8])
+    tables = torch.stack(by_length().of_step(positions_B, 256, torch.float32))
+    inv_freq_B3 = torch.stack((INV_FREQ, INV_FREQ / 5, INV_FREQ / 9))
+    assert torch.equal(tables, expected(positions_B, inv_freq_B3))
+
+
 @pytest.mark.parametrize("lengths", [[4], [5], [1, 4, 2], [3, 5, 4, 9], [9, 9, 1]])
 def test_each_row_is_as_it_is_alone(lengths: list[int]) -> None:
     rotary = by_length()

@@ -28,7 +28,7 @@ _PREPARED = frozenset(
     ("attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "inputs_embeds", "tokenizer")
 )
 """Keywords that `why_not` looks at, or that concern what is ready by then."""
-_PARTS = 64
+_PARTS = 128
 """Of a row's scores, of which the highest are looked for beside each other."""
 
 

@@ -1,12 +1,14 @@
-"""Attention of few new tokens over a static key/value cache, and how their keys and values come into it.
+"""Attention of one new token a row over a static key/value cache, from the product of q, k and v on: heads are normed,
+turned, and the new keys and values put into the cache on the way.
 
 The cache is one tensor a layer that never moves, so that a captured graph may replay; how much of it each row has is on
-the card as well. When it is made and grown is the caller's. A card takes the keys in splits, which are put together
-afterwards (flash-decoding, arXiv:2311.01282).
+the card as well. When it is made and grown is the caller's. A card does all of it in one launch: the keys are taken in
+splits (flash-decoding, arXiv:2311.01282), and the program of a row that ends last puts them together.
 
-Shapes: B rows, S new tokens of each, H query heads, G key/value heads, d head size, R <= d rotated size, L places of
-the cache.
+Shapes: B rows, H query heads, G key/value heads, d head size, R <= d rotated size, L places of the cache.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,109 +17,73 @@ from jebi.kernels.linear_cross_entropy import softcapped
 from jebi.kernels.rms_norm import rms_norm
 from jebi.kernels.rope import rope
 
-Extent = tuple[Tensor, Tensor]
-"""Each row's first place in the cache (behind its padding on the left), and the one behind its last, the new tokens'
-included: int32 (B,)."""
-
-Form = tuple[float, int | None, float | None]
-"""Scale of the scores, window and cap, as `nn.attention.AttentionForm` has them."""
-
 HeadNorms = tuple[Tensor, Tensor, float, bool]
 """Weights (d,) of the norms that each head's query and key go through, eps and unit_offset."""
 
 
-def cached_attention(q_BSHd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, extent: Extent, form: Form) -> Tensor:
-    """Causal attention of the new tokens, which the cache already holds. Returns (B, S, H, d), contiguous.
+@dataclass(frozen=True)
+class Form:
+    """What a layer does to its heads."""
+
+    scale: float
+    """Of the scores."""
+    window: int | None = None
+    """How many keys back a query looks, its own counted; None for all."""
+    softcap: float | None = None
+    """``cap * tanh(score / cap)``."""
+    norms: HeadNorms | None = None
+    """What queries and keys go through before they are turned."""
+    value_scale: float = 1.0
+    """A factor on the values, a power of two."""
+
+
+def cached_attention(
+    qkv_BN: Tensor,
+    tables: tuple[Tensor, Tensor],
+    caches: tuple[Tensor, Tensor],
+    end_B: Tensor,
+    form: Form,
+    counts: Tensor,
+) -> Tensor:
+    """The attention of each row's new token, (B, H d).
 
     Args:
-        q_BSHd: queries, turned; on a card ``S * H / G`` of at most 32.
-        k_BGLd: keys, places strided as they like, values of a head contiguous. What lies outside a row's extent is
-            never looked at, but is finite.
-        v_BGLd: likewise.
-        extent: of each row.
-        form: of the scores.
+        qkv_BN: (B, (H + 2 G) d), queries, keys and values of the new tokens side by side; on a card ``H / G`` of at
+            most 32.
+        tables: cosine and sine (B, R), from `rope_tables`.
+        caches: keys and values (B, G, L, d), places strided as they like, values of a head contiguous; the new ones are
+            written to the place before each row's end. What lies behind is never looked at, but is finite.
+        end_B: each row's end, the new token included, at least 1; int32.
+        form: of the heads.
+        counts: B * G zeros, int32, that are zeros again afterwards; a card's programs count in them who is the last.
     """
-    if not q_BSHd.is_cuda:
-        return cached_attention_reference(q_BSHd, k_BGLd, v_BGLd, extent, form)
+    if not qkv_BN.is_cuda:
+        return cached_attention_reference(qkv_BN, tables, caches, end_B, form)
     from jebi.kernels.gpu import cached_attention as gpu
 
-    out_BSHd = torch.empty(q_BSHd.shape, dtype=q_BSHd.dtype, device=q_BSHd.device)
-    gpu.attend(q_BSHd, k_BGLd, v_BGLd, extent, form, out_BSHd)
-    return out_BSHd
+    batch, groups, _, size = caches[0].shape
+    out_BN = torch.empty(batch, qkv_BN.shape[1] - 2 * groups * size, dtype=qkv_BN.dtype, device=qkv_BN.device)
+    gpu.attend(qkv_BN, tables, caches, end_B, form, counts, out_BN)
+    return out_BN
 
 
-def cached_attention_reference(q_BSHd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, extent: Extent, form: Form) -> Tensor:
+def cached_attention_reference(
+    qkv_BN: Tensor, tables: tuple[Tensor, Tensor], caches: tuple[Tensor, Tensor], end_B: Tensor, form: Form
+) -> Tensor:
     """`cached_attention` in plain torch: all scores at once, in float32 or finer."""
-    (first_B, end_B), (scale, window, softcap) = extent, form
-    new, groups = q_BSHd.shape[1], k_BGLd.shape[1]
-    place_L = torch.arange(k_BGLd.shape[2], device=q_BSHd.device)
-    stands_BS = end_B[:, None] - new + torch.arange(new, device=q_BSHd.device)
-    back_BSL = stands_BS[..., None] - place_L
-    seen_BSL = (back_BSL >= 0) & (place_L >= first_B[:, None, None])
-    if window is not None:
-        seen_BSL &= back_BSL < window
-    q_BGRSd = q_BSHd.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
-    wide = torch.promote_types(q_BSHd.dtype, torch.float32)
-    scores_BGRSL = softcapped(q_BGRSd.to(wide) @ k_BGLd.to(wide)[:, :, None].transpose(-1, -2) * scale, softcap)
-    shares_BGRSL = scores_BGRSL.masked_fill(~seen_BSL[:, None, None], float("-inf")).softmax(-1)
-    out_BGRSd = shares_BGRSL.to(v_BGLd.dtype) @ v_BGLd[:, :, None]
-    return out_BGRSd.permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous()
-
-
-def turned_and_stored(
-    qkv_TN: Tensor,
-    tables: tuple[Tensor, Tensor],
-    k_BGLd: Tensor,
-    v_BGLd: Tensor,
-    end_B: Tensor,
-    norms: HeadNorms | None = None,
-    value_scale: float = 1.0,
-) -> Tensor:
-    """Turn the new tokens' queries and keys, put keys and values into the cache; one launch on a card.
-
-    Args:
-        qkv_TN: (B * S, (H + 2 G) d), queries, keys and values of each new token side by side, row after row.
-        tables: cosine and sine (B * S, R), from `rope_tables`.
-        k_BGLd: written at the places before ``end_B``.
-        v_BGLd: likewise.
-        end_B: each row's end, the new tokens included; int32.
-        norms: what queries and keys go through before they are turned.
-        value_scale: a factor on the values, a power of two.
-
-    Returns:
-        The queries, (B, S, H, d), contiguous.
-    """
-    if not qkv_TN.is_cuda:
-        return turned_and_stored_reference(qkv_TN, tables, k_BGLd, v_BGLd, end_B, norms, value_scale)
-    from jebi.kernels.gpu import cached_attention as gpu
-
-    batch, groups, _, size = k_BGLd.shape
-    heads = qkv_TN.shape[1] // size - 2 * groups
-    q_BSHd = torch.empty(batch, qkv_TN.shape[0] // batch, heads, size, dtype=qkv_TN.dtype, device=qkv_TN.device)
-    gpu.turn_and_store(qkv_TN, tables, (k_BGLd, v_BGLd), end_B, norms, value_scale, q_BSHd)
-    return q_BSHd
-
-
-def turned_and_stored_reference(
-    qkv_TN: Tensor,
-    tables: tuple[Tensor, Tensor],
-    k_BGLd: Tensor,
-    v_BGLd: Tensor,
-    end_B: Tensor,
-    norms: HeadNorms | None = None,
-    value_scale: float = 1.0,
-) -> Tensor:
-    """`turned_and_stored` in plain torch."""
-    batch, groups, _, size = k_BGLd.shape
-    qkv_THd = qkv_TN.unflatten(1, (-1, size))
-    q_THd, k_TGd, v_TGd = qkv_THd.split([qkv_THd.shape[1] - 2 * groups, groups, groups], dim=1)
-    if norms is not None:
-        q_THd, k_TGd = (rms_norm(x, weight, *norms[2:]) for x, weight in ((q_THd, norms[0]), (k_TGd, norms[1])))
-    q_THd, k_TGd = rope(q_THd, *tables), rope(k_TGd, *tables)
-    new = qkv_TN.shape[0] // batch
-    place_BS = end_B[:, None] - new + torch.arange(new, device=end_B.device)
-    row_B1 = torch.arange(batch, device=end_B.device)[:, None]
-    for cache, fresh_TGd in ((k_BGLd, k_TGd), (v_BGLd, v_TGd * value_scale)):
-        cache.transpose(1, 2)[row_B1, place_BS] = fresh_TGd.unflatten(0, (batch, new)).to(cache.dtype)
-    q_BSHd: Tensor = q_THd.unflatten(0, (batch, new)).contiguous()
-    return q_BSHd
+    batch, groups, length, size = caches[0].shape
+    qkv_BHd = qkv_BN.unflatten(1, (-1, size))
+    q_BHd, k_BGd, v_BGd = qkv_BHd.split([qkv_BHd.shape[1] - 2 * groups, groups, groups], dim=1)
+    if form.norms is not None:
+        q_BHd, k_BGd = (rms_norm(x, w, *form.norms[2:]) for x, w in zip((q_BHd, k_BGd), form.norms[:2]))
+    q_BHd, k_BGd = rope(q_BHd, *tables), rope(k_BGd, *tables)
+    row_B = torch.arange(batch, device=end_B.device)
+    for cache, new_BGd in zip(caches, (k_BGd, v_BGd * form.value_scale)):
+        cache[row_B, :, end_B.long() - 1] = new_BGd.to(cache.dtype)
+    back_BL = end_B[:, None] - 1 - torch.arange(length, device=end_B.device)
+    seen_BL = back_BL >= 0 if form.window is None else (back_BL >= 0) & (back_BL < form.window)
+    wide = torch.promote_types(q_BHd.dtype, torch.float32)
+    q_BGRd = q_BHd.unflatten(1, (groups, -1)).to(wide)
+    scores_BGRL = softcapped(q_BGRd @ caches[0].to(wide).transpose(-1, -2) * form.scale, form.softcap)
+    shares_BGRL = scores_BGRL.masked_fill(~seen_BL[:, None, None], float("-inf")).softmax(-1)
+    return (shares_BGRL.to(caches[1].dtype) @ caches[1]).flatten(1)

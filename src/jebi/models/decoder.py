@@ -151,7 +151,7 @@ class Decoder(nn.Module):
 
         Keys and values of all N layers are in two tensors, to which the new tokens' are written.
         """
-        tables = self._tables(lambda rotary: _one_each(rotary.of_positions(now.lengths_B[:, None], hidden_BD.dtype)))
+        tables = self._tables(lambda rotary: rotary.of_step(now.lengths_B, now.reach, hidden_BD.dtype))
         hidden_BD = self._carried(hidden_BD)
         for layer, keys_BGLd, values_BGLd in zip(self.decoder_layers(), keys_NBGLd, values_NBGLd):
             hidden_BD = step(layer, hidden_BD, tables[layer.shape.kind], keys_BGLd, values_BGLd, now)
@@ -245,11 +245,6 @@ def _plain_rows(layer: DecoderLayer, hidden_TD: Tensor, tables: Tables, rows: Ro
     form = layer.shape.attention
     out_TD: Tensor = layer(hidden_TD, tables, lambda q, k, v: attend_rows(q, k, v, rows, form))
     return out_TD
-
-
-def _one_each(tables: Tables) -> Tables:
-    """Tables (B, 1, R) of one new token a row as (B, R)."""
-    return tables[0][:, 0], tables[1][:, 0]
 
 
 def _mask(mask_BL: Tensor | None, new: int, past: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -1,7 +1,7 @@
 """One new token a row through a decoder layer in few launches: what `layer_step.plain_step` does, for up to 16 rows.
 
 Weights are read as they are stored; norms, biases, adapters, activation and residual come along with the products. Each
-of the four groups of maps is two launches on a card (what goes before the product, and the product), attention three;
+of the four groups of maps is two launches on a card (what goes before the product, and the product), attention one;
 without adapters two of these fall away.
 
 Shapes: as in `layer_step`; N outputs of q, k and v.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jebi.kernels import few_rows
-from jebi.kernels.cached_attention import HeadNorms, cached_attention, turned_and_stored
+from jebi.kernels.cached_attention import Form, HeadNorms, cached_attention
 from jebi.nn.few_rows_group import FewRowsGroup, laid
 from jebi.nn.layer import DecoderLayer, Norm
 from jebi.nn.layer_step import Now, plain_step
@@ -42,11 +42,10 @@ def few_rows_step(
         return plain_step(layer, hidden_BD, tables, keys_BGLd, values_BGLd, now)
     shape, (qkv, o, gate_up, down) = layer.shape, layer.few_rows
     qkv_BN = qkv.forward(hidden_BD, _form(layer.input_layernorm))
-    ends_B = now.extent[1]
-    q_B1Hd = turned_and_stored(qkv_BN, tables, keys_BGLd, values_BGLd, ends_B, _head_norms(layer), layer.scale)
-    form = shape.attention.scale, shape.attention.window, shape.attention.softcap
+    plain = shape.attention
+    form = Form(plain.scale, plain.window, plain.softcap, _head_norms(layer), layer.scale)
     held = keys_BGLd[:, :, : now.reach], values_BGLd[:, :, : now.reach]
-    mixed_BN = cached_attention(q_B1Hd, *held, now.extent, form).flatten(1)
+    mixed_BN = cached_attention(qkv_BN, tables, held, now.ends_B, form, now.counts(shape.kv_heads))
     middle_BD = _out(layer, o, layer.attention_out_norm, mixed_BN, hidden_BD)
     return _out(layer, down, layer.out_norm, _gated(layer, gate_up, middle_BD), middle_BD)
 

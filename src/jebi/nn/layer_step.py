@@ -7,14 +7,13 @@ replayed. `plain_step` is the reference, in torch's products over `layer_steps`;
 Shapes: B rows, D width, H query heads, G key/value heads, d head size, L slots of the cache that are looked at.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from jebi.kernels.cached_attention import Extent
 from jebi.nn.attention import attend_cached
 from jebi.nn.layer import DecoderLayer
 from jebi.nn.layer_steps import behind_attention, feed_forward, turn
@@ -31,18 +30,26 @@ class Now:
     """L: no row has more tokens than that, the new one counted."""
     even: bool = False
     """Whether every row is known to have ``reach`` tokens, so that nothing is to be hidden."""
-    rows_B: Tensor = field(init=False)
-    """0, 1, 2, ..."""
 
     def __post_init__(self) -> None:
-        self.rows_B = torch.arange(len(self.lengths_B), device=self.lengths_B.device)
         self._masks: dict[int | None, Tensor] = {}
+        self._counts: dict[int, Tensor] = {}
 
     @cached_property
-    def extent(self) -> Extent:
-        """The same as `kernels.cached_attention` takes it, made once a step."""
-        ends_B = (self.lengths_B + 1).int()
-        return torch.zeros_like(ends_B), ends_B
+    def rows_B(self) -> Tensor:
+        """0, 1, 2, ..., made once a step."""
+        return torch.arange(len(self.lengths_B), device=self.lengths_B.device)
+
+    @cached_property
+    def ends_B(self) -> Tensor:
+        """Behind each row's new token, int32, made once a step."""
+        return (self.lengths_B + 1).int()
+
+    def counts(self, groups: int) -> Tensor:
+        """`kernels.cached_attention`'s for so many heads of keys a row, made once a step."""
+        if groups not in self._counts:
+            self._counts[groups] = self.lengths_B.new_zeros(len(self.lengths_B) * groups, dtype=torch.int32)
+        return self._counts[groups]
 
     def mask(self, window: int | None) -> Tensor | None:
         """(B, 1, L) booleans, true where a new token may look; None where it may look everywhere.

@@ -2,11 +2,11 @@
 
 Which frequencies a model has is read from its config by `models.rope`; the rotation itself is `kernels.rope`.
 
-Shapes: U held tokens, B batch, S new tokens, R rotated size of a head, which may be smaller than the head.
+Shapes: U held tokens, B batch, S new tokens, P positions, R rotated size of a head, which may be smaller than the head.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from jebi.nn.rows import Rows
 
 Tables = tuple[Tensor, Tensor]
 """Cosine and sine, each (..., R)."""
+
+_FEWEST = 256
+"""Positions of the smallest tables that are looked up in."""
 
 
 @dataclass
@@ -39,6 +42,8 @@ class Rotary:
     restarts: bool = False
     """Whether a row that grows beyond ``reach`` while it is decoded has to begin again: keys that were turned by the
     other frequencies are of no use to it (longrope)."""
+    _known: dict[tuple[int, torch.dtype, torch.device], Tables] = field(default_factory=dict, repr=False, compare=False)
+    """Tables of the positions below some power of two; captured graphs read them, so none is ever let go."""
 
     def __post_init__(self) -> None:
         assert (self.reach is None) == (self.beyond is None), "a reach needs what comes beyond it"
@@ -76,6 +81,21 @@ class Rotary:
         lengths = (positions_BS.amax(dim=-1) + 1).tolist()
         inv_freq = torch.stack([self._inv_freq(length, device) for length in lengths])[:, None]
         return rope_tables(positions_BS, inv_freq, self.scaling, dtype)
+
+    def of_step(self, positions_B: Tensor, reach: int, dtype: torch.dtype) -> Tables:
+        """`of_positions` (B, R) of one new token a row, all of which stand below ``reach``.
+
+        Looked up where frequencies hold for all lengths: two launches on a card, where computing them is eight.
+        """
+        if self.reach is not None:
+            cos_B1R, sin_B1R = self.of_positions(positions_B[:, None], dtype)
+            return cos_B1R[:, 0], sin_B1R[:, 0]
+        key = max(_FEWEST, 1 << (reach - 1).bit_length()), dtype, positions_B.device
+        if key not in self._known:
+            with torch.inference_mode(False):  # they outlive the call
+                self._known[key] = self.of_positions(torch.arange(key[0], device=key[2]), dtype)
+        cos_PR, sin_PR = self._known[key]
+        return cos_PR.index_select(0, positions_B), sin_PR.index_select(0, positions_B)
 
     def _inv_freq(self, length: int, device: torch.device) -> Tensor:
         if self.beyond is not None and not self.holds(length):

@@ -148,24 +148,18 @@ def few_rows_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str
 
 def cached_attention_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Heads of 128 and of 256; a few queries and many."""
-    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), value) | {"scale": SCALAR, "softcap": SCALAR}
-    types |= {"first_ptr": "*i32", "end_ptr": "*i32", "part_ptr": FLOAT, "top_ptr": FLOAT, "sum_ptr": FLOAT}
-    types |= dict.fromkeys(("k_row", "k_head", "k_place", "v_row", "v_head", "v_place", "length"), "i32")
-    types |= dict.fromkeys(("window", "heads", "groups", "new", "queries", "size", "splits"), "i32")
-    flags = {"WINDOWED": True, "CAPPED": True, "WHOLE": False, "SPLITS": cached_attention._MOST_SPLITS}
+    types = dict.fromkeys(("qkv_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr", "k_ptr", "v_ptr"), value)
+    types |= {"out_ptr": value, "end_ptr": "*i32", "count_ptr": "*i32"}
+    types |= dict.fromkeys(("part_ptr", "top_ptr", "sum_ptr"), FLOAT)
+    types |= dict.fromkeys(("stride", "k_row", "k_head", "k_place", "v_row", "v_head", "v_place", "length"), "i32")
+    types |= dict.fromkeys(("scale", "softcap", "eps", "value_scale"), SCALAR)
+    types |= dict.fromkeys(("window", "groups", "queries", "half", "size"), "i32")
+    flags = {"NORM": True, "UNIT_OFFSET": False, "WINDOWED": True, "CAPPED": True, "WHOLE": False}
     flags["OVERLAP"] = capability >= 90
-    found: list[tuple[Any, dict[str, str], dict[str, Any], int]] = []
-    for size in (128, 256):
-        tile = cached_attention.tile_of(size)
-        for queries in (16, cached_attention.MOST):
-            sizes = {"QUERIES": queries, "TILE": tile, "SIZE": size}
-            found.append((cached_attention._attend, types, flags | sizes, 4))
-        found.append((cached_attention._combine, types, flags | {"SIZE": size}, 4))
-    turn = types | dict.fromkeys(("qkv_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr"), value)
-    turn |= {"stride": "i32", "half": "i32", "eps": SCALAR, "value_scale": SCALAR}
-    constants = flags | {"NORM": True, "UNIT_OFFSET": False, "HALF": 64, "REST": 64}
-    found.append((cached_attention._turn_and_store, turn, constants, 1))
-    return found
+    return [
+        (cached_attention._attend, types, flags | cached_attention.sizes_of(queries, size), cached_attention._WARPS)
+        for size, queries in product((128, 256), (4, cached_attention.MOST))
+    ]
 
 
 def fp8_cases(value: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:

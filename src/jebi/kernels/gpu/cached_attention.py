@@ -1,7 +1,8 @@
-"""Attention over a static cache in splits of the keys, and the turning and storing of new keys and values.
+"""Attention of a new token a row over a static cache in one launch: heads normed and turned, the new key and value
+stored, the keys taken in splits, and these put together by the program of a key head that ends last.
 
-Shapes are `kernels.cached_attention`'s; Q queries of one key head (S * H / G of them, padded to 16 or more, so that a
-group shares each tile of keys and the matrix units are served), P splits.
+Shapes are `kernels.cached_attention`'s; Q queries of one key head (H / G, padded to 16 or more, so that a group shares
+each tile of keys and the matrix units are served), P splits.
 """
 
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jebi.kernels.cached_attention import Extent, Form, HeadNorms
+from jebi.kernels.cached_attention import Form
 from jebi.kernels.gpu.dependent import await_inputs, let_next_begin, overlaps
 from jebi.kernels.gpu.launch import launch
 
@@ -20,6 +21,11 @@ _KEYS = 64
 _PROGRAMS = 264
 """Programs that fill a card twice, by which the keys are split; a split has one tile at least."""
 _MOST_SPLITS = 64
+_AT_ONCE = 4096
+"""Numbers that a program puts together at once. More are less for 33 splits (12.6 us instead of 14.0 for a row of 4,160
+tokens), but more for few, of which most are masked then (5.6 us instead of 5.1 for 160 tokens; H200, Llama 8B)."""
+_WARPS = 8
+"""Four take 82 us instead of 70 for 16 rows of 4,160 tokens, and for shorter ones as long."""
 
 
 def tile_of(size: int) -> int:
@@ -27,9 +33,9 @@ def tile_of(size: int) -> int:
     return _KEYS if size <= 128 else _KEYS // 2
 
 
-def stages_of(q: Tensor) -> int:
+def stages_of(x: Tensor) -> int:
     """Tiles of keys and values under way at once: in float32 several would not fit everywhere into shared memory."""
-    return 1 if q.dtype == torch.float32 else 3
+    return 1 if x.dtype == torch.float32 else 3
 
 
 def splits_of(rows: int, length: int, tile: int) -> int:
@@ -37,207 +43,139 @@ def splits_of(rows: int, length: int, tile: int) -> int:
     return max(1, min(_PROGRAMS // rows, -(-length // tile), _MOST_SPLITS))
 
 
-def attend(q_BSHd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, extent: Extent, form: Form, out_BSHd: Tensor) -> None:
-    """Write the attention into ``out_BSHd``; this and the queries contiguous. See `kernels.cached_attention`."""
-    batch, new, heads, size = q_BSHd.shape
-    groups, length = k_BGLd.shape[1:3]
-    scale, window, softcap = form
-    queries, device, overlap = new * heads // groups, q_BSHd.device, overlaps(q_BSHd)
-    assert queries <= MOST
-    tile = tile_of(size)
-    splits = splits_of(batch * groups, length, tile)
-    rows = batch * new * heads
-    parts = torch.empty(rows, splits, size, dtype=torch.float32, device=device)
-    tops, sums = torch.empty(2, rows, splits, dtype=torch.float32, device=device)
-    launch(
-        _attend, (batch * groups, splits),
-        q_BSHd.contiguous(), k_BGLd, v_BGLd, *extent, parts, tops, sums, out_BSHd,
-        *k_BGLd.stride()[:3], *v_BGLd.stride()[:3], length,
-        scale, window or 0, softcap or 0.0, heads, groups, new, queries, size,
-        WINDOWED=window is not None, CAPPED=softcap is not None, WHOLE=splits == 1,
-        QUERIES=max(16, triton.next_power_of_2(queries)), TILE=tile, SIZE=triton.next_power_of_2(size),
-        OVERLAP=overlap, launch_pdl=overlap, num_warps=4, num_stages=stages_of(q_BSHd),
-    )  # fmt: skip
-    if splits > 1:
-        launch(
-            _combine, (rows,),
-            parts, tops, sums, out_BSHd, splits, size,
-            SPLITS=_MOST_SPLITS, SIZE=triton.next_power_of_2(size),
-            OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
-        )  # fmt: skip
+def sizes_of(queries: int, size: int) -> dict[str, int]:
+    """A kernel's constants for so many queries of a key head, and heads of this size."""
+    real, wide = triton.next_power_of_2(queries), triton.next_power_of_2(size)
+    chunk = min(_MOST_SPLITS, max(1, _AT_ONCE // (real * wide)))
+    return {"QUERIES": max(16, real), "REAL": real, "CHUNK": chunk, "TILE": tile_of(size), "SIZE": wide}
 
 
-def turn_and_store(
-    qkv_TN: Tensor,
+def attend(
+    qkv_BN: Tensor,
     tables: tuple[Tensor, Tensor],
     caches: tuple[Tensor, Tensor],
     end_B: Tensor,
-    norms: HeadNorms | None,
-    value_scale: float,
-    q_BSHd: Tensor,
+    form: Form,
+    counts: Tensor,
+    out_BN: Tensor,
 ) -> None:
-    """See `kernels.cached_attention.turned_and_stored`; queries go into the contiguous ``q_BSHd``."""
+    """Write the attention into the contiguous ``out_BN``. See `kernels.cached_attention`."""
     k_BGLd, v_BGLd = caches
-    cos_TR, sin_TR = (table.contiguous() for table in tables)
-    (_, new, heads, size), groups, rotated = q_BSHd.shape, k_BGLd.shape[1], cos_TR.shape[1]
-    q_norm, k_norm, eps, unit_offset = norms if norms is not None else (qkv_TN, qkv_TN, 0.0, False)
+    cos_BR, sin_BR = (table.contiguous() for table in tables)
+    batch, groups, length, size = k_BGLd.shape
+    heads, device, overlap = out_BN.shape[1] // size, qkv_BN.device, overlaps(qkv_BN)
+    queries = heads // groups
+    assert queries <= MOST
+    assert counts.numel() >= batch * groups
+    splits = splits_of(batch * groups, length, tile_of(size))
+    parts = torch.empty(batch * heads, splits, size, dtype=torch.float32, device=device)
+    tops, sums = torch.empty(2, batch * heads, splits, dtype=torch.float32, device=device)
+    q_norm, k_norm, eps, unit_offset = form.norms if form.norms is not None else (qkv_BN, qkv_BN, 0.0, False)
     launch(
-        _turn_and_store, (qkv_TN.shape[0], heads + 2 * groups),
-        qkv_TN, cos_TR, sin_TR, q_norm, k_norm, q_BSHd, k_BGLd, v_BGLd, end_B,
-        qkv_TN.stride(0), *k_BGLd.stride()[:3], *v_BGLd.stride()[:3],
-        heads, groups, new, rotated // 2, size, eps, value_scale, NORM=norms is not None, UNIT_OFFSET=unit_offset,
-        HALF=triton.next_power_of_2(rotated // 2),
-        REST=triton.next_power_of_2(size - rotated) if size > rotated else 0,
-        OVERLAP=overlaps(qkv_TN), launch_pdl=overlaps(qkv_TN), num_warps=1,
+        _attend, (batch * groups, splits),
+        qkv_BN, cos_BR, sin_BR, q_norm, k_norm, k_BGLd, v_BGLd, end_B, counts, parts, tops, sums, out_BN,
+        qkv_BN.stride(0), *k_BGLd.stride()[:3], *v_BGLd.stride()[:3], length,
+        form.scale, form.window or 0, form.softcap or 0.0, eps, form.value_scale,
+        groups, queries, cos_BR.shape[1] // 2, size,
+        NORM=form.norms is not None, UNIT_OFFSET=unit_offset,
+        WINDOWED=form.window is not None, CAPPED=form.softcap is not None, WHOLE=splits == 1,
+        **sizes_of(queries, size), OVERLAP=overlap, launch_pdl=overlap, num_warps=_WARPS, num_stages=stages_of(qkv_BN),
     )  # fmt: skip
 
 
 @triton.jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, first_ptr, end_ptr, part_ptr, top_ptr, sum_ptr, out_ptr,
-    k_row, k_head, k_place, v_row, v_head, v_place, length,
-    scale, window, softcap, heads, groups, new, queries, size,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WHOLE: tl.constexpr,
-    QUERIES: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    if OVERLAP:
-        let_next_begin()
-        await_inputs()
-    row = tl.program_id(0) // groups
-    group = tl.program_id(0) % groups
-    end = tl.minimum(tl.load(end_ptr + row), length)
-    first = tl.load(first_ptr + row)
-    query = tl.arange(0, QUERIES)
-    column = tl.arange(0, SIZE)
-    # A group's heads of one token lie side by side, the next token's behind them.
-    each = queries // new
-    token = query // each
-    head = (row * new + token) * heads + group * each + query % each
-    real = query < queries
-    here = real[:, None] & (column < size)[None]
-    q = tl.load(q_ptr + head.to(tl.int64)[:, None] * size + column, here, other=0.0)
-    stands = end - new + token
-    low = first // TILE * TILE
-    if WINDOWED:
-        low = tl.maximum(low, tl.maximum(end - new - window + 1, 0) // TILE * TILE)
-    # What a row has is cut, not what the cache could hold.
-    split = tl.cdiv(tl.cdiv(tl.maximum(end - low, 0), tl.num_programs(1)), TILE) * TILE
-    start = low + tl.program_id(1) * split
-    stop = tl.minimum(start + split, end)
-    top = tl.full((QUERIES,), -1e30, tl.float32)
-    total = tl.zeros((QUERIES,), tl.float32)
-    sums = tl.zeros((QUERIES, SIZE), tl.float32)
-    k_start = k_ptr + row.to(tl.int64) * k_row + group.to(tl.int64) * k_head
-    v_start = v_ptr + row.to(tl.int64) * v_row + group.to(tl.int64) * v_head
-    for at in range(start, stop, TILE):
-        place = at + tl.arange(0, TILE)
-        inside = (place < stop)[:, None] & (column < size)[None]
-        k = tl.load(k_start + place.to(tl.int64)[:, None] * k_place + column, inside, other=0.0)
-        v = tl.load(v_start + place.to(tl.int64)[:, None] * v_place + column, inside, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if CAPPED:
-            # tanh(x) is 1 - 2 / (e^(2 x) + 1), which overflows nowhere.
-            scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
-        back = stands[:, None] - place[None]
-        seen = (back >= 0) & ((place >= first) & (place < stop))[None]
-        if WINDOWED:
-            seen = seen & (back < window)
-        scores = tl.where(seen, scores, -1e30)
-        higher = tl.maximum(top, tl.max(scores, 1))
-        shares = tl.where(seen, tl.exp(scores - higher[:, None]), 0.0)
-        fade = tl.exp(top - higher)
-        total = total * fade + tl.sum(shares, 1)
-        sums = tl.dot(shares.to(v.dtype), v, sums * fade[:, None], input_precision="ieee")
-        top = higher
-    if WHOLE:
-        # A row with nothing to look at, as one that has ended may be, gives zeros.
-        out = sums / tl.where(total > 0.0, total, 1.0)[:, None]
-        tl.store(out_ptr + head.to(tl.int64)[:, None] * size + column, out.to(out_ptr.dtype.element_ty), here)
-    else:
-        splits = tl.num_programs(1)
-        own = head.to(tl.int64) * splits + tl.program_id(1)
-        tl.store(top_ptr + own, top, real)
-        tl.store(sum_ptr + own, total, real)
-        tl.store(part_ptr + own[:, None] * size + column, sums, here)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _combine(
-    part_ptr, top_ptr, sum_ptr, out_ptr, splits, size,
-    SPLITS: tl.constexpr, SIZE: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    if OVERLAP:
-        let_next_begin()
-        await_inputs()
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, SPLITS)
-    column = tl.arange(0, SIZE)
-    top = tl.load(top_ptr + row * splits + part, part < splits, other=-1e30)
-    share = tl.exp(top - tl.max(top, 0))
-    total = tl.sum(tl.load(sum_ptr + row * splits + part, part < splits, other=0.0) * share, 0)
-    sums = tl.load(
-        part_ptr + (row * splits + part)[:, None] * size + column,
-        (part < splits)[:, None] & (column < size)[None], other=0.0,
-    )  # fmt: skip
-    out = tl.sum(sums * share[:, None], 0) / tl.where(total > 0.0, total, 1.0)
-    tl.store(out_ptr + row * size + column, out.to(out_ptr.dtype.element_ty), column < size)
-
-
-@triton.jit
-def _turn_and_store(
-    qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, q_ptr, k_ptr, v_ptr, end_ptr,
-    stride, k_row, k_head, k_place, v_row, v_head, v_place, heads, groups, new, half, size, eps, value_scale,
-    NORM: tl.constexpr, UNIT_OFFSET: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, OVERLAP: tl.constexpr,
+    qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, k_ptr, v_ptr, end_ptr, count_ptr, part_ptr, top_ptr, sum_ptr,
+    out_ptr, stride, k_row, k_head, k_place, v_row, v_head, v_place, length,
+    scale, window, softcap, eps, value_scale, groups, queries, half, size,
+    NORM: tl.constexpr, UNIT_OFFSET: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WHOLE: tl.constexpr,
+    QUERIES: tl.constexpr, REAL: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         let_next_begin()
         await_inputs()
     dtype = qkv_ptr.dtype.element_ty
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    row = token // new
-    place = (tl.load(end_ptr + row) - new + token % new).to(tl.int64)
-    column = tl.arange(0, HALF)
-    inside = column < half
-    source = qkv_ptr + token * stride + head * size
-    a = tl.load(source + column, inside, other=0.0).to(tl.float32)
-    b = tl.load(source + half + column, inside, other=0.0).to(tl.float32)
-    if REST > 0:
-        behind = tl.arange(0, REST)
-        beyond = behind < size - 2 * half
-        rest = tl.load(source + 2 * half + behind, beyond, other=0.0).to(tl.float32)
-    if head < heads + groups:
-        if NORM:
-            square = tl.sum(a * a + b * b, 0)
-            if REST > 0:
-                square += tl.sum(rest * rest, 0)
-            rstd = tl.rsqrt(square / size + eps)
-            weight_ptr = q_norm_ptr if head < heads else k_norm_ptr
-            a = _normed(a, rstd, tl.load(weight_ptr + column, inside, other=0.0).to(tl.float32), dtype, UNIT_OFFSET)
-            b = _normed(
-                b, rstd, tl.load(weight_ptr + half + column, inside, other=0.0).to(tl.float32), dtype, UNIT_OFFSET
-            )
-            if REST > 0:
-                weight = tl.load(weight_ptr + 2 * half + behind, beyond, other=0.0).to(tl.float32)
-                rest = _normed(rest, rstd, weight, dtype, UNIT_OFFSET)
-        cos = tl.load(cos_ptr + token * 2 * half + column, inside, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + token * 2 * half + column, inside, other=0.0).to(tl.float32)
-        turned = a * cos - b * sin
-        b = b * cos + a * sin
-        a = turned
-    if head < heads:
-        target = q_ptr + (token * heads + head) * size
-    elif head < heads + groups:
-        target = k_ptr + row * k_row + (head - heads).to(tl.int64) * k_head + place * k_place
+    row, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
+    heads = groups * queries
+    query, column = tl.arange(0, QUERIES), tl.arange(0, SIZE)
+    own, turning = qkv_ptr + row * stride, row * 2 * half + column
+    cos = tl.load(cos_ptr + turning, column < 2 * half, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + turning, column < 2 * half, other=0.0).to(tl.float32)
+    real, fits = (query < queries)[:, None], (column < size)[None]
+    at = own + (group * queries + query)[:, None] * size
+    q = _turned(at, real, column, q_norm_ptr, cos, sin, half, size, eps, dtype, NORM, UNIT_OFFSET)
+    k_start, v_start = k_ptr + row * k_row + group.to(tl.int64) * k_head, v_ptr + row * v_row + group * v_head
+    end = tl.minimum(tl.load(end_ptr + row), length)
+    low = tl.maximum(end - window, 0) // TILE * TILE if WINDOWED else 0
+    # What a row has is cut, not what the cache could hold.
+    split = tl.cdiv(tl.cdiv(end - low, tl.num_programs(1)), TILE) * TILE
+    start = low + tl.program_id(1) * split
+    stop = tl.minimum(start + split, end)
+    if (start < stop) & (stop == end):
+        one, new = tl.full((1, 1), True, tl.int1), (end - 1).to(tl.int64)
+        new_at = own + (heads + group + tl.zeros((1, 1), tl.int32)) * size
+        new_k = _turned(new_at, one, column, k_norm_ptr, cos, sin, half, size, eps, dtype, NORM, UNIT_OFFSET)
+        new_v = tl.load(new_at + groups * size + column[None], fits, other=0.0).to(tl.float32) * value_scale
+        tl.store(k_start + new * k_place + column[None], new_k.to(k_ptr.dtype.element_ty), fits)
+        tl.store(v_start + new * v_place + column[None], new_v.to(v_ptr.dtype.element_ty), fits)
+    tl.debug_barrier()  # Other threads of this program read them.
+    top, total = tl.full((QUERIES,), -1e30, tl.float32), tl.zeros((QUERIES,), tl.float32)
+    sums = tl.zeros((QUERIES, SIZE), tl.float32)
+    for first in range(start, stop, TILE):
+        place = first + tl.arange(0, TILE)
+        inside = (place < stop)[:, None] & fits
+        k = tl.load(k_start + place.to(tl.int64)[:, None] * k_place + column, inside, other=0.0)
+        v = tl.load(v_start + place.to(tl.int64)[:, None] * v_place + column, inside, other=0.0)
+        scores = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee") * scale
+        if CAPPED:
+            # tanh(x) is 1 - 2 / (e^(2 x) + 1), which overflows nowhere.
+            scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
+        seen = place < stop
+        if WINDOWED:
+            seen = seen & (place >= end - window)
+        scores = tl.where(seen[None], scores, -1e30)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        shares = tl.where(seen[None], tl.exp(scores - higher[:, None]), 0.0)
+        fade = tl.exp(top - higher)
+        total = total * fade + tl.sum(shares, 1)
+        sums = tl.dot(shares.to(v.dtype), v, sums * fade[:, None], input_precision="ieee")
+        top = higher
+    if WHOLE:
+        target = out_ptr + ((row * heads + group * queries) + query)[:, None] * size + column
+        tl.store(target, (sums / total[:, None]).to(dtype), real & fits)
     else:
-        target = v_ptr + row * v_row + (head - heads - groups).to(tl.int64) * v_head + place * v_place
-        a, b = a * value_scale, b * value_scale
-        if REST > 0:
-            rest *= value_scale
-    tl.store(target + column, a.to(dtype), inside)
-    tl.store(target + half + column, b.to(dtype), inside)
-    if REST > 0:
-        tl.store(target + 2 * half + behind, rest.to(dtype), beyond)
+        splits = tl.num_programs(1)
+        mine = (row * heads + group * queries + query) * splits + tl.program_id(1)
+        tl.store(top_ptr + mine, top, query < queries)
+        tl.store(sum_ptr + mine, total, query < queries)
+        tl.store(part_ptr + mine[:, None] * size + column, sums, real & fits)
+        tl.debug_barrier()  # All of it is written before it counts.
+        if tl.atomic_add(count_ptr + tl.program_id(0), 1, sem="acq_rel") == splits - 1:
+            tl.store(count_ptr + tl.program_id(0), 0)
+            _combine(
+                part_ptr, top_ptr, sum_ptr, out_ptr, row * heads + group * queries, queries, splits, size, dtype,
+                REAL, CHUNK, SIZE,
+            )  # fmt: skip
+
+
+@triton.jit
+def _turned(
+    at, there, column, norm_ptr, cos, sin, half, size, eps, dtype: tl.constexpr, NORM: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Heads (X, SIZE), which begin ``at`` (X, 1), normed and turned; of ``dtype``."""
+    across = tl.where(column < half, column + half, column - half)
+    fits, turns = (column < size)[None] & there, (column < 2 * half)[None] & there
+    x = tl.load(at + column[None], fits, other=0.0).to(tl.float32)
+    other = tl.load(at + across[None], turns, other=0.0).to(tl.float32)
+    if NORM:
+        rstd = tl.rsqrt(tl.sum(x * x, 1) / size + eps)[:, None]
+        x_weight = tl.load(norm_ptr + column, column < size, other=0.0).to(tl.float32)
+        other_weight = tl.load(norm_ptr + across, column < 2 * half, other=0.0).to(tl.float32)
+        x = _normed(x, rstd, x_weight[None], dtype, UNIT_OFFSET)
+        other = _normed(other, rstd, other_weight[None], dtype, UNIT_OFFSET)
+    return (x * cos[None] + tl.where(column < half, -other, other) * sin[None]).to(dtype)
 
 
 @triton.jit
@@ -245,3 +183,29 @@ def _normed(x, rstd, weight, dtype: tl.constexpr, UNIT_OFFSET: tl.constexpr):
     """Rounded where `gpu.rms_norm` rounds."""
     y = x * rstd * (1.0 + weight) if UNIT_OFFSET else (x * rstd).to(dtype).to(tl.float32) * weight
     return y.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _combine(
+    part_ptr, top_ptr, sum_ptr, out_ptr, head, queries, splits, size, dtype: tl.constexpr, REAL: tl.constexpr,
+    CHUNK: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Put the splits of a key head's queries together, the first of which is ``head``; past what this program wrote."""
+    query, column = tl.arange(0, REAL), tl.arange(0, SIZE)
+    mine, real, fits = (head + query)[:, None] * splits, (query < queries)[:, None], (column < size)[None]
+    top, total = tl.full((REAL,), -1e30, tl.float32), tl.zeros((REAL,), tl.float32)
+    out = tl.zeros((REAL, SIZE), tl.float32)
+    for first in range(0, splits, CHUNK):
+        some = first + tl.arange(0, CHUNK)
+        at, there = mine + some, real & (some < splits)[None]
+        tops = tl.load(top_ptr + at, there, other=-1e30, cache_modifier=".cg")
+        totals = tl.load(sum_ptr + at, there, other=0.0, cache_modifier=".cg")
+        part_at, inside = at[:, :, None] * size + column, there[:, :, None] & fits[None]
+        parts = tl.load(part_ptr + part_at, inside, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(top, tl.max(tops, 1))
+        shares, fade = tl.exp(tops - higher[:, None]), tl.exp(top - higher)
+        total = total * fade + tl.sum(totals * shares, 1)
+        out = out * fade[:, None] + tl.sum(parts * shares[:, :, None], 1)
+        top = higher
+    out = out / tl.where(total > 0.0, total, 1.0)[:, None]
+    tl.store(out_ptr + (head + query)[:, None] * size + column, out.to(dtype), real & fits)
