@@ -300,8 +300,9 @@ def main() -> None:
     for name in ["jebi", *(name for name in arguments.against.split(",") if name)]:
         results += results_of(name, arguments)
         print(json.dumps(results[-1])[:300], file=sys.stderr, flush=True)
-    Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-    Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        # After each of them, so that what is stopped has not measured for nothing.
+        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results, arguments.against.split(",")[0]))
 
 
