@@ -35,6 +35,6 @@ def test_every_kernel_is_launched_so() -> None:
     files = sorted((Path(jebi.kernels.gpu.__file__).parent).glob("*.py"))
     texts = {file.name: file.read_text(encoding="utf-8") for file in files}
     kernels = sum(len(re.findall(r"launch\(\s*_\w+,", text)) for text in texts.values())
-    assert kernels > 15
+    assert kernels >= 15
     for name, text in texts.items():
         assert not re.search(r"\b_\w+\[[^]\n]*\]\(", text), name
