@@ -289,20 +289,22 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--no-overlap", action="store_true", help="no kernel begins before the one before it ends")
-    parser.add_argument("--json", default="docs/benchmarks/decode.json")
+    parser.add_argument("--json", help="by default docs/benchmarks/decode.json, of other bits decode_16bit.json")
     parser.add_argument("--run", choices=CONTENDERS, help="be this contender; the rest is the driver")
     arguments = parser.parse_args()
     if arguments.run:
         run(arguments)
         return
     rivals.make_checkpoint(Path(arguments.path), Path(arguments.peers))
+    ending = "" if arguments.quant == "4bit" else f"_{arguments.quant}"
+    path = Path(arguments.json or f"docs/benchmarks/decode{ending}.json")
     results: list[dict[str, Any]] = []
     for name in ["jebi", *(name for name in arguments.against.split(",") if name)]:
         results += results_of(name, arguments)
         print(json.dumps(results[-1])[:300], file=sys.stderr, flush=True)
         # After each of them, so that what is stopped has not measured for nothing.
-        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results, arguments.against.split(",")[0]))
 
 

@@ -90,3 +90,14 @@ def test_masks_hide_what_a_row_does_not_have() -> None:
 
 def near(ours: torch.Tensor, other: torch.Tensor) -> None:
     assert (ours - other).abs().max() <= BAR * other.abs().max()
+
+
+def test_what_a_steps_kernels_take_is_made_once() -> None:
+    now = Now(torch.tensor([4, 0, 7]), 9)
+    assert torch.equal(now.ends_B, torch.tensor([5, 1, 8], dtype=torch.int32))
+    assert torch.equal(now.rows_B, torch.arange(3))
+    for groups in (1, 8):
+        counts = now.counts(groups)
+        assert torch.equal(counts, torch.zeros(3 * groups, dtype=torch.int32))
+        assert now.counts(groups) is counts
+    assert now.ends_B is now.ends_B

@@ -1,5 +1,8 @@
 """``nn.rotary``: every row turns by its own length, whatever lies beside it."""
 
+from copy import deepcopy
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -30,15 +33,23 @@ def test_one_set_of_frequencies_holds_for_any_length() -> None:
     assert torch.equal(torch.stack(rotary.of_positions(positions, torch.float32)), expected(positions, INV_FREQ))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_steps_tables_are_looked_up(dtype: torch.dtype) -> None:
-    rotary = Rotary(INV_FREQ, 1.5)
-    for positions, reach in (([0, 255], 200), ([255, 256, 3], 257), ([511], 512), ([7], 1), ([300], 400)):
-        positions_B = torch.tensor(positions)
-        cos_BR, sin_BR = rotary.of_step(positions_B, reach, dtype)
-        for got, whole in zip((cos_BR, sin_BR), rotary.of_positions(positions_B, dtype), strict=True):
-            assert torch.equal(got, whole)
-    assert [key[0] for key in rotary._known] == [256, 512], "those that graphs read are kept, and used again"
+def test_a_steps_tables_are_looked_up() -> None:
+    """In tables that stay where they are, since graphs read them, and of which a copy of the model has none."""
+    rotary, places = Rotary(INV_FREQ, 1.5), []
+    cases = ([0, 255], 200), ([255, 256, 3], 257), ([511], 512), ([7], 1), ([300], 400)
+    for dtype in (torch.float32, torch.bfloat16):
+        for positions, reach in cases:
+            positions_B = torch.tensor(positions)
+            for got, whole in zip(rotary.of_step(positions_B, reach, dtype), rotary.of_positions(positions_B, dtype)):
+                assert torch.equal(got, whole)
+            places.append([table.data_ptr() for tables in rotary._known.values() for table in tables])
+    assert len(rotary._known) == 4, "256 and 512 positions, in two dtypes"
+    assert all(later[: len(earlier)] == earlier for earlier, later in pairwise(places))
+    copy = deepcopy(rotary)
+    assert not copy._known
+    assert torch.equal(copy.of_step(positions_B, 400, dtype)[0], rotary.of_step(positions_B, 400, dtype)[0])
+    rotary.forget()
+    assert not rotary._known
 
 
 def test_a_steps_tables_of_each_row_go_by_its_own_length() -> None:

@@ -50,13 +50,15 @@ def cached_attention(
     Args:
         qkv_BN: (B, (H + 2 G) d), queries, keys and values of the new tokens side by side; on a card ``H / G`` of at
             most 32.
-        tables: cosine and sine (B, R), from `rope_tables`.
+        tables: cosine and sine (B, R), from `rope_tables`, contiguous.
         caches: keys and values (B, G, L, d), places strided as they like, values of a head contiguous; the new ones are
             written to the place before each row's end. What lies behind is never looked at, but is finite.
-        end_B: each row's end, the new token included, at least 1; int32.
+        end_B: each row's end, the new token included, 1 to L; int32.
         form: of the heads.
         counts: B * G zeros, int32, that are zeros again afterwards; a card's programs count in them who is the last.
     """
+    assert counts.dtype == torch.int32
+    assert counts.numel() == caches[0].shape[0] * caches[0].shape[1]
     if not qkv_BN.is_cuda:
         return cached_attention_reference(qkv_BN, tables, caches, end_B, form)
     from jebi.kernels.gpu import cached_attention as gpu

@@ -197,9 +197,11 @@ class Decoder(nn.Module):
             layer.stack(base_of, answering)
 
     def unstack(self) -> None:
-        """Forget what `stack` laid together; dense weights stay parts of one matrix."""
+        """Forget what `stack` laid together and steps looked up; dense weights stay parts of one matrix."""
         for layer in self.decoder_layers():
             layer.stacked = layer.answering = layer.few_rows = None
+        for rotary in self.rotary.values():
+            rotary.forget()
 
     def cast_adapters(self, again: bool) -> None:
         """Cast the adapters of stacked layers to the compute dtype.

@@ -42,8 +42,8 @@ def few_rows_step(
         return plain_step(layer, hidden_BD, tables, keys_BGLd, values_BGLd, now)
     shape, (qkv, o, gate_up, down) = layer.shape, layer.few_rows
     qkv_BN = qkv.forward(hidden_BD, _form(layer.input_layernorm))
-    plain = shape.attention
-    form = Form(plain.scale, plain.window, plain.softcap, _head_norms(layer), layer.scale)
+    scores = shape.attention
+    form = Form(scores.scale, scores.window, scores.softcap, _head_norms(layer), layer.scale)
     held = keys_BGLd[:, :, : now.reach], values_BGLd[:, :, : now.reach]
     mixed_BN = cached_attention(qkv_BN, tables, held, now.ends_B, form, now.counts(shape.kv_heads))
     middle_BD = _out(layer, o, layer.attention_out_norm, mixed_BN, hidden_BD)

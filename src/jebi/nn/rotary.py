@@ -42,11 +42,20 @@ class Rotary:
     restarts: bool = False
     """Whether a row that grows beyond ``reach`` while it is decoded has to begin again: keys that were turned by the
     other frequencies are of no use to it (longrope)."""
-    _known: dict[tuple[int, torch.dtype, torch.device], Tables] = field(default_factory=dict, repr=False, compare=False)
-    """Tables of the positions below some power of two; captured graphs read them, so none is ever let go."""
+    _known: dict[tuple[int, torch.dtype, torch.device], Tables] = field(init=False, repr=False, compare=False)
+    """Tables of the positions below some power of two. Captured graphs read them, so none is let go before these."""
 
     def __post_init__(self) -> None:
         assert (self.reach is None) == (self.beyond is None), "a reach needs what comes beyond it"
+        self._known = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the tables that steps look up: a copy makes its own."""
+        return vars(self) | {"_known": {}}
+
+    def forget(self) -> None:
+        """Let go of the tables of steps, over which no graph is captured any more."""
+        self._known.clear()
 
     def holds(self, longest: int) -> bool:
         """Whether rows of up to ``longest`` tokens all turn by the same frequencies."""

@@ -148,16 +148,22 @@ def few_rows_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str
 
 def cached_attention_cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Heads of 128 and of 256; a few queries and many."""
+    itemsize = 4 if value == FLOAT else 2
     types = dict.fromkeys(("qkv_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr", "k_ptr", "v_ptr"), value)
     types |= {"out_ptr": value, "end_ptr": "*i32", "count_ptr": "*i32"}
     types |= dict.fromkeys(("part_ptr", "top_ptr", "sum_ptr"), FLOAT)
-    types |= dict.fromkeys(("stride", "k_row", "k_head", "k_place", "v_row", "v_head", "v_place", "length"), "i32")
+    types |= dict.fromkeys(("stride", "k_row", "k_head", "k_place", "v_row", "v_head", "v_place"), "i32")
     types |= dict.fromkeys(("scale", "softcap", "eps", "value_scale"), SCALAR)
     types |= dict.fromkeys(("window", "groups", "queries", "half", "size"), "i32")
     flags = {"NORM": True, "UNIT_OFFSET": False, "WINDOWED": True, "CAPPED": True, "WHOLE": False}
     flags["OVERLAP"] = capability >= 90
     return [
-        (cached_attention._attend, types, flags | cached_attention.sizes_of(queries, size), cached_attention._WARPS)
+        (
+            cached_attention._attend,
+            types,
+            flags | cached_attention.sizes_of(queries, size, itemsize),
+            cached_attention._WARPS,
+        )
         for size, queries in product((128, 256), (4, cached_attention.MOST))
     ]
 
@@ -176,12 +182,12 @@ def fp8_cases(value: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int
 
 
 def aligned(signature: dict[str, str], strides: bool = True) -> dict[tuple[int], list[list[Any]]]:
-    """What a launch tells the compiler of a large model: pointers and strides are multiples of 16.
+    """What a launch tells the compiler of a large model: pointers, strides and sizes of heads are multiples of 16.
 
     Loads are wide then, and several are under way at once, for which shared memory is taken. A launch for a part of
     wider rows may say so of pointers alone.
     """
-    ends = ("stride", "_row", "_head", "_place", "_token") if strides else ()
+    ends = ("stride", "_row", "_head", "_place", "_token", "size", "half") if strides else ()
     found = [kind.startswith("*") or (kind == "i32" and name.endswith(ends)) for name, kind in signature.items()]
     return {(place,): [["tt.divisibility", 16]] for place, fits in enumerate(found) if fits}
 
@@ -199,18 +205,21 @@ def first_loop(ptx: str) -> str:
 def compile_for(capability: int) -> str:
     """Compile them all for one kind of card; what was found."""
     target, limit, worst = GPUTarget("cuda", capability, 32), SHARED_KIB[capability], 0
-    for value in ("*fp16",) if capability < 80 else ("*fp16", "*bf16"):
-        for kernel, types, constants, warps in cases(value, capability):
-            compiled = compiled_of(kernel, types, constants, warps, target)
+    for value in ("*fp16", FLOAT) if capability < 80 else ("*fp16", "*bf16", FLOAT):
+        every = cached_attention_cases(value, capability) if value == FLOAT else cases(value, capability)
+        for kernel, types, constants, warps in every:
+            stages = 1 if value == FLOAT else 3  # Triton's own on NVIDIA cards
+            compiled = compiled_of(kernel, types, constants, warps, target, stages)
             worst = max(worst, compiled.metadata.shared)
             taken = f"{kernel.__name__} takes {compiled.metadata.shared} bytes of shared memory on {capability}"
-            assert compiled.metadata.shared <= limit * 1024, taken
+            assert compiled.metadata.shared <= limit * 1024, f"{constants}: {taken}"
             if kernel is few_rows._product:
                 tables = 32768 if constants["KIND"] == few_rows.NF4 and constants["LEVELS"] == 2 else 0
                 if tables and constants["M"] == few_rows.MOST:
                     # Rows that are parts of wider ones: through shared memory, if loads were not seen to be wide.
-                    apart = compiled_of(kernel, types, constants | {"LAID": 0}, warps, target, strides=False)
-                    assert apart.metadata.shared + tables <= STATIC, f"{constants}: rows as they come, {taken}"
+                    apart = compiled_of(kernel, types, constants | {"LAID": 0}, warps, target, stages, strides=False)
+                    needs = f"{apart.metadata.shared} bytes beside its table for rows that are parts of wider ones"
+                    assert apart.metadata.shared + tables <= STATIC, f"{constants}: {needs}"
                 assert compiled.metadata.shared + tables <= STATIC, f"{constants}: {taken} beside its table"
             if constants.get("DOTS"):
                 # Here one for each turn is what a product costs whose operands are exchanged between threads.
@@ -220,15 +229,16 @@ def compile_for(capability: int) -> str:
 
 
 def compiled_of(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, target: GPUTarget, strides: bool = True
-) -> Any:
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, target: GPUTarget, stages: int,
+    strides: bool = True,
+) -> Any:  # fmt: skip
     """A kernel of `cases`, compiled; ``strides`` as in `aligned`."""
     missing = set(kernel.arg_names) - set(types) - set(constants)
     assert not missing, f"{kernel.__name__} takes {missing} too"
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     known = {name: constant for name, constant in constants.items() if name in signature}
     source = ASTSource(kernel, signature, known, aligned(signature, strides))
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
 
 
 def main() -> None:

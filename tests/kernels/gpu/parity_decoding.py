@@ -9,6 +9,7 @@ from parity import DEVICE, Check, drawn, main, nan, wide
 from torch import Tensor
 
 from jebi.kernels import cached_attention, few_rows
+from jebi.kernels.cached_attention import Form, HeadNorms
 from jebi.kernels.glu import glu
 from jebi.kernels.gpu import cached_attention as gpu_cached_attention
 from jebi.kernels.gpu import few_rows as gpu_few_rows
@@ -154,46 +155,73 @@ def as_laid(x: Tensor) -> gpu_few_rows_before.Laid:
 
 
 def check_cached_attention(dtype: torch.dtype) -> Iterator[Check]:
-    """One split and several, rows of different lengths, heads that are normed and turned, wholly or in part."""
+    """One split and several, put together at once and in turns; rows of different lengths, heads of all sizes."""
     if truncates(dtype):
         return
     # Heads of queries and of keys, values of a head, how many are turned, slots, and the form.
     cases = (
-        (4, 2, 16, 16, 150, cached_attention.Form(0.3)),
-        (6, 2, 24, 12, 150, cached_attention.Form(0.2, 50, 5.0, value_scale=0.5)),
-        (4, 4, 20, 12, 40, cached_attention.Form(0.3, None, 2.0, norms(20, dtype, False))),
-        (8, 1, 16, 16, 1100, cached_attention.Form(0.3, 70, None, norms(16, dtype, True))),
-        (32, 1, 72, 72, 300, cached_attention.Form(0.2)),
+        (4, 2, 16, 16, 150, Form(0.3)),
+        (6, 2, 24, 12, 150, Form(0.2, 50, 5.0, value_scale=0.5)),
+        (4, 4, 20, 12, 40, Form(0.3, None, 2.0, norms(20, dtype, False))),
+        (4, 4, 16, 16, 40, Form(30.0, None, 5.0)),
+        (8, 2, 16, 16, 200, Form(0.3, None, 50.0)),
+        (8, 1, 16, 16, 1100, Form(0.3, 70, None, norms(16, dtype, True))),
+        (32, 1, 72, 72, 300, Form(0.2)),
+        (2, 1, 160, 160, 100, Form(0.1)),
+        (100, 100, 16, 16, 70, Form(0.3)),
+        (32, 8, 128, 128, 2300, Form(0.1)),
     )
-    for heads, groups, size, turned, length, form in cases:
-        qkv = wide(3, (heads + 2 * groups) * size, dtype).copy_(drawn(3, (heads + 2 * groups) * size, dtype=dtype))
-        held = drawn(2, 3, length, groups, size, seed=1, dtype=dtype).transpose(2, 3)
-        end = torch.tensor([length, 33, 1], dtype=torch.int32).to(DEVICE)
-        tables = rope_tables(end - 1, 1 / 10 ** (torch.arange(turned // 2).to(DEVICE) / 4), 1.1, dtype)
-        results, counts = [], torch.zeros(3 * groups, dtype=torch.int32).to(DEVICE)
+    for case in cases:
+        (_, groups, size, _, length, form), qkv, held, end, tables, counts = case, *cached_inputs(*case[:5], dtype)
+        results = []
         for kind in (dtype, dtype, torch.float64):
-            caches = tuple(cache.to(kind).transpose(1, 2).clone().transpose(1, 2) for cache in held)
+            # Keys of a place lie side by side, and values of a head.
+            keys, values = held[0].to(kind).transpose(1, 2).clone().transpose(1, 2), held[1].to(kind)
             if not results:
-                out = nan(3, heads * size, dtype=dtype)
-                gpu_cached_attention.attend(qkv, tables, caches, end, form, counts, out)
+                out = attended(qkv, tables, (keys, values), end, form, counts)
             else:
                 weights = () if form.norms is None else (*(x.to(kind) for x in form.norms[:2]), *form.norms[2:])
                 fine = replace(form, norms=weights or None)
                 turning = tuple(table.to(kind) for table in tables)
-                out = cached_attention.cached_attention_reference(qkv.to(kind), turning, caches, end, fine)
-            results.append((out, *caches))
+                out = cached_attention.cached_attention_reference(qkv.to(kind), turning, (keys, values), end, fine)
+            results.append((out, keys, values))
         assert not counts.any()
         for name, ours, plain, exact in zip(("out", "keys", "values"), *results):
-            yield f"cached attention {heads}/{groups} {size} {length} {form.window} {name}", ours, plain, exact
+            yield f"cached attention {case[0]}/{groups} {size} {length} {form.window} {name}", ours, plain, exact
         if DEVICE != "cpu":
-            # Who ends last differs from time to time, and a cache of the card's must not be asked for what it had.
-            for _ in range(200):
-                again = nan(3, heads * size, dtype=dtype)
-                gpu_cached_attention.attend(qkv, tables, results[0][1:], end, form, counts, again)
-                assert torch.equal(again, results[0][0])
+            # By turns with other heads, so that what lay in the cache, in the splits' place and in a multiprocessor's
+            # own memory before is another's; and who ends last differs from time to time.
+            caches, other = results[0][1:], qkv.flip(1).contiguous()
+            expected = [attended(x, tables, caches, end, form, counts) for x in (qkv, other)]
+            assert torch.equal(expected[0], results[0][0])
+            for turn in range(200):
+                again = attended((qkv, other)[turn % 2], tables, caches, end, form, counts)
+                assert torch.equal(again, expected[turn % 2])
 
 
-def norms(size: int, dtype: torch.dtype, unit_offset: bool) -> cached_attention.HeadNorms:
+Tensors = tuple[Tensor, Tensor]
+
+
+def cached_inputs(
+    heads: int, groups: int, size: int, turned: int, length: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensors, Tensor]:
+    """Heads of three rows, keys and values before them, ends, tables and counts."""
+    width = (heads + 2 * groups) * size
+    qkv = wide(3, width, dtype).copy_(drawn(3, width, dtype=dtype))
+    end = torch.tensor([length, 33, 1], dtype=torch.int32).to(DEVICE)
+    tables = rope_tables(end - 1, 1 / 10 ** (torch.arange(turned // 2).to(DEVICE) / 4), 1.1, dtype)
+    held = drawn(2, 3, groups, length, size, seed=1, dtype=dtype)
+    return qkv, held, end, tables, torch.zeros(3 * groups, dtype=torch.int32).to(DEVICE)
+
+
+def attended(qkv: Tensor, tables: Tensors, caches: Tensors, end: Tensor, form: Form, counts: Tensor) -> Tensor:
+    groups, size = caches[0].shape[1], caches[0].shape[3]
+    out = nan(3, qkv.shape[1] - 2 * groups * size, dtype=qkv.dtype)
+    gpu_cached_attention.attend(qkv, tables, caches, end, form, counts, out)
+    return out
+
+
+def norms(size: int, dtype: torch.dtype, unit_offset: bool) -> HeadNorms:
     return drawn(size, seed=1, dtype=dtype), drawn(size, seed=2, dtype=dtype), 1e-5, unit_offset
 
 

@@ -17,25 +17,27 @@ from jebi.kernels.gpu.launch import launch
 MOST = 32
 """Queries of one key head; more would not fit a card's shared memory everywhere."""
 _KEYS = 64
-"""Keys of a tile where a head has at most 128 values; half of it beyond."""
+"""Keys of a tile, at most."""
+_TILE_BYTES = 16384
+"""Of a tile's keys, so many: 64 heads of 128 values in 16 bits."""
 _PROGRAMS = 264
 """Programs that fill a card twice, by which the keys are split; a split has one tile at least."""
 _MOST_SPLITS = 64
 _AT_ONCE = 4096
-"""Numbers that a program puts together at once. More are less for 33 splits (12.6 us instead of 14.0 for a row of 4,160
-tokens), but more for few, of which most are masked then (5.6 us instead of 5.1 for 160 tokens; H200, Llama 8B)."""
+"""Numbers that a program puts together at once. Four times as many take 12.6 us instead of 14.0 for a row of 4,160
+tokens, which has 32 splits, and 5.6 instead of 5.1 for one of 160, where most are masked then (H200, Llama 8B)."""
 _WARPS = 8
-"""Four take 82 us instead of 70 for 16 rows of 4,160 tokens, and for shorter ones as long."""
+"""Four take 87 us instead of 70 for 16 rows of 4,160 tokens, and for shorter ones as long."""
 
 
-def tile_of(size: int) -> int:
-    """Keys of a tile, for heads of this size."""
-    return _KEYS if size <= 128 else _KEYS // 2
+def tile_of(size: int, itemsize: int) -> int:
+    """Keys of a tile, for heads of this size and bytes a value."""
+    return min(_KEYS, _TILE_BYTES // (int(triton.next_power_of_2(size)) * itemsize))
 
 
-def stages_of(x: Tensor) -> int:
+def stages_of(itemsize: int) -> int:
     """Tiles of keys and values under way at once: in float32 several would not fit everywhere into shared memory."""
-    return 1 if x.dtype == torch.float32 else 3
+    return 1 if itemsize == 4 else 3
 
 
 def splits_of(rows: int, length: int, tile: int) -> int:
@@ -43,11 +45,11 @@ def splits_of(rows: int, length: int, tile: int) -> int:
     return max(1, min(_PROGRAMS // rows, -(-length // tile), _MOST_SPLITS))
 
 
-def sizes_of(queries: int, size: int) -> dict[str, int]:
-    """A kernel's constants for so many queries of a key head, and heads of this size."""
+def sizes_of(queries: int, size: int, itemsize: int) -> dict[str, int]:
+    """A kernel's constants for so many queries of a key head, and heads of this size and bytes a value."""
     real, wide = triton.next_power_of_2(queries), triton.next_power_of_2(size)
     chunk = min(_MOST_SPLITS, max(1, _AT_ONCE // (real * wide)))
-    return {"QUERIES": max(16, real), "REAL": real, "CHUNK": chunk, "TILE": tile_of(size), "SIZE": wide}
+    return {"QUERIES": max(16, real), "REAL": real, "CHUNK": chunk, "TILE": tile_of(size, itemsize), "SIZE": wide}
 
 
 def attend(
@@ -59,34 +61,38 @@ def attend(
     counts: Tensor,
     out_BN: Tensor,
 ) -> None:
-    """Write the attention into the contiguous ``out_BN``. See `kernels.cached_attention`."""
+    """Write the attention into the contiguous ``out_BN``, and the new keys and values into the caches.
+
+    See `kernels.cached_attention`; tables, and each row of ``qkv_BN``, are contiguous.
+    """
     k_BGLd, v_BGLd = caches
-    cos_BR, sin_BR = (table.contiguous() for table in tables)
+    cos_BR, sin_BR = tables
     batch, groups, length, size = k_BGLd.shape
     heads, device, overlap = out_BN.shape[1] // size, qkv_BN.device, overlaps(qkv_BN)
     queries = heads // groups
     assert queries <= MOST
-    assert counts.numel() >= batch * groups
-    splits = splits_of(batch * groups, length, tile_of(size))
+    itemsize = qkv_BN.itemsize
+    splits = splits_of(batch * groups, length, tile_of(size, itemsize))
     parts = torch.empty(batch * heads, splits, size, dtype=torch.float32, device=device)
     tops, sums = torch.empty(2, batch * heads, splits, dtype=torch.float32, device=device)
     q_norm, k_norm, eps, unit_offset = form.norms if form.norms is not None else (qkv_BN, qkv_BN, 0.0, False)
     launch(
         _attend, (batch * groups, splits),
         qkv_BN, cos_BR, sin_BR, q_norm, k_norm, k_BGLd, v_BGLd, end_B, counts, parts, tops, sums, out_BN,
-        qkv_BN.stride(0), *k_BGLd.stride()[:3], *v_BGLd.stride()[:3], length,
+        qkv_BN.stride(0), *k_BGLd.stride()[:3], *v_BGLd.stride()[:3],
         form.scale, form.window or 0, form.softcap or 0.0, eps, form.value_scale,
         groups, queries, cos_BR.shape[1] // 2, size,
         NORM=form.norms is not None, UNIT_OFFSET=unit_offset,
         WINDOWED=form.window is not None, CAPPED=form.softcap is not None, WHOLE=splits == 1,
-        **sizes_of(queries, size), OVERLAP=overlap, launch_pdl=overlap, num_warps=_WARPS, num_stages=stages_of(qkv_BN),
+        **sizes_of(queries, size, itemsize), OVERLAP=overlap, launch_pdl=overlap,
+        num_warps=_WARPS, num_stages=stages_of(itemsize),
     )  # fmt: skip
 
 
 @triton.jit
 def _attend(
     qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, k_ptr, v_ptr, end_ptr, count_ptr, part_ptr, top_ptr, sum_ptr,
-    out_ptr, stride, k_row, k_head, k_place, v_row, v_head, v_place, length,
+    out_ptr, stride, k_row, k_head, k_place, v_row, v_head, v_place,
     scale, window, softcap, eps, value_scale, groups, queries, half, size,
     NORM: tl.constexpr, UNIT_OFFSET: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WHOLE: tl.constexpr,
     QUERIES: tl.constexpr, REAL: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr,
@@ -96,7 +102,7 @@ def _attend(
         let_next_begin()
         await_inputs()
     dtype = qkv_ptr.dtype.element_ty
-    row, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
+    row, group = (tl.program_id(0) // groups).to(tl.int64), (tl.program_id(0) % groups).to(tl.int64)
     heads = groups * queries
     query, column = tl.arange(0, QUERIES), tl.arange(0, SIZE)
     own, turning = qkv_ptr + row * stride, row * 2 * half + column
@@ -105,8 +111,8 @@ def _attend(
     real, fits = (query < queries)[:, None], (column < size)[None]
     at = own + (group * queries + query)[:, None] * size
     q = _turned(at, real, column, q_norm_ptr, cos, sin, half, size, eps, dtype, NORM, UNIT_OFFSET)
-    k_start, v_start = k_ptr + row * k_row + group.to(tl.int64) * k_head, v_ptr + row * v_row + group * v_head
-    end = tl.minimum(tl.load(end_ptr + row), length)
+    k_start, v_start = k_ptr + row * k_row + group * k_head, v_ptr + row * v_row + group * v_head
+    end = tl.load(end_ptr + row)
     low = tl.maximum(end - window, 0) // TILE * TILE if WINDOWED else 0
     # What a row has is cut, not what the cache could hold.
     split = tl.cdiv(tl.cdiv(end - low, tl.num_programs(1)), TILE) * TILE
@@ -119,7 +125,7 @@ def _attend(
         new_v = tl.load(new_at + groups * size + column[None], fits, other=0.0).to(tl.float32) * value_scale
         tl.store(k_start + new * k_place + column[None], new_k.to(k_ptr.dtype.element_ty), fits)
         tl.store(v_start + new * v_place + column[None], new_v.to(v_ptr.dtype.element_ty), fits)
-    tl.debug_barrier()  # Other threads of this program read them.
+    tl.debug_barrier()  # Before other threads of that program read them.
     top, total = tl.full((QUERIES,), -1e30, tl.float32), tl.zeros((QUERIES,), tl.float32)
     sums = tl.zeros((QUERIES, SIZE), tl.float32)
     for first in range(start, stop, TILE):
@@ -129,8 +135,7 @@ def _attend(
         v = tl.load(v_start + place.to(tl.int64)[:, None] * v_place + column, inside, other=0.0)
         scores = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee") * scale
         if CAPPED:
-            # tanh(x) is 1 - 2 / (e^(2 x) + 1), which overflows nowhere.
-            scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
+            scores = softcap * _tanh(scores / softcap)
         seen = place < stop
         if WINDOWED:
             seen = seen & (place >= end - window)
@@ -186,6 +191,14 @@ def _normed(x, rstd, weight, dtype: tl.constexpr, UNIT_OFFSET: tl.constexpr):
 
 
 @triton.jit
+def _tanh(x):
+    """Lambert's continued fraction near zero, where the other form cancels; that one overflows nowhere."""
+    y = x * x
+    near = x * (10395.0 + y * (1260.0 + y * 21.0)) / (10395.0 + y * (4725.0 + y * (210.0 + y)))
+    return tl.where(y < 1.0, near, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+
+
+@triton.jit
 def _combine(
     part_ptr, top_ptr, sum_ptr, out_ptr, head, queries, splits, size, dtype: tl.constexpr, REAL: tl.constexpr,
     CHUNK: tl.constexpr, SIZE: tl.constexpr,
@@ -207,5 +220,4 @@ def _combine(
         total = total * fade + tl.sum(totals * shares, 1)
         out = out * fade[:, None] + tl.sum(parts * shares[:, :, None], 1)
         top = higher
-    out = out / tl.where(total > 0.0, total, 1.0)[:, None]
-    tl.store(out_ptr + (head + query)[:, None] * size + column, out.to(dtype), real & fits)
+    tl.store(out_ptr + (head + query)[:, None] * size + column, (out / total[:, None]).to(dtype), real & fits)
