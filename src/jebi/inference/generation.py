@@ -1,5 +1,6 @@
 """Making a model ready to answer. Which tokens are made, and how, is `decoding`'s and `engine`'s."""
 
+import gc
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -60,6 +61,8 @@ def prepare(model: JebiForCausalLM, rows: Sequence[int] = (1,)) -> JebiForCausal
     if model.device.type == "cuda":
         model.model.lay_for_few_rows()
         engine.warm_up(model, getattr(model, "max_seq_length", WARM_TOKENS), rows)
+        # Compiling leaves so many objects that Python would soon look at all it has, 0.1 s long, within an answer.
+        gc.collect()
         if engine.warm_up_seconds > _LONG_S:
             logger.warning(f"made ready to answer in {engine.warm_up_seconds:.1f} s")
     return model
