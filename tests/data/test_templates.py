@@ -128,3 +128,12 @@ def test_a_jinja_chat_template_is_a_template_as_text_and_as_file(
         assert named(template.spec, tokenizer).spec == template.spec == JINJA
     with pytest.raises(ConfigError, match=r"template 'none.jinja' cannot be read"):
         check("none.jinja")
+
+
+def test_what_is_no_jinja_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    check("{% for m in messages %}{%- generation -%}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}")
+    broken = JINJA.replace("{% endfor %}", "\n{% endif %}")
+    (tmp_path / "own.jinja").write_text(broken)
+    for spec, name in ((broken, r"data\.template"), (str(tmp_path / "own.jinja"), r"template '.*own\.jinja'")):
+        with pytest.raises(ConfigError, match=rf"{name} is no Jinja: .*endif.* \(line 2\)\."):
+            check(spec)

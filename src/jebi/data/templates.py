@@ -5,15 +5,19 @@ Here are those with places for one question and one answer; a chat template is `
 `data.encoding`'s.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 from typing import Protocol
 
+from jinja2 import Environment, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from jebi.data.conversation import Conversation
 from jebi.errors import ConfigError, DataError
+
+_MARKS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 
 TUTORIAL = """아래에는 작업을 설명하는 지시 사항과 추가적인 컨텍스트를 제공하는 입력이 있습니다. \
 요청을 적절하게 완료하는 응답을 작성하세요.
@@ -227,13 +231,19 @@ def _is_jinja(spec: str) -> bool:
 
 
 def _jinja(spec: str) -> str:
-    """A Jinja template's text, from its file where a path was given."""
-    if not spec.endswith(".jinja"):
-        return spec
+    """A Jinja template's text, from its file where a path was given; `ConfigError` where it is no Jinja."""
+    text, name = spec, "data.template"
+    if spec.endswith(".jinja"):
+        try:
+            text, name = Path(spec).expanduser().read_text(encoding="utf-8"), f"template '{spec}'"
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"template '{spec}' cannot be read: {error}.") from error
     try:
-        return Path(spec).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"template '{spec}' cannot be read: {error}.") from error
+        # Marks of what is generated are transformers' own.
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_MARKS.sub("", text))
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"{name} is no Jinja: {error.message} (line {error.lineno}).") from error
+    return text
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> str:
