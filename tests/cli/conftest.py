@@ -37,7 +37,7 @@ def jebi(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str, stdin: str = "") -> Done:
-        (tmp_path / "stdin").write_text(stdin, encoding="utf-8")
+        (tmp_path / "stdin").write_text(stdin, encoding="utf-8", errors="surrogateescape")
         capfd.readouterr()
         with (tmp_path / "stdin").open(encoding="utf-8") as file, monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["jebi", *words])

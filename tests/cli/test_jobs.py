@@ -202,6 +202,19 @@ def test_chat_without_an_adapter_has_nothing_to_switch(jebi: Run, tiny_model: Pa
     assert "There is no adapter to switch: name one with --adapter." in done.err
 
 
+def test_chat_goes_on_behind_a_line_it_cannot_ask(jebi: Run, tiny_model: Path) -> None:
+    words = ("chat", "--base", str(tiny_model), "--max-new-tokens", "2")
+    silent = "{% for m in messages %}{{ m.contnt }}{% endfor %}"
+    done = jebi(*words, "--template", silent, stdin="hello\n\udcff\udcfe\n/bse\n/quit\n")
+    assert done.code == 0, done.err
+    assert "[the template writes nothing for this question" in done.err
+    assert "That line is not UTF-8" in done.err
+    assert "There is no /bse. Type a question." in done.err
+    broken = jebi(*words, "--template", silent.replace("endfor", "endif"), stdin="hello\n")
+    assert broken.code == 2
+    assert "data.template is no Jinja" in broken.err
+
+
 def test_chat_in_a_terminal(tiny_model: Path) -> None:
     """A prompt for people, an answer cut off by Ctrl-C, the next one whole."""
     words = [

@@ -26,7 +26,7 @@ from transformers import (
 from jebi.adapters.lora import attach
 from jebi.adapters.peft_files import adapter_tensors
 from jebi.config import LoraConfig
-from jebi.errors import ModelError
+from jebi.errors import ConfigError, DataError, ModelError
 from jebi.fast import FastLanguageModel
 from jebi.inference.decoding import Decoding, _best_of_parts, why_not
 from jebi.inference.engine import Engine
@@ -402,7 +402,7 @@ def fresh(tiny_llama: Callable[[str], Path], load) -> JebiForCausalLM:
     return load(tiny_llama("tied"), load_in_4bit=True)
 
 
-def test_training_undoes_it(fresh: JebiForCausalLM) -> None:
+def test_training_undoes_it(fresh: JebiForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
     attach(fresh, LoraConfig(r=4, lora_dropout=0.1))
     FastLanguageModel.for_inference(fresh)
     assert fresh.decoding is not None
@@ -411,6 +411,23 @@ def test_training_undoes_it(fresh: JebiForCausalLM) -> None:
     FastLanguageModel.for_training(fresh)
     assert fresh.decoding is None
     assert all(layer.answering is None for layer in fresh.model.decoder_layers())
+    fresh.eval()
+    for _ in range(2):
+        fresh.generate(IDS, max_new_tokens=1)
+    assert caplog.text.count("training undid what made answers fast") == 1
+
+
+@pytest.mark.parametrize("rows", [8, "8", (), (0,), (1, -1), (1.5,)], ids=str)
+def test_rows_that_are_no_numbers_of_prompts(fresh: JebiForCausalLM, rows: Any) -> None:
+    with pytest.raises(ConfigError, match=r"rows must be numbers of prompts .* such as \(1, 8\), not"):
+        FastLanguageModel.for_inference(fresh, rows=rows)
+    assert fresh.decoding is None
+
+
+def test_a_prompt_without_tokens(fresh: JebiForCausalLM) -> None:
+    for model in (fresh, FastLanguageModel.for_inference(fresh)):
+        with pytest.raises(DataError, match="the prompt holds no tokens"):
+            model.generate(IDS[:, :0], max_new_tokens=1)
 
 
 def test_a_copy_is_made_before_it_or_after_it_is_undone(fresh: JebiForCausalLM) -> None:

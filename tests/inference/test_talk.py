@@ -10,6 +10,7 @@ from jebi.adapters.lora import attach
 from jebi.adapters.peft_files import adapter_tensors
 from jebi.config import LoraConfig
 from jebi.data.templates import CHAT, named
+from jebi.errors import DataError
 from jebi.inference.generation import prepare
 from jebi.inference.talk import Talk
 from jebi.models.hf import JebiForCausalLM
@@ -95,3 +96,11 @@ def test_the_adapter_takes_part_or_not(talk) -> None:
     tuned, base = made.ask("one", True, False), made.ask("one", False, False)
     assert tuned.text != base.text
     assert made.ask("one", True, False).text == tuned.text
+
+
+def test_what_nobody_could_answer_is_said(talk, model, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(DataError, match="the template writes nothing for this question"):
+        talk("{% for m in messages %}{{ m.contnt }}{% endfor %}").ask("one", tuned=True, stream=False)
+    model.max_seq_length = 20
+    talk(CHAT).ask("much longer than that", tuned=True, stream=False)
+    assert "tokens, of which the model was made for 20" in caplog.text

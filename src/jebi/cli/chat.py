@@ -1,6 +1,7 @@
 """``jebi chat``: talk to a model in the terminal, answers streaming."""
 
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +30,8 @@ def command(
     """Ask a model questions; without an adapter a chat model is asked in its own chat form."""
     with uncollected():
         from jebi.adapters.peft_config import read_config
-        from jebi.data.templates import CHAT, named
+        from jebi.data.templates import CHAT, check, named
+        from jebi.errors import DataError
         from jebi.fast import FastLanguageModel
         from jebi.inference.talk import Talk
         from jebi.models.tokenizer import beside
@@ -39,6 +41,8 @@ def command(
     if adapter is not None:
         read_config(adapter)
     spec = template_of(adapter, template) if adapter is not None or template is not None else None
+    if spec is not None:
+        check(spec)
     settings = model_settings(adapter)
     if load_in_4bit is not None:
         settings |= {"load_in_4bit": load_in_4bit, "load_in_8bit": False}
@@ -50,6 +54,8 @@ def command(
     form = named(spec or (CHAT if tokenizer.chat_template else template_of(None, None)), tokenizer)
     talk, tuned = Talk(model, tokenizer, form, max_new_tokens), True
     typer.echo(HELP, err=True)
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # or what follows a line that is no text would be lost with it
     while (question := _ask()) not in (None, "/quit"):
         assert question is not None
         if question in ("/base", "/tuned") and adapter is None:
@@ -61,12 +67,15 @@ def command(
             talk.forget()
             typer.echo("Forgotten.", err=True)
         elif question.startswith("/"):
-            typer.echo(HELP, err=True)
+            typer.echo(HELP if question == "/help" else f"There is no {question.split()[0]}. {HELP}", err=True)
         elif question:
             try:
                 said = talk.ask(question, tuned)
             except KeyboardInterrupt:
                 typer.echo("\n[cut off and forgotten]", err=True)
+                continue
+            except DataError as error:
+                typer.echo(f"[{error}]", err=True)
                 continue
             typer.echo(f"[first token after {said.first_s:.2f} s, then {said.tokens_per_s:.1f} tokens/s]", err=True)
 
@@ -74,6 +83,11 @@ def command(
 def _ask() -> str | None:
     """The next line, or None at the end of the input; the prompt is for people, and stdout for answers."""
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        line = input("> " if sys.stdin.isatty() else "").strip()
+        line.encode()  # Bytes that are no text may be carried in it.
+    except UnicodeError:
+        typer.echo("That line is not UTF-8: set the terminal, or save the file, as UTF-8.", err=True)
+        return ""
     except (EOFError, KeyboardInterrupt):
         return None
+    return line

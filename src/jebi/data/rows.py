@@ -67,8 +67,8 @@ def tokenize(dataset: Rows, tokenizer: PreTrainedTokenizerBase, how: Preparation
     settings.update(place(dataset, tokenizer, encode.writer if isinstance(encode, _Encode) else how.max_length))
     rows = dataset.map(encode, features=_features(encode.weighs), **settings)
     if len(rows) == 0:
-        within = f" within max_seq_length={how.max_length}: raise it" if how.max_length < UNCUT else ""
-        raise DataError(f"no row is left: none can be read and has anything to learn{within}.")
+        within = f" within max_seq_length={how.max_length}: raise it, or see" if how.max_length < UNCUT else ": see"
+        raise DataError(f"no row is left: none can be read and has anything to learn{within} what the template writes.")
     _tell(rows, len(dataset), how)
     if encode.weighs and not any(rows["weighed"]):
         rows = rows.remove_columns("weights")

@@ -9,6 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from jebi.errors import ConfigError
 from jebi.inference.decoding import Decoding
 from jebi.inference.engine import WARM_TOKENS, Engine
 from jebi.models.device import free_bytes
@@ -31,6 +32,8 @@ def prepare(model: JebiForCausalLM, rows: Sequence[int] = (1,)) -> JebiForCausal
     many ``rows`` at once are captured, which is said where it takes long. Training again undoes it. What a training
     moved off the card, embedding and head, comes back where there is room.
     """
+    if not isinstance(rows, Sequence) or not rows or any(not isinstance(n, int) or n < 1 for n in rows):
+        raise ConfigError(f"rows must be numbers of prompts that are answered at once, such as (1, 8), not {rows!r}.")
     model.eval()
     model.config.use_cache = True
     model.model.unstack()

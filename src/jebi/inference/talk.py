@@ -3,6 +3,7 @@
 Printing and commands are ``jebi chat``'s.
 """
 
+import logging
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ from jebi.data.chat_template import ChatTemplate
 from jebi.data.conversation import Conversation, Turn
 from jebi.data.encoding import Encoder
 from jebi.data.templates import Template
+from jebi.errors import DataError
 from jebi.inference.generation import generate
 from jebi.models.hf import JebiForCausalLM
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,11 @@ class Talk:
         self._turns = ()
 
     def ask(self, question: str, tuned: bool, stream: bool = True) -> Said:
-        """The answer, printed to stdout as it comes where ``stream``; the adapter takes part if ``tuned``."""
+        """The answer, printed to stdout as it comes where ``stream``; the adapter takes part if ``tuned``.
+
+        Raises:
+            DataError: the template cannot write the question, or writes nothing.
+        """
         asked = Turn("user", question)
         ids = torch.tensor([self._prompt(asked)], device=self._model.device)
         clock = _Clock(self._tokenizer, stream)
@@ -85,7 +93,11 @@ class Talk:
         longest = getattr(self._model, "max_seq_length", 2048)
         while True:
             (ids,) = self._encoder.prompts(self._template, [Conversation((*self._turns, asked))])
+            if not ids:
+                raise DataError("the template writes nothing for this question: does it name role and content?")
             if not self._turns or len(ids) + self._most <= longest:
+                if len(ids) > longest:
+                    logger.warning(f"that are {len(ids):,} tokens, of which the model was made for {longest:,}")
                 return ids
             self._turns = self._turns[2:]
 

@@ -69,7 +69,7 @@ class GgufFile:
     def _fields(self) -> Fields:
         held = {tensor.name: tensor for tensor in self._header.tensors}
         divisors = {name: _dequantise(self.path, held[name]).tolist() for name in ROPE_TENSORS if name in held}
-        return Fields(self.path, self._header.fields, held.keys(), divisors)
+        return Fields(self.path, self._header.fields, frozenset(held), divisors)
 
     def config(self) -> PretrainedConfig:
         """The header's numbers as a transformers config."""

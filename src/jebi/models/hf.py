@@ -7,6 +7,7 @@ computes the loss over labelled tokens without ever making all logits. What a mo
 Shapes: B batch, S tokens of a padded row, T real tokens, D width, V vocabulary.
 """
 
+import logging
 from typing import Any, Protocol, Self
 
 import torch
@@ -22,7 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from jebi.config import Compute
-from jebi.errors import ModelError
+from jebi.errors import DataError, ModelError
 from jebi.kernels.linear_cross_entropy import LossForm, linear_cross_entropy, softcapped
 from jebi.kernels.sliced_cross_entropy import sliced_cross_entropy
 from jebi.models.cache import GrowingCache
@@ -34,6 +35,8 @@ from jebi.nn.linear import Linear
 from jebi.nn.rotary import Rotary
 from jebi.nn.rows import Rows
 from jebi.nn.slices import WeightSlices, sliced_product
+
+logger = logging.getLogger(__name__)
 
 
 class Backbone(Decoder):
@@ -130,6 +133,8 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
     """What multiplies by the frozen base in training."""
     decoding: Decoding | None = None
     """How tokens are made where transformers' loop need not; put here when the model is made ready to answer."""
+    _undone = False
+    """Whether training took that away, and nothing was answered since."""
 
     accepts_loss_kwargs = True
 
@@ -200,7 +205,7 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
     def train(self, mode: bool = True) -> Self:
         """As any model's; training undoes what was done to answer faster."""
         if mode and self.decoding is not None:
-            self.decoding = None
+            self.decoding, self._undone = None, True
             self.model.unstack()
         super().train(mode)
         return self
@@ -230,6 +235,9 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
     ) -> Any:
         """``generate``'s loop for greedy and sampled answers: through `decoding` where that serves the call."""
         ours = self.decoding
+        if ours is None and self._undone:
+            self._undone = False
+            logger.warning("training undid what made answers fast: call FastLanguageModel.for_inference(model) again")
         if ours is not None and not synced_gpus and ours.serves(self, input_ids, generation_config, model_kwargs):
             mask_BS = model_kwargs.get("attention_mask")
             return ours.answer(
@@ -238,6 +246,13 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
         return super()._sample(  # type: ignore[misc]  # for the same reason as below
             input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
         )
+
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', which knows no prompts without tokens and stumbles over them later."""
+        inputs, name, others = super()._prepare_model_inputs(*args, **kwargs)  # type: ignore[misc]
+        if name == "input_ids" and inputs.shape[-1] == 0:
+            raise DataError("the prompt holds no tokens: give it one at least, such as the tokenizer's BOS.")
+        return inputs, name, others
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
