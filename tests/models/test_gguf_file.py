@@ -76,6 +76,7 @@ def test_rows_of_q_and_k_come_back_in_order(write_gguf, tiny_llama, load, tmp_pa
     assert all(torch.equal(stored[name], tensor) for name, tensor in original.items())
     ids = torch.randint(3, 300, (1, 20), generator=torch.Generator().manual_seed(0))
     assert torch.equal(load(path)(ids).logits, load(tiny_llama(variant))(ids).logits)
+    assert torch.equal(copy.deepcopy(load(path))(ids).logits, load(path)(ids).logits)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])

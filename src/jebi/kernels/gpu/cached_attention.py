@@ -17,9 +17,9 @@ from jebi.kernels.gpu.launch import launch
 MOST = 32
 """Queries of one key head; more would not fit a card's shared memory everywhere."""
 _KEYS = 64
-"""Keys of a tile, at most."""
+"""Keys of a tile, at most; 16 at least, which matrix units want."""
 _TILE_BYTES = 16384
-"""Of a tile's keys, so many: 64 heads of 128 values in 16 bits."""
+"""Of a tile, at most: 64 keys of 128 values in 16 bits."""
 _PROGRAMS = 264
 """Programs that fill a card twice, by which the keys are split; a split has one tile at least."""
 _MOST_SPLITS = 64
@@ -32,7 +32,7 @@ _WARPS = 8
 
 def tile_of(size: int, itemsize: int) -> int:
     """Keys of a tile, for heads of this size and bytes a value."""
-    return min(_KEYS, _TILE_BYTES // (int(triton.next_power_of_2(size)) * itemsize))
+    return min(_KEYS, max(16, _TILE_BYTES // (int(triton.next_power_of_2(size)) * itemsize)))
 
 
 def stages_of(itemsize: int) -> int:
