@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decode import answered
 from few_rows import microseconds, nbytes
-from jebi.inference.generation import generate
 from jebi.kernels import few_rows
 from jebi.kernels.low_rank import LowRank
 from jebi.models.hf import JebiForCausalLM
@@ -62,13 +62,11 @@ def _line(name: str, rows: int, took: float, size: float, copied: float) -> dict
 
 def profiled(model: JebiForCausalLM, ids: Tensor) -> list[str]:
     """Every kernel of a step: how often, microseconds each and in all; the longest first."""
-    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 2}
-    settings["eos_token_id"] = model.config.vocab_size
 
     def run(new: int) -> dict[str, tuple[int, float]]:
         activities = [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
-            generate(model, input_ids=ids, max_new_tokens=new, **settings)
+            answered(model, ids, new)
             torch.cuda.synchronize()
         return {event.key: (event.count, event.self_device_time_total) for event in profile.key_averages()}
 

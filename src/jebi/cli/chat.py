@@ -73,11 +73,11 @@ def command(
                 said = talk.ask(question, tuned)
             except KeyboardInterrupt:
                 typer.echo("\n[cut off and forgotten]", err=True)
-                continue
             except DataError as error:
                 typer.echo(f"[{error}]", err=True)
-                continue
-            typer.echo(f"[first token after {said.first_s:.2f} s, then {said.tokens_per_s:.1f} tokens/s]", err=True)
+            else:
+                speed = f"[first token after {said.first_s:.2f} s, then {said.tokens_per_s:.1f} tokens/s]"
+                typer.echo(speed, err=True)
 
 
 def _ask() -> str | None:

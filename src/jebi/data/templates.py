@@ -188,7 +188,6 @@ def named(spec: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     """
     from jebi.data.chat_template import ChatTemplate
 
-    check(spec)
     if spec in NAMED:
         text, without_input = NAMED[spec]
         return TextTemplate(spec, text, _eos(tokenizer), without_input)
@@ -196,6 +195,7 @@ def named(spec: str, tokenizer: PreTrainedTokenizerBase) -> Template:
         return ChatTemplate(tokenizer)
     if _is_jinja(spec):
         return ChatTemplate(tokenizer, _jinja(spec))
+    require_places(spec)
     return TextTemplate(spec, spec, _eos(tokenizer))
 
 

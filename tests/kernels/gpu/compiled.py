@@ -208,7 +208,7 @@ def compile_for(capability: int) -> str:
     for value in ("*fp16", FLOAT) if capability < 80 else ("*fp16", "*bf16", FLOAT):
         every = cached_attention_cases(value, capability) if value == FLOAT else cases(value, capability)
         for kernel, types, constants, warps in every:
-            stages = 1 if value == FLOAT else 3  # Triton's own on NVIDIA cards
+            stages = cached_attention.stages_of(4) if value == FLOAT else 3  # Triton's own on NVIDIA cards
             compiled = compiled_of(kernel, types, constants, warps, target, stages)
             worst = max(worst, compiled.metadata.shared)
             taken = f"{kernel.__name__} takes {compiled.metadata.shared} bytes of shared memory on {capability}"

@@ -71,8 +71,8 @@ def attend(
     heads, device, overlap = out_BN.shape[1] // size, qkv_BN.device, overlaps(qkv_BN)
     queries = heads // groups
     assert queries <= MOST
-    itemsize = qkv_BN.itemsize
-    splits = splits_of(batch * groups, length, tile_of(size, itemsize))
+    sizes = sizes_of(queries, size, qkv_BN.itemsize)
+    splits = splits_of(batch * groups, length, sizes["TILE"])
     parts = torch.empty(batch * heads, splits, size, dtype=torch.float32, device=device)
     tops, sums = torch.empty(2, batch * heads, splits, dtype=torch.float32, device=device)
     q_norm, k_norm, eps, unit_offset = form.norms if form.norms is not None else (qkv_BN, qkv_BN, 0.0, False)
@@ -84,8 +84,7 @@ def attend(
         groups, queries, cos_BR.shape[1] // 2, size,
         NORM=form.norms is not None, UNIT_OFFSET=unit_offset,
         WINDOWED=form.window is not None, CAPPED=form.softcap is not None, WHOLE=splits == 1,
-        **sizes_of(queries, size, itemsize), OVERLAP=overlap, launch_pdl=overlap,
-        num_warps=_WARPS, num_stages=stages_of(itemsize),
+        **sizes, OVERLAP=overlap, launch_pdl=overlap, num_warps=_WARPS, num_stages=stages_of(qkv_BN.itemsize),
     )  # fmt: skip
 
 
