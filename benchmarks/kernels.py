@@ -43,6 +43,7 @@ from jebi.kernels.low_rank import LowRank, added
 from jebi.nn.host_weight import HostWeight, matrix
 from jebi.nn.slices import WeightSlices
 from jebi.quant.fp8 import quantize_rows
+from jebi.quant.int8 import Int8Weight
 from jebi.quant.nf4 import NF4Weight
 
 Run = Callable[[], object]
@@ -144,10 +145,11 @@ def cases(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Iterator[
     yield from _norm_cases(shapes, drawn)
     yield from _rope_cases(shapes, drawn)
     yield from _glu_cases(shapes, drawn)
-    weight = NF4Weight.quantize(drawn(shapes.feed_forward, shapes.width))
-    stored = weight.nbytes + math.prod(weight.shape) * dtype.itemsize
-    yield Case("nf4 dequantise", stored, partial(dequantize.dense, weight, dtype), partial(weight.dense, dtype))
-    del weight
+    for name, form in (("nf4", NF4Weight), ("int8", Int8Weight)):
+        weight = form.quantize(drawn(shapes.feed_forward, shapes.width))
+        moved = weight.nbytes + math.prod(weight.shape) * dtype.itemsize
+        yield Case(f"{name} dequantise", moved, partial(dequantize.dense, weight, dtype), partial(weight.dense, dtype))
+        del weight
     yield _gather_case(shapes, drawn, generator)
     yield from _fp8_cases(shapes, drawn)
     yield from _few_rows_cases(shapes, drawn)

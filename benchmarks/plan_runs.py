@@ -45,6 +45,7 @@ LITERALS = (
     "8b-4bit-8192-r8-all",
 )  # fmt: skip
 CHOICES: dict[str, Any] = {"auto": "auto", "True": True, "False": False, "unsloth": "unsloth"}
+STORAGES = {"4bit": "nf4", "8bit": "int8", "16bit": "dense"}
 SHAPES = {"0.1b": "smollm2-135m", "1b": "llama-3.2-1b", "3b": "llama-3.2-3b", "8b": "llama-3.1-8b"}
 TINY: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
@@ -64,10 +65,10 @@ class Run:
     choice: str = "auto"
 
     @property
-    def parts(self) -> tuple[str, bool, int, int, str | None]:
-        """Shape, whether at 4 bits, tokens of a row, rank and budget."""
+    def parts(self) -> tuple[str, str, int, int, str | None]:
+        """Shape, how projections are held, tokens of a row, rank and budget."""
         shape, bits, row, rank, budget = self.name.split("-")
-        return shape, bits == "4bit", int(row), int(rank[1:]), None if budget == "all" else budget
+        return shape, STORAGES[bits], int(row), int(rank[1:]), None if budget == "all" else budget
 
     @property
     def batch(self) -> int:
@@ -93,13 +94,13 @@ def train(run: Run) -> dict[str, Any]:
     from jebi.plan.words import words
     from jebi.training.budget import within
 
-    shape_name, packed, row, rank, budget = run.parts
+    shape_name, storage, row, rank, budget = run.parts
     device = default_device()
     dtype, on_card = default_dtype(device), device.type == "cuda"
     config = model_config(shape_name)
     asked = {"auto": None, "True": "recompute", "False": "none", "unsloth": "offload"}[run.choice]
-    storage: Any = "nf4" if packed else "dense"
-    held = Held(read_config(config), storage, dtype.itemsize, lora=LoraConfig(r=rank), on_card=on_card)
+    shape, lora = read_config(config), LoraConfig(r=rank)
+    held = Held(shape, storage, dtype.itemsize, lora=lora, on_card=on_card)  # type: ignore[arg-type]
     job = Job(held, row, run.batch, STEPS, asked)  # type: ignore[arg-type]
     began = time.perf_counter()
     planned = predict(job, card_of(device), available(device, budget), host_bytes(device))

@@ -22,10 +22,10 @@ RESULTS = json.loads((ROOT / "docs" / "benchmarks" / "plan.json").read_text())
 def counted(result: dict[str, Any]) -> float:
     """GiB of a run, by the plan that was made for it."""
     run, plan = BENCHMARK["Run"](result["run"]), result["plan"]
-    shape, packed, row, rank, _ = run.parts
+    shape, storage, row, rank, _ = run.parts
     places = Places(plan["embedding"], plan["head"])
     config = read_config(BENCHMARK["model_config"](shape))
-    held = Held(config, "nf4" if packed else "dense", 2, places, LoraConfig(r=rank))
+    held = Held(config, storage, 2, places, LoraConfig(r=rank))
     passes = PassPlan(
         plan["checkpointing"], plan["pass_tokens"], "weights dequantised once" in result["planned"],
         kept_layers=plan["kept_layers"], shipped_layers=plan["shipped_layers"],

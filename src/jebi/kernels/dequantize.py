@@ -1,4 +1,4 @@
-"""Packed weights to dense ones on whichever device: NF4 through its kernel on a card, else as `quant` does it.
+"""Packed weights to dense ones on whichever device: through their kernels on a card, else as `quant` does it.
 
 Shapes: N rows, K columns.
 """
@@ -25,12 +25,17 @@ def dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 def dense_into(weight: PackedWeight, out_NK: Tensor) -> None:
     """The matrix into ``out_NK``, whose rows may be strided."""
-    if out_NK.is_cuda and isinstance(weight, NF4Weight) and weight.block == 64:
+    if out_NK.is_cuda and weight.block == 64:
+        if isinstance(weight, Int8Weight):
+            from jebi.kernels.gpu import int8
+
+            int8.dequantize(weight.codes, weight.scales, out_NK)
+            return
         nested_absmax, offset = weight.nested_absmax, weight.offset
         if nested_absmax is not None and offset is not None:
-            from jebi.kernels.gpu import nf4 as gpu
+            from jebi.kernels.gpu import nf4
 
-            gpu.dequantize(weight.packed, weight.absmax, nested_absmax, offset, tables_on(out_NK.device), out_NK)
+            nf4.dequantize(weight.packed, weight.absmax, nested_absmax, offset, tables_on(out_NK.device), out_NK)
             return
     weight.dense(out_NK.dtype, out_NK)
 

@@ -24,6 +24,7 @@ from jebi.kernels.gpu import cross_entropy as gpu_cross_entropy
 from jebi.kernels.gpu import fp8 as gpu_fp8
 from jebi.kernels.gpu import gather as gpu_gather
 from jebi.kernels.gpu import glu as gpu_glu
+from jebi.kernels.gpu import int8 as gpu_int8
 from jebi.kernels.gpu import nf4 as gpu_nf4
 from jebi.kernels.gpu import rms_norm as gpu_rms_norm
 from jebi.kernels.gpu import rope as gpu_rope
@@ -32,7 +33,7 @@ from jebi.kernels.low_rank import LowRank, summed
 from jebi.kernels.rms_norm import rms_norm
 from jebi.kernels.rope import rope, rope_tables
 from jebi.kernels.sliced_cross_entropy import Seen, fold_
-from jebi.quant import dynamic8, fp8, nf4
+from jebi.quant import dynamic8, fp8, int8, nf4
 
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -186,6 +187,16 @@ def check_nf4(dtype: torch.dtype) -> Iterator[Check]:
         yield f"nf4 {rows}x{columns}", out.contiguous(), weight.dense(dtype), weight.dense(torch.float32).double()
 
 
+def check_int8(dtype: torch.dtype) -> Iterator[Check]:
+    for rows, columns in ((5, 64), (3, 96), (33, 128), (7, 9)):
+        weight = int8.Int8Weight.quantize(drawn(rows, columns, dtype=dtype))
+        out = wide(rows, columns, dtype)
+        gpu_int8.dequantize(weight.codes, weight.scales, out)
+        # As in `check_nf4`.
+        assert (DEVICE == "cpu" and dtype == torch.bfloat16) or torch.equal(out, weight.dense(dtype)), (rows, columns)
+        yield f"int8 {rows}x{columns}", out.contiguous(), weight.dense(dtype), weight.dense(torch.float32).double()
+
+
 def check_fp8_rows(dtype: torch.dtype) -> Iterator[Check]:
     for rows, width in ((5, 64), (3, 7), (2, 131)):
         x = torch.cat((drawn(rows, width + 2, dtype=dtype), torch.zeros(1, width + 2, dtype=dtype).to(DEVICE)))[:, 1:-1]
@@ -329,6 +340,7 @@ CHECKS = [
     check_rope_added,
     check_glu,
     check_nf4,
+    check_int8,
     check_cross_entropy,
     check_fold,
     check_adamw8bit,
