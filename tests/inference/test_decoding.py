@@ -30,7 +30,7 @@ from jebi.errors import ConfigError, DataError, ModelError
 from jebi.fast import FastLanguageModel
 from jebi.inference.decoding import Decoding, _best_of_parts, why_not
 from jebi.inference.engine import Engine
-from jebi.inference.generation import prepare
+from jebi.inference.generation import _answer_once, prepare
 from jebi.kernels import nf4_on_cpu
 from jebi.models.hf import JebiForCausalLM
 
@@ -527,3 +527,24 @@ def test_of_equal_scores_the_first_is_taken_in_two_steps_too() -> None:
     scores[4, [20, 21]] = torch.nan
     assert torch.equal(_best_of_parts(scores), scores.argmax(-1))
     assert _best_of_parts(scores).tolist() == [0, 7, 639, 0, 20]
+
+
+def test_answers_made_ahead_change_neither_settings_nor_seeds(model: JebiForCausalLM, monkeypatch, caplog) -> None:
+    """Whatever the model's own settings ask for, the engine makes them; nothing is said."""
+    made: list[tuple[int, bool]] = []
+    answer = Decoding.answer
+
+    def counted(self: Decoding, model: JebiForCausalLM, ids: Tensor, mask: Any, *rest: Any) -> Tensor:
+        made.append((len(ids), rest[2].do_sample))
+        return answer(self, model, ids, mask, *rest)
+
+    monkeypatch.setattr(Decoding, "answer", counted)
+    given = GenerationConfig(num_beams=3, stop_strings=["a"], top_k=7, do_sample=True, return_dict_in_generate=True)
+    monkeypatch.setattr(model, "generation_config", given)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    _answer_once(model, (1, 3))
+    assert made == [(1, False), (1, True), (3, False), (3, True)]
+    assert model.generation_config is given
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not caplog.records

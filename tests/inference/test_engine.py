@@ -91,7 +91,6 @@ def test_buffers_that_move_take_their_graphs_and_their_pool_along(tiny_llama: Ca
 def test_warming_up_leaves_nothing_behind_on_a_cpu(tiny_llama: Callable[[str], Path], load) -> None:
     model, engine = load(tiny_llama("tied")).eval(), Engine()
     engine.warm_up(model, 64)
-    assert engine.warm_up_seconds > 0
     assert not engine._batches
 
 

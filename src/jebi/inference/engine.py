@@ -8,7 +8,6 @@ CPU. It knows token ids and logits alone; which token is taken is `decoding`'s.
 Shapes: B rows, S tokens of a left-padded row, T tokens of all rows, V vocabulary.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -73,8 +72,6 @@ class Engine:
         self._warm: set[Any] = set()
         self._rows: set[int] = set()
         """Numbers of rows whose prompts are captured."""
-        self.warm_up_seconds = 0.0
-        """What `warm_up` took."""
 
     def prefill(self, model: JebiForCausalLM, ids_BS: Tensor, lengths: list[int], most: int) -> Tensor:
         """Begin with prompts; logits (B, V) of the token after each, which the next step writes over.
@@ -134,7 +131,6 @@ class Engine:
 
         Steps are captured up to so many tokens a row, and short prompts that leave room for an answer in these.
         """
-        began = time.perf_counter()
         tokens, rows = max(2, min(tokens, WARM_TOKENS)), tuple(dict.fromkeys(rows))
         self._rows.update(rows)
         self._compile(model, tokens, rows)
@@ -149,7 +145,6 @@ class Engine:
             self.release(model)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
-        self.warm_up_seconds += time.perf_counter() - began
 
     def _compile(self, model: JebiForCausalLM, tokens: int, rows: Sequence[int]) -> None:
         """Run prompts once, uncaptured, and compile steps beside them: much of a compilation is not Python's."""
