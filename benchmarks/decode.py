@@ -289,7 +289,7 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--no-overlap", action="store_true", help="no kernel begins before the one before it ends")
-    parser.add_argument("--json", help="by default docs/benchmarks/decode.json, of other bits decode_16bit.json")
+    parser.add_argument("--json", help="by default docs/benchmarks/decode.json, of other bits such as decode_16bit.json")
     parser.add_argument("--run", choices=CONTENDERS, help="be this contender; the rest is the driver")
     arguments = parser.parse_args()
     if arguments.run:
