@@ -78,7 +78,8 @@ def jebi(arguments: argparse.Namespace) -> Contender:
     loaded, started = time.time() - began, time.time()
     FastLanguageModel.for_inference(model)
     warm = time.time() - started
-    FastLanguageModel.for_inference(model, rows=sorted({case.rows for case in cases(arguments)}))
+    if (rows := sorted({case.rows for case in cases(arguments)})) != [1]:
+        FastLanguageModel.for_inference(model, rows=rows)
     return Contender("jebi", model, loaded, warm, time.time() - started)
 
 
@@ -289,7 +290,7 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--no-overlap", action="store_true", help="no kernel begins before the one before it ends")
-    parser.add_argument("--json", help="by default docs/benchmarks/decode.json, of other bits such as decode_16bit.json")
+    parser.add_argument("--json", help="by default docs/benchmarks/decode.json, or decode_16bit.json, decode_8bit.json")
     parser.add_argument("--run", choices=CONTENDERS, help="be this contender; the rest is the driver")
     arguments = parser.parse_args()
     if arguments.run:

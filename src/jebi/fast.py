@@ -237,7 +237,8 @@ class FastLanguageModel:
         Args:
             model: with an adapter or without.
             rows: for a card: how many prompts will be answered at once. What these numbers need is compiled and
-                captured now; other numbers work too, and their steps are captured when they come.
+                captured now, and two short answers are made, so that nothing is loaded in the first one that is waited
+                for; other numbers work too, and their steps are captured when they come.
         """
         return prepare(model, rows)
 

@@ -57,11 +57,11 @@ def test_startup(tmp_path: Path, tiny_llama) -> None:
 
 
 def test_plan_runs(tmp_path: Path) -> None:
-    """Names are trainings of every kind that is promised; two tiny ones are planned, run and written down."""
+    """Names are trainings of every kind that is promised; three tiny ones are planned, run and written down."""
     command = [sys.executable, str(ROOT / "benchmarks" / "plan_runs.py"), "--out", str(tmp_path)]
-    names = ["tiny-4bit-64-r8-all", "tiny-16bit-32-r4-2GB"]
+    names = ["tiny-4bit-64-r8-all", "tiny-8bit-32-r4-2GB", "tiny-16bit-32-r4-2GB"]
     printed = subprocess.run([*command, "--runs", ",".join(names)], capture_output=True, text=True, check=True).stdout
-    assert "2 of 2 runs ended" in printed
+    assert "3 of 3 runs ended" in printed
     results = json.loads((tmp_path / "plan.json").read_text())
     assert [result["run"] for result in results] == names
     for result in results:

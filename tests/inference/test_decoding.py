@@ -548,3 +548,30 @@ def test_answers_made_ahead_change_neither_settings_nor_seeds(model: JebiForCaus
     assert model.generation_config is given
     assert torch.equal(torch.get_rng_state(), before)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("weight", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_answers_made_ahead_take_any_weights(tiny_llama: Callable[[str], Path], load, weight: str) -> None:
+    """Scores that are no numbers end a drawn answer, on a card the whole process."""
+    broken = load(tiny_llama("untied"))
+    prepare(broken)
+    with torch.no_grad():
+        broken.get_parameter(weight).view(-1)[0] = torch.nan
+    with pytest.raises(RuntimeError, match="probability tensor"):
+        broken.generate(torch.zeros(1, 2, dtype=torch.long), do_sample=True, max_new_tokens=1)
+    _answer_once(broken, (1,))
+
+
+def test_answers_made_ahead_are_deterministic_where_that_is_asked(model: JebiForCausalLM, monkeypatch) -> None:
+    """torch refuses sums along rows of a card's floats then, which top_p takes; a CPU's it does not."""
+    plain = torch.Tensor.cumsum
+
+    def refused(values: Tensor, dim: int) -> Tensor:
+        assert not values.is_floating_point()
+        return plain(values, dim)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", refused)
+    with pytest.raises(AssertionError):
+        _answer_once(model, (1,))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    _answer_once(model, (1,))

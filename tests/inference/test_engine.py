@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from jebi.inference import engine as engine_module
+from jebi.inference.decoding import Decoding
 from jebi.inference.engine import Engine
+from jebi.inference.generation import _answer_once
 from jebi.inference.kv_cache import STEP
 from jebi.models.hf import JebiForCausalLM
 
@@ -92,6 +95,42 @@ def test_warming_up_leaves_nothing_behind_on_a_cpu(tiny_llama: Callable[[str], P
     model, engine = load(tiny_llama("tied")).eval(), Engine()
     engine.warm_up(model, 64)
     assert not engine._batches
+
+
+class Rerun:
+    """What is captured on a card, by the calls that a replay repeats."""
+
+    def __init__(self, run: Callable[[], Tensor]):
+        self._run, self.logits = run, run()
+
+    def replay(self) -> None:
+        self.logits.copy_(self._run())
+
+
+@pytest.mark.parametrize("tokens_kept", [64, 512, 10**6])
+@torch.no_grad()
+def test_what_was_made_ready_stays_so(tiny_llama: Callable[[str], Path], load, monkeypatch, tokens_kept: int) -> None:
+    """More numbers of rows than are kept unasked, and more room than there is: fewer tokens, but all are ready."""
+    model, engine, rows = load(tiny_llama("tied")).eval(), Engine(), (1, 2, 3, 5, 8)
+    model.model.stack(keep=True, answering=True)
+    model.decoding = Decoding(engine)
+    captured = []
+
+    def capture(self: Engine, batch: Any, key: Any, run: Callable[[], Tensor]) -> None:
+        captured.append(key)
+        batch.graphs[key] = (rerun := Rerun(run)), rerun.logits
+
+    a_token = engine_module._empty(model, 1).cache.bytes_for(1)
+    monkeypatch.setattr(engine_module, "captures", lambda _: True)
+    monkeypatch.setattr(engine_module, "_share_of", lambda _: max(tokens_kept, STEP) * sum(rows) * a_token)
+    monkeypatch.setattr(Engine, "_capture", capture)
+    engine.warm_up(model, 1000, rows)
+    assert {count: batch.cache.slots for count, batch in engine._batches.items()} == dict.fromkeys(
+        rows, max(STEP, min(tokens_kept, 1024))
+    )
+    ready = len(captured)
+    _answer_once(model, rows)
+    assert len(captured) == ready
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from jebi.nn.layer_step import LayerStep, Now
 WARM_TOKENS = 8192
 """Longest row for which steps are captured beforehand."""
 _KEPT = 4
-"""Numbers of rows for which cache and graphs are kept from one answer to the next."""
+"""Numbers of rows for which cache and graphs are kept from one answer to the next; more where more were asked for."""
 _SHARE = 4
 """Caches that are kept, or one that is made as large as it may become, take no more than this part of the card."""
 
@@ -129,9 +129,11 @@ class Engine:
     def warm_up(self, model: JebiForCausalLM, tokens: int, rows: Sequence[int] = (1,)) -> None:
         """Compile what prompts of these numbers of rows need, and capture them and their steps.
 
-        Steps are captured up to so many tokens a row, and short prompts that leave room for an answer in these.
+        Steps are captured up to so many tokens a row, or as many as leave room for the caches of all of them, and short
+        prompts that leave room for an answer in these.
         """
-        tokens, rows = max(2, min(tokens, WARM_TOKENS)), tuple(dict.fromkeys(rows))
+        rows = tuple(dict.fromkeys(rows))
+        tokens = _within_share(model, max(2, min(tokens, WARM_TOKENS)), sum(rows))
         self._rows.update(rows)
         self._compile(model, tokens, rows)
         for count in rows:
@@ -213,7 +215,7 @@ class Engine:
         with torch.inference_mode(False):
             batch = self._batches.pop(rows, None)
             self._batches[rows] = batch = batch or _empty(model, rows)
-            while len(self._batches) > _KEPT:
+            while len(self._batches) > max(_KEPT, len(self._rows)):
                 del self._batches[next(iter(self._batches))]
             batch.lasts = captures(model) and batch.cache.bytes_for(slots_for(most)) <= _share_of(model.device)
             if batch.lasts:
@@ -263,6 +265,14 @@ def _empty(model: JebiForCausalLM, rows: int) -> _Batch:
     cache = StaticCache(model.model.shape, rows, model.dtype, model.device)
     ids_B, lengths_B = torch.zeros(2, rows, dtype=torch.long, device=model.device)
     return _Batch(cache, ids_B, lengths_B)
+
+
+def _within_share(model: JebiForCausalLM, tokens: int, rows: int) -> int:
+    """So many tokens a row, or as many as so many rows' caches have within what is kept; at least the first step."""
+    cache = _empty(model, rows).cache
+    while captures(model) and tokens > STEP and cache.bytes_for(slots_for(tokens)) > _share_of(model.device):
+        tokens = slots_for(tokens) // 2
+    return tokens
 
 
 def _refresh(model: JebiForCausalLM) -> None:

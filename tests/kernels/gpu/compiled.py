@@ -185,12 +185,12 @@ def fp8_cases(value: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int
 
 
 def aligned(signature: dict[str, str], strides: bool = True) -> dict[tuple[int], list[list[Any]]]:
-    """What a launch tells the compiler of a large model: pointers, strides and sizes of heads are multiples of 16.
+    """What a launch tells the compiler of a large model: pointers, strides, values and heads' sizes come by 16.
 
     Loads are wide then, and several are under way at once, for which shared memory is taken. A launch for a part of
     wider rows may say so of pointers alone.
     """
-    ends = ("stride", "_row", "_head", "_place", "_token", "size", "half") if strides else ()
+    ends = ("stride", "_row", "_head", "_place", "_token", "size", "half", "values") if strides else ()
     found = [kind.startswith("*") or (kind == "i32" and name.endswith(ends)) for name, kind in signature.items()]
     return {(place,): [["tt.divisibility", 16]] for place, fits in enumerate(found) if fits}
 

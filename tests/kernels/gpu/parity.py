@@ -195,6 +195,10 @@ def check_int8(dtype: torch.dtype) -> Iterator[Check]:
         # As in `check_nf4`.
         assert (DEVICE == "cpu" and dtype == torch.bfloat16) or torch.equal(out, weight.dense(dtype)), (rows, columns)
         yield f"int8 {rows}x{columns}", out.contiguous(), weight.dense(dtype), weight.dense(torch.float32).double()
+        start = weight.unit if weight.unit < rows else 0
+        below, part = weight.rows(start, rows), wide(rows - start, columns, dtype)
+        gpu_int8.dequantize(below.codes, below.scales, part)
+        assert torch.equal(part, out[start:]), (rows, columns)
 
 
 def check_fp8_rows(dtype: torch.dtype) -> Iterator[Check]:
