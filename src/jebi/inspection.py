@@ -56,7 +56,8 @@ def inspect(config: RunConfig) -> Inspection:
     tokens = fit(ready.train, longest, data.long, data.overlap)
     eos = as_ids(generation.eos_token_id if generation else None)
     prepare = Prepare(tokenizer, preparation(data, longest), data.packing, all_drawn=ready.all_drawn)
-    report = prepare.report(tokens, ready.texts, ready.heldout, eos)
+    vocabulary = files.config().get_text_config().vocab_size
+    report = prepare.report(tokens, ready.texts, ready.heldout, eos, vocabulary)
     packed = pack(tokens, longest) if data.packing else tokens
     sequences = len(packed) if isinstance(packed, Dataset) else None
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps

@@ -53,6 +53,17 @@ def test_no_weights_are_read(jebi: Run, config: Path, tiny_model: Path, tmp_path
     assert "row 1" not in done.out
 
 
+def test_a_tokenizer_of_another_model_is_a_mistake(jebi: Run, config: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Its tokens are not the model's; a card would end the process at the first of them."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other, ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"vocab_size": 50}))
+    done = jebi("inspect", str(config), "--set", f"model.name={other}")
+    assert done.code == 2
+    assert "but the model's are 0 to 49" in plain(done.err)
+
+
 @pytest.fixture
 def endless(tmp_path: Path) -> tuple[str, ...]:
     """Settings that make a run of ready texts without EOS."""

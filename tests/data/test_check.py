@@ -370,6 +370,24 @@ def test_a_stream_of_no_rows_is_an_error(tokenizer: PreTrainedTokenizerFast) -> 
         check_rows(stream, tokenizer, Contract(LONGEST))
 
 
+@pytest.mark.parametrize("heldout", [False, True])
+@pytest.mark.parametrize("column", ["input_ids", "labels"])
+def test_tokens_that_the_model_does_not_have(tokenizer: PreTrainedTokenizerFast, column: str, heldout: bool) -> None:
+    """Before anything else is looked at, and with their text where the tokenizer has it."""
+    rows, size = tokens_of(tokenizer), len(tokenizer)
+    look(rows, tokenizer, vocabulary=size)
+    rows[3][column][-1] = size
+    parts: dict[str, Any] = {"heldout": rows} if heldout else {}
+    checked = tokens_of(tokenizer) if heldout else rows
+    with pytest.raises(DataError, match=f"^row 3 has the token {size}, but the model's are 0 to {size - 1}"):
+        look(checked, tokenizer, vocabulary=size, **parts)
+    last = tokenizer.convert_ids_to_tokens(size - 1)
+    rows[3][column][-1] = size - 1
+    with pytest.raises(DataError) as raised:
+        look(checked, tokenizer, vocabulary=size - 1, **parts)
+    assert f"({last!r}) has the token {size - 1}" in str(raised.value)
+
+
 def test_the_tests_here_cover_every_code() -> None:
     from pathlib import Path
 

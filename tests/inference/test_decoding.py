@@ -302,9 +302,11 @@ def test_a_streamer_may_ask_the_model_meanwhile(model) -> None:
     assert torch.equal(inner[0], expected)
 
 
-def test_an_error_in_the_prompt_lets_go_of_the_buffers(model) -> None:
-    with pytest.raises(IndexError):
-        model.generate(torch.full((1, 3), 10**6), max_new_tokens=NEW, pad_token_id=0)
+def test_an_error_in_the_prompt_lets_go_of_the_buffers(model, monkeypatch) -> None:
+    with monkeypatch.context() as failing:
+        failing.setattr("jebi.inference.engine.flat_prompts", lambda *_: [][0])
+        with pytest.raises(IndexError):
+            model.generate(IDS, max_new_tokens=NEW, pad_token_id=0)
     assert model.decoding.engine._batches == {}
     both(model)
 
@@ -428,6 +430,17 @@ def test_a_prompt_without_tokens(fresh: JebiForCausalLM) -> None:
     for model in (fresh, FastLanguageModel.for_inference(fresh)):
         with pytest.raises(DataError, match="the prompt holds no tokens"):
             model.generate(IDS[:, :0], max_new_tokens=1)
+
+
+def test_prompts_that_do_not_belong_to_the_model(fresh: JebiForCausalLM) -> None:
+    """On a card a token that it does not have would end the process."""
+    unknown = IDS.clone()
+    unknown[2, 4] = fresh.config.vocab_size
+    for model in (fresh, FastLanguageModel.for_inference(fresh)):
+        with pytest.raises(DataError, match=f"^prompt 2 has the token {fresh.config.vocab_size}, but the model's are"):
+            model.generate(unknown, max_new_tokens=1)
+        with pytest.raises(DataError, match=r"^attention_mask is 9 tokens wide and the prompts are 8"):
+            model.generate(IDS[:, :8], attention_mask=MASK, max_new_tokens=1)
 
 
 def test_a_copy_is_made_before_it_or_after_it_is_undone(fresh: JebiForCausalLM) -> None:

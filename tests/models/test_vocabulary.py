@@ -12,8 +12,9 @@ from jebi.adapters.lora import attach
 from jebi.adapters.peft_config import WEIGHTS_FILE
 from jebi.adapters.peft_files import adapter_tensors
 from jebi.config import LoraConfig
-from jebi.errors import AdapterError, ModelError
+from jebi.errors import AdapterError, DataError, ModelError
 from jebi.fast import FastLanguageModel
+from jebi.models.vocabulary import require_known
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
@@ -149,3 +150,14 @@ def test_a_scoring_adapter_brings_its_vocabulary(tiny_llama, load, tmp_path: Pat
     scoring.save_pretrained(tmp_path)
     again = FastLanguageModel.put_adapter(FastLanguageModel.reward_model_of(load(tiny_llama())), tmp_path)
     assert torch.equal(again(IDS).logits, scoring(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_beyond_the_vocabulary_are_said(dtype: torch.dtype) -> None:
+    ids = torch.arange(12, dtype=dtype).view(3, 4)
+    require_known(ids, 12, str)
+    require_known(ids[:0], 12, str)
+    for wrong in (12, -1, -100):
+        ids[1, 2] = wrong
+        with pytest.raises(DataError, match=f"^place 6 has the token {wrong}, but the model's are 0 to 11"):
+            require_known(ids, 12, lambda place: f"place {place}")

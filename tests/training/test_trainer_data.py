@@ -109,6 +109,19 @@ def test_a_stream_trains_as_the_same_rows_in_order_do(
     assert_equal(snapshot(streamed.model), snapshot(known.model))
 
 
+def test_a_token_that_the_model_does_not_have_ends_a_stream_at_its_row(make_trainer: Fixture, monkeypatch) -> None:
+    """Behind the rows that the check looks at."""
+    monkeypatch.setattr("jebi.data.check.STREAMED", 8)
+    ids = [[5, 6, 7 + row, 8] if row != 19 else [5, 6, 5_000, 8] for row in range(32)]
+    rows = Dataset.from_dict({"input_ids": ids})
+    with pytest.raises(DataError, match=r"^row 19 has the token 5000"):
+        make_trainer(train_dataset=rows, allow=["missing-eos"]).train()
+    trainer = make_trainer(train_dataset=stream(rows), max_steps=4, allow=["missing-eos"])
+    with pytest.raises(DataError, match=r"^row 19 has the token 5000"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
 def test_a_stream_that_ends_within_a_step_goes_on_from_its_beginning_without_losing_or_overweighting_rows(
     make_trainer: Fixture, rows: Dataset, make_model: Fixture, losses: Fixture
 ) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from jebi.data.control_tokens import ControlTokens, control_tokens
 from jebi.data.findings import CODES, SHOWN, Finding, Report
-from jebi.data.flat_rows import Bools, Hashes, Ints, flat
+from jebi.data.flat_rows import Bools, FlatRows, Hashes, Ints, flat
 from jebi.data.rows import Rows
 from jebi.data.text_faults import text_faults
 from jebi.data.texts import as_table
@@ -33,6 +34,8 @@ from jebi.data.token_faults import (
     repetitive,
 )
 from jebi.errors import DataError
+from jebi.models.unpadding import IGNORED
+from jebi.models.vocabulary import require_known
 
 STREAMED = 1_000
 """Rows of a stream that are looked at: the first ones, since reading on may take hours."""
@@ -63,6 +66,8 @@ class Contract:
     """Ids that end an answer beside the tokenizer's EOS, such as the model's generation config has."""
     ready: str | None = "text"
     """The column of ready texts, where control tokens may stand on purpose; None where there is none."""
+    vocabulary: int | None = None
+    """Tokens that the model has; None where that is not known."""
     all_drawn: bool = True
     """Whether every raw row is to be among the token rows; of a source that is weighed below 1 some are not."""
 
@@ -95,6 +100,9 @@ def check_rows(
         texts: the raw rows that the token rows were made of, in the order of their numbers, for faults that only texts
             show.
         heldout: token rows that are not to be trained on.
+
+    Raises:
+        DataError: there is nothing to learn, or a token that the model does not have.
     """
     control = control_tokens(tokenizer, contract.eos) if tokenizer is not None else None
     seen = _look(rows, tokenizer, control, contract)
@@ -128,7 +136,10 @@ def _look(
 ) -> _Seen:
     parts = []
     for some in _portions(rows):
-        marked = mark(flat(some).cut(contract.longest), control, tokenizer)
+        part = flat(some).cut(contract.longest)
+        if contract.vocabulary is not None:
+            _require_known(part, tokenizer, contract.vocabulary)
+        marked = mark(part, control, tokenizer)
         parts.append(_Seen(_faults(marked, control, contract), marked.rows.numbers, hashes(marked)))
     if not any(len(part.numbers) for part in parts):
         raise DataError("none of the rows that were looked at has anything to learn: look at weights and data.learn.")
@@ -137,6 +148,20 @@ def _look(
         np.concatenate([part.numbers for part in parts]),
         np.concatenate([part.hashes for part in parts]),
     )
+
+
+def _require_known(rows: FlatRows, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> None:
+    """`DataError` for tokens that the model does not have: nothing can be learnt of them, allowed or not."""
+
+    for ids in (rows.ids, np.where(rows.labels == IGNORED, 0, rows.labels)):
+
+        def whose(place: int, ids: Ints = ids) -> str:
+            row = f"row {rows.numbers[rows.row_of()[place]]}"
+            if tokenizer is None or not 0 <= ids[place] < len(tokenizer):
+                return row
+            return f"{row} ({tokenizer.convert_ids_to_tokens(int(ids[place]))!r})"
+
+        require_known(torch.from_numpy(ids), vocabulary, whose)
 
 
 def first_rows(rows: Rows) -> Dataset | list[dict[str, Any]]:

@@ -8,6 +8,7 @@ with a template of 110 tokens before 8 rows of 290, a third of the tokens need n
 Shapes: T tokens of whole rows, U tokens held.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from jebi.models.unpadding import IGNORED
+from jebi.models.vocabulary import require_known
 from jebi.nn.rows import Rows
 
 Batch = dict[str, Any]
@@ -91,6 +93,18 @@ def learnt_weight(batch: Batch) -> Tensor:
     learnt = batch["shift_labels"] != IGNORED
     total: Tensor = batch["shift_weights"][learnt].sum() if "shift_weights" in batch else learnt.sum()
     return total
+
+
+def require_known_tokens(batches: Iterable[Batch], vocabulary: int) -> None:
+    """`DataError` for a token, or one to be learnt, that a model with so many does not have."""
+    for batch in batches:
+        for ids in (batch["input_ids"], batch["labels"].where(batch["labels"] != IGNORED, 0)):
+            require_known(ids, vocabulary, lambda place, batch=batch: f"row {_row_at(place, batch)}")  # type: ignore[misc]
+
+
+def _row_at(place: int, batch: Batch) -> int:
+    ends = list(accumulate(batch["lengths"]))
+    return int(batch["rows"][bisect_right(ends, place)])
 
 
 def longest(batches: list[Batch]) -> int:

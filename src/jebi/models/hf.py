@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from jebi.config import Compute
-from jebi.errors import DataError, ModelError
+from jebi.errors import ModelError
 from jebi.kernels.linear_cross_entropy import LossForm, linear_cross_entropy, softcapped
 from jebi.kernels.sliced_cross_entropy import sliced_cross_entropy
 from jebi.models.cache import GrowingCache
@@ -31,6 +31,7 @@ from jebi.models.decoder import Decoder
 from jebi.models.families import DecoderShape
 from jebi.models.shell import JebiPreTrainedModel
 from jebi.models.unpadding import IGNORED, Layout, Learnt, lay_out, learnt_of, padding_mask, shift_labels
+from jebi.models.vocabulary import require_prompts
 from jebi.nn.linear import Linear
 from jebi.nn.rotary import Rotary
 from jebi.nn.rows import Rows
@@ -248,10 +249,10 @@ class JebiForCausalLM(JebiPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', which knows no prompts without tokens and stumbles over them later."""
+        """As transformers', which stumbles over prompts without tokens, or with unknown ones, much later."""
         inputs, name, others = super()._prepare_model_inputs(*args, **kwargs)  # type: ignore[misc]
-        if name == "input_ids" and inputs.shape[-1] == 0:
-            raise DataError("the prompt holds no tokens: give it one at least, such as the tokenizer's BOS.")
+        if name == "input_ids":
+            require_prompts(inputs, others, self.model.shape.vocabulary)
         return inputs, name, others
 
     def _prepare_cache_for_generation(

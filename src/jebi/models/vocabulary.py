@@ -1,15 +1,16 @@
-"""A vocabulary of another size than the checkpoint's, for tokens that a tokenizer was given since.
+"""A vocabulary of another size than the checkpoint's, for tokens that a tokenizer was given since; ids beyond it.
 
-Shapes: V tokens, D width.
+Shapes: V tokens, D width; B prompts, S tokens of a padded one.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from jebi.errors import ModelError
+from jebi.errors import DataError, ModelError
 from jebi.nn.host_weight import HostWeight, matrix
 from jebi.nn.linear import Linear
 
@@ -48,6 +49,44 @@ def resize(model: "JebiPreTrainedModel", size: int) -> None:
         head.out_features = size
     model.model.shape = dataclasses.replace(model.model.shape, vocabulary=size)
     model.config.vocab_size = size
+
+
+def require_known(ids: Tensor, vocabulary: int, whose: Callable[[int], str]) -> None:
+    """Refuse ids that the model has no token for: an "index out of range" on a CPU, and the end of a process on a card.
+
+    Args:
+        ids: whole numbers of any shape, on any device.
+        vocabulary: V.
+        whose: says where a place among the flattened ids belongs: "row 3".
+
+    Raises:
+        DataError: one is below 0 or not below ``vocabulary``.
+    """
+    if not ids.numel():
+        return
+    lowest, highest = torch.stack(ids.aminmax()).tolist()
+    if lowest >= 0 and highest < vocabulary:
+        return
+    flat = ids.flatten()
+    place = int(((flat < 0) | (flat >= vocabulary)).nonzero()[0])
+    raise DataError(
+        f"{whose(place)} has the token {int(flat[place])}, but the model's are 0 to {vocabulary - 1}. Take the "
+        "tokenizer that belongs to the model; if you gave it new tokens, call "
+        "model.resize_token_embeddings(len(tokenizer)) before get_peft_model."
+    )
+
+
+def require_prompts(ids_BS: Tensor, keywords: dict[str, Any], vocabulary: int) -> None:
+    """Refuse prompts that ``generate`` would stumble over later: none, unknown tokens, a mask of another width."""
+    if ids_BS.shape[-1] == 0:
+        raise DataError("the prompt holds no tokens: give it one at least, such as the tokenizer's BOS.")
+    require_known(ids_BS, vocabulary, lambda place: f"prompt {place // ids_BS.shape[-1]}")
+    mask = keywords.get("attention_mask")
+    if mask is not None and keywords.get("past_key_values") is None and mask.shape[-1] != ids_BS.shape[-1]:
+        raise DataError(
+            f"attention_mask is {mask.shape[-1]} tokens wide and the prompts are {ids_BS.shape[-1]}: pass both as the "
+            "tokenizer made them."
+        )
 
 
 @torch.no_grad()

@@ -64,19 +64,19 @@ class Prepare:
         rows = fit(rows, self.how.max_length, self.long, self.overlap)
         return pack(rows, self.how.max_length) if self.packed else rows
 
-    def check(self, rows: Any, texts: list[Rows], heldout: Any, eos: Iterable[int]) -> Report:
+    def check(self, rows: Any, texts: list[Rows], heldout: Any, eos: Iterable[int], vocabulary: int) -> Report:
         """As `report`; what is found is logged, one line each, and what makes training pointless raises.
 
         Raises:
             CheckError: there is such a fault, and it is not allowed.
         """
-        report = self.report(rows, texts, heldout, eos)
+        report = self.report(rows, texts, heldout, eos, vocabulary)
         report.require(self.allow)
         for line in report.lines(self.allow):
             logger.warning(line)
         return report
 
-    def report(self, rows: Any, texts: list[Rows], heldout: Any, eos: Iterable[int]) -> Report:
+    def report(self, rows: Any, texts: list[Rows], heldout: Any, eos: Iterable[int], vocabulary: int) -> Report:
         """What is wrong with token rows.
 
         Args:
@@ -84,8 +84,9 @@ class Prepare:
             texts: what they were made of, in the order of their numbers.
             heldout: token rows that are not to be trained on: none, one data set, or several by name.
             eos: what ends the model's answers beside the tokenizer's EOS.
+            vocabulary: how many tokens the model has.
         """
         ready = None if self.how.formatting_func else self.how.text_field or "text"
         parts = heldout.values() if isinstance(heldout, dict) else [heldout]
-        contract = Contract(self.how.max_length, tuple(eos), ready, self.all_drawn)
+        contract = Contract(self.how.max_length, tuple(eos), ready, vocabulary, self.all_drawn)
         return check_rows(rows, self.tokenizer, contract, texts, [part for part in parts if part is not None])

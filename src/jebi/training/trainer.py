@@ -130,8 +130,8 @@ class SFTTrainer(Trainer):
         self._bag: list[Batch] = []
         self._trained_tokens = self._own_tokens = self._trained_steps = 0
         if self.data_report is None and self.is_world_process_zero():
-            eos = as_ids(self.model.generation_config.eos_token_id)
-            self.data_report = self.prepare.check(self.train_dataset, self.texts, self.eval_dataset, eos)
+            ends, size = as_ids(self.model.generation_config.eos_token_id), self.model.model.shape.vocabulary
+            self.data_report = self.prepare.check(self.train_dataset, self.texts, self.eval_dataset, ends, size)
         settings, plan = self._settings(), self._current_plan()
         self._losses, self._meter = Losses(), Meter(self.model.device)
         self._engine = Engine(self.model, plan, settings, self.accelerator, self._ranks)
