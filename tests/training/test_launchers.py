@@ -72,8 +72,9 @@ def test_two_machines_train_as_one(tiny_folder: Path, tmp_path: Path, ended: lis
         where = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1")
         ended.append(torchrun(config, tmp_path / f"node-{node}", *meeting, *where))
     logs = [(tmp_path / f"node-{node}") for node in range(2)]
-    for launcher, log in zip(ended, logs):
-        assert launcher.wait(120) == 0, log.read_text()[-4000:]
+    for launcher in ended:
+        # Where one machine fails, the other says no more than that it lost it.
+        assert launcher.wait(120) == 0, "\n".join(log.read_text()[-4000:] for log in logs)
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert report["steps"] == 3
     assert len(report["ranks"]) == 2
