@@ -441,6 +441,9 @@ def test_prompts_that_do_not_belong_to_the_model(fresh: JebiForCausalLM) -> None
             model.generate(unknown, max_new_tokens=1)
         with pytest.raises(DataError, match=r"^attention_mask is 9 tokens wide and the prompts are 8"):
             model.generate(IDS[:, :8], attention_mask=MASK, max_new_tokens=1)
+        padded = IDS.masked_fill(MASK == 0, fresh.config.vocab_size)
+        answers = [model.generate(ids, attention_mask=MASK, max_new_tokens=2)[:, -2:] for ids in (IDS, padded)]
+        assert torch.equal(*answers), "padding may be any token"
 
 
 def test_a_copy_is_made_before_it_or_after_it_is_undone(fresh: JebiForCausalLM) -> None:

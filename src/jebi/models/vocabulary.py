@@ -80,13 +80,15 @@ def require_prompts(ids_BS: Tensor, keywords: dict[str, Any], vocabulary: int) -
     """Refuse prompts that ``generate`` would stumble over later: none, unknown tokens, a mask of another width."""
     if ids_BS.shape[-1] == 0:
         raise DataError("the prompt holds no tokens: give it one at least, such as the tokenizer's BOS.")
-    require_known(ids_BS, vocabulary, lambda place: f"prompt {place // ids_BS.shape[-1]}")
-    mask = keywords.get("attention_mask")
-    if mask is not None and keywords.get("past_key_values") is None and mask.shape[-1] != ids_BS.shape[-1]:
+    mask, cache = keywords.get("attention_mask"), keywords.get("past_key_values")
+    if mask is not None and cache is None and mask.shape[-1] != ids_BS.shape[-1]:
         raise DataError(
             f"attention_mask is {mask.shape[-1]} tokens wide and the prompts are {ids_BS.shape[-1]}: pass both as the "
             "tokenizer made them."
         )
+    # Padding is not looked at, and may be a token that the tokenizer was given for it.
+    seen_BS = ids_BS if mask is None or mask.shape != ids_BS.shape else ids_BS.masked_fill(mask == 0, 0)
+    require_known(seen_BS, vocabulary, lambda place: f"prompt {place // ids_BS.shape[-1]}")
 
 
 @torch.no_grad()
