@@ -6,7 +6,8 @@ from itertools import accumulate
 import pytest
 import torch
 
-from jebi.data.passes import Batch, Pass, collate, cut, learnt_weight, require_known_tokens
+from jebi.data.known_tokens import require_known_tokens
+from jebi.data.passes import Batch, Pass, collate, cut, flat_of, learnt_weight
 from jebi.errors import DataError
 from jebi.models.unpadding import IGNORED
 
@@ -172,10 +173,12 @@ def test_a_weight_moves_with_its_label_and_rows_without_weights_count_once() -> 
 
 
 def test_a_row_with_a_token_that_the_model_does_not_have_is_named() -> None:
-    batches = [collate([example(10, [3, 2], [7, 8])]), collate([example(20, [3, 2], [2, 4])])]
-    require_known_tokens(batches, 25)
+    first, last = (flat_of(collate([example(start, [3, 2], rows)])) for start, rows in ((10, [7, 8]), (20, [2, 4])))
+    for rows in (first, last):
+        require_known_tokens(rows, 25)
+    require_known_tokens(first, 23)
     with pytest.raises(DataError, match=r"^row 4 has the token 23, but the model's are 0 to 22"):
-        require_known_tokens(batches, 23)
+        require_known_tokens(last, 23)
     labelled = example(10, [3], [5]) | {"labels": [IGNORED, 40, -1]}
     with pytest.raises(DataError, match=r"^row 5 has the token 40"):
-        require_known_tokens([collate([labelled])], 23)
+        require_known_tokens(flat_of(collate([labelled])), 23)

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from jebi.data.control_tokens import ControlTokens, control_tokens
 from jebi.data.findings import CODES, SHOWN, Finding, Report
-from jebi.data.flat_rows import Bools, FlatRows, Hashes, Ints, flat
+from jebi.data.flat_rows import Bools, Hashes, Ints, flat
+from jebi.data.known_tokens import require_known_tokens
 from jebi.data.rows import Rows
 from jebi.data.text_faults import text_faults
 from jebi.data.texts import as_table
@@ -34,8 +34,6 @@ from jebi.data.token_faults import (
     repetitive,
 )
 from jebi.errors import DataError
-from jebi.models.unpadding import IGNORED
-from jebi.models.vocabulary import require_known
 
 STREAMED = 1_000
 """Rows of a stream that are looked at: the first ones, since reading on may take hours."""
@@ -138,7 +136,7 @@ def _look(
     for some in _portions(rows):
         part = flat(some).cut(contract.longest)
         if contract.vocabulary is not None:
-            _require_known(part, tokenizer, contract.vocabulary)
+            require_known_tokens(part, contract.vocabulary, tokenizer)
         marked = mark(part, control, tokenizer)
         parts.append(_Seen(_faults(marked, control, contract), marked.rows.numbers, hashes(marked)))
     if not any(len(part.numbers) for part in parts):
@@ -148,20 +146,6 @@ def _look(
         np.concatenate([part.numbers for part in parts]),
         np.concatenate([part.hashes for part in parts]),
     )
-
-
-def _require_known(rows: FlatRows, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> None:
-    """`DataError` for tokens that the model does not have: nothing can be learnt of them, allowed or not."""
-
-    for ids in (rows.ids, np.where(rows.labels == IGNORED, 0, rows.labels)):
-
-        def whose(place: int, ids: Ints = ids) -> str:
-            row = f"row {rows.numbers[rows.row_of()[place]]}"
-            if tokenizer is None or not 0 <= ids[place] < len(tokenizer):
-                return row
-            return f"{row} ({tokenizer.convert_ids_to_tokens(int(ids[place]))!r})"
-
-        require_known(torch.from_numpy(ids), vocabulary, whose)
 
 
 def first_rows(rows: Rows) -> Dataset | list[dict[str, Any]]:

@@ -8,7 +8,6 @@ with a template of 110 tokens before 8 rows of 290, a third of the tokens need n
 Shapes: T tokens of whole rows, U tokens held.
 """
 
-from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
@@ -18,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jebi.data.flat_rows import FlatRows
 from jebi.models.unpadding import IGNORED
-from jebi.models.vocabulary import require_known
 from jebi.nn.rows import Rows
 
 Batch = dict[str, Any]
@@ -95,16 +94,10 @@ def learnt_weight(batch: Batch) -> Tensor:
     return total
 
 
-def require_known_tokens(batches: Iterable[Batch], vocabulary: int) -> None:
-    """`DataError` for a token, or one to be learnt, that a model with so many does not have."""
-    for batch in batches:
-        for ids in (batch["input_ids"], batch["labels"].where(batch["labels"] != IGNORED, 0)):
-            require_known(ids, vocabulary, lambda place, batch=batch: f"row {_row_at(place, batch)}")  # type: ignore[misc]
-
-
-def _row_at(place: int, batch: Batch) -> int:
-    ends = list(accumulate(batch["lengths"]))
-    return int(batch["rows"][bisect_right(ends, place)])
+def flat_of(batch: Batch) -> FlatRows:
+    """A batch's rows for what looks at flat ones."""
+    ids, labels = (batch[name][0].cpu().numpy() for name in ("input_ids", "labels"))
+    return FlatRows(ids, labels, np.array([0, *accumulate(batch["lengths"])]), np.array(batch["rows"]))
 
 
 def longest(batches: list[Batch]) -> int:

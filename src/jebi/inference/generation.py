@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import psutil
@@ -79,20 +80,16 @@ def _answer_once(model: JebiForCausalLM, rows: Sequence[int]) -> None:
     (over 16 bits on an H200 its first token came after 125 ms, and comes after 18).
     """
     # Whatever the weights are: scores that are no numbers would end a drawn answer, and on a card the process.
-    ends = {"max_new_tokens": 2, "pad_token_id": 0, "eos_token_id": 0, "remove_invalid_values": True}
-    choices: list[dict[str, Any]] = [{"do_sample": False}]
+    short = {"max_new_tokens": 2, "pad_token_id": 0, "eos_token_id": 0, "remove_invalid_values": True}
+    settings = [GenerationConfig(**short, do_sample=False)]
     if not torch.are_deterministic_algorithms_enabled():  # which forbid what top_p sums
-        choices.append({"do_sample": True, "temperature": 0.7, "top_p": 0.9})
+        settings.append(GenerationConfig(**short, do_sample=True, temperature=0.7, top_p=0.9))
     given, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-            for count in dict.fromkeys(rows):
+            for count, how in product(dict.fromkeys(rows), settings):
                 ids_BS = torch.zeros(count, 2, dtype=torch.long, device=model.device)
-                for choice in choices:
-                    settings = GenerationConfig(**ends, **choice)
-                    generate(
-                        model, input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), generation_config=settings
-                    )
+                generate(model, input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), generation_config=how)
     finally:
         model.generation_config = given
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from jebi.data.dealing import Ranks, passes_of
 from jebi.data.heldout import inputs_of
-from jebi.data.passes import Batch, Pass, longest, require_known_tokens
+from jebi.data.known_tokens import require_known_tokens
+from jebi.data.passes import Batch, Pass, flat_of, longest
 from jebi.models.compute import require_card, require_layers
 from jebi.models.hf import JebiForCausalLM
 from jebi.models.placement import movable, place, placed, resolve
@@ -155,7 +156,8 @@ class Engine:
 
     def passes(self, batches: list[Batch]) -> list[Pass | Padded]:
         """This process's passes of a step's rows, and what the host can do for them: where graphs run, pad and pin."""
-        require_known_tokens(batches, self._model.model.shape.vocabulary)
+        for batch in batches:
+            require_known_tokens(flat_of(batch), self._model.model.shape.vocabulary)
         # Tokens held once would also share one dropout mask.
         share = not self._drops_out and self._model.shares_beginnings(longest(batches))
         passes = passes_of(batches, self._plan.tokens, share, self._ranks)

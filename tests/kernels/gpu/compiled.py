@@ -93,9 +93,9 @@ def cases(value: str, capability: int) -> list[tuple[Any, dict[str, str], dict[s
             found.append((glu._backward, backward | strides | thin, constants | ranks | flags, 4))
     dense = {"packed_ptr": "*u8", "absmax_ptr": "*u8", "nested_ptr": FLOAT, "offset_ptr": FLOAT, "levels_ptr": FLOAT}
     dense |= {"codes_ptr": FLOAT, "out_ptr": value, "values": "i32", "out_stride": "i32"}
-    found.append((nf4._dequantize, dense, {"COLUMNS": 14336, "VALUES": 1024}, 4))
+    found.append((nf4._dequantize, dense, {"COLUMNS": 14336, "VALUES": nf4._VALUES}, 4))
     whole = {"codes_ptr": "*i8", "scales_ptr": FLOAT, "out_ptr": value, "values": "i32", "out_stride": "i32"}
-    found.append((int8._dequantize, whole, {"COLUMNS": 14336, "VALUES": 2048}, 4))
+    found.append((int8._dequantize, whole, {"COLUMNS": 14336, "VALUES": int8._VALUES}, 4))
     entropy = {"logits_ptr": value, "labels_ptr": "*i64", "counts_ptr": FLOAT, "losses_ptr": FLOAT}
     entropy |= {"vocabulary": "i32", "smoothing": SCALAR, "softcap": SCALAR}
     flags = {"COUNTED": True, "CAPPED": True, "SMOOTHED": True, "GRAD": True, "BLOCK": 4096}
